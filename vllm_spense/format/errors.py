@@ -1,0 +1,43 @@
+"""The one error that everything read from a checkpoint can raise."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not hold what it promises.
+
+    The message names the place (file, module, tensor), what was expected and found, and how to
+    mend it, so that nobody has to open the file to understand the problem.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: object = None,
+        module: str | None = None,
+        tensor: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = None if file is None else str(file)
+        self.module = module
+        self.tensor = tensor
+        self.fix = fix
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        named = (("file", self.file), ("module", self.module), ("tensor", self.tensor))
+        where = ", ".join(f"{kind} {name}" for kind, name in named if name)
+        text = f"{where}: {self.problem}" if where else self.problem
+        return f"{text}. Fix: {self.fix}" if self.fix else text
+
+    def __reduce__(self):  # keeps the fields when it crosses a process border
+        return _rebuild, (self.problem, self.file, self.module, self.tensor, self.fix)
+
+
+def _rebuild(problem, file, module, tensor, fix) -> CheckpointError:
+    return CheckpointError(problem, file=file, module=module, tensor=tensor, fix=fix)
+
+
+REPRUNE = "make the checkpoint again with `spense prune`, or download it again"

@@ -1,0 +1,109 @@
+"""SHA-256 manifest of a checkpoint directory (``spense_manifest.json``).
+
+safetensors protects its header, not its payload: a flipped bit in a weight loads silently. The
+manifest lets :func:`check_manifest` find it before any kernel runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vllm_spense.format.errors import REPRUNE, CheckpointError
+
+MANIFEST_NAME = "spense_manifest.json"
+MANIFEST_VERSION = 1
+_CHUNK = 1 << 22
+_MAX_BYTES = 1 << 24
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """Write the manifest of every file now in ``directory``."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    entries = {
+        p.relative_to(directory).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
+    }
+    text = json.dumps({"version": MANIFEST_VERSION, "files": entries}, indent=2)
+    (directory / MANIFEST_NAME).write_text(text + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, object]]:
+    """The manifest's entries by file name; raises :class:`CheckpointError` when it is malformed."""
+    path = directory / MANIFEST_NAME
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError("larger than 16 MiB")
+        raw = json.loads(path.read_bytes())
+        if raw["version"] != MANIFEST_VERSION:
+            raise ValueError(f"version {raw['version']!r}, expected {MANIFEST_VERSION}")
+        entries = raw["files"]
+        for name, entry in entries.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} leaves the directory")
+            if not isinstance(entry["size"], int) or len(entry["sha256"]) != 64:
+                raise ValueError(f"bad entry for {name!r}")
+    except FileNotFoundError:
+        raise CheckpointError("the manifest is missing", file=path, fix=REPRUNE) from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"the manifest cannot be read ({error})", file=path, fix=REPRUNE) from None
+    return entries
+
+
+def check_manifest(
+    directory: Path,
+    only: Callable[[str], bool] = lambda name: True,
+    progress: Callable[[str], None] = lambda name: None,
+) -> int:
+    """Compare the files that ``only`` selects with the manifest; returns the bytes read.
+
+    Raises :class:`CheckpointError` for the first file that is missing or differs in size or hash.
+    Files are hashed in parallel (hashlib releases the interpreter lock).
+    """
+    entries = {n: e for n, e in read_manifest(directory).items() if only(n)}
+    for name, entry in entries.items():  # sizes first: cheap, and truncation is the common damage
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError("the file is missing", file=path, fix=REPRUNE)
+        if path.stat().st_size != entry["size"]:
+            raise CheckpointError(
+                f"the file has {path.stat().st_size} bytes, the manifest says {entry['size']}",
+                file=path,
+                fix=REPRUNE,
+            )
+
+    def differs(name: str) -> bool:
+        changed = sha256(directory / name) != entries[name]["sha256"]
+        progress(name)
+        return changed
+
+    _raise_if_any(differs, entries, directory)
+    return sum(int(str(e["size"])) for e in entries.values())
+
+
+def _raise_if_any(differs: Callable[[str], bool], names: Iterable[str], directory: Path) -> None:
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for name, changed in zip(names, pool.map(differs, names), strict=True):
+            if changed:
+                raise CheckpointError(
+                    "the SHA-256 differs from the manifest: the file was damaged or edited",
+                    file=directory / name,
+                    fix=f"{REPRUNE}; after an edit on purpose run `spense verify --update-manifest`",
+                )
+
+
+def is_weight_file(name: str) -> bool:
+    """What the plugin checks at load: the tensors and their index, not a chat template."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))

@@ -1,0 +1,72 @@
+"""2:4 compression: two kept values and one metadata nibble for every group of four weights.
+
+The nibble is ``i0 | i1 << 2`` with ``i0 < i1``, the positions of the kept values inside the group;
+the even group of a byte sits in its low nibble. Only six nibbles are legal. Where a group has fewer
+than two non-zeros, zeros with the lowest positions fill up, so one matrix has exactly one encoding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_spense.format.layout import GROUP, META_GROUP
+
+LEGAL_NIBBLES = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def legal_meta_bytes() -> torch.Tensor:
+    """Boolean table [256]: whether both nibbles of a metadata byte are legal."""
+    nibble = torch.zeros(16, dtype=torch.bool)
+    nibble[list(LEGAL_NIBBLES)] = True
+    byte = torch.arange(256)
+    return nibble[byte & 15] & nibble[byte >> 4]
+
+
+def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compress a 2:4 matrix ``[rows, cols]`` of any 1-, 2- or 4-byte float dtype.
+
+    Returns ``values [rows, cols / 2]`` in the same dtype and ``meta [rows, cols / 8]`` uint8.
+    Negative zero counts as zero and is stored as +0. Raises ``ValueError`` if ``cols`` is no multiple
+    of 8 or a group holds more than two non-zeros.
+    """
+    rows, cols = weight.shape
+    if cols % META_GROUP:
+        raise ValueError(f"{cols} columns are no multiple of {META_GROUP}")
+    bits = _BITS[weight.element_size()]
+    groups = weight.contiguous().view(bits).view(rows, cols // GROUP, GROUP)
+    nonzero = (weight != 0).view_as(groups) if weight.element_size() > 1 else (groups & 0x7F) != 0
+    if groups.numel() and int(nonzero.sum(-1).max()) > 2:
+        bad = int((nonzero.sum(-1) > 2).any(-1).nonzero()[0])
+        raise ValueError(f"row {bad} has a group of {GROUP} with more than two non-zeros")
+    first = torch.argsort((~nonzero).to(torch.int8), dim=-1, stable=True)[..., :2]
+    index = first.sort(-1).values
+    kept = torch.gather(groups, -1, index)
+    kept = torch.where(torch.gather(nonzero, -1, index), kept, torch.zeros_like(kept))
+    nibble = (index[..., 0] | index[..., 1] << 2).to(torch.uint8)
+    meta = nibble[:, 0::2] | nibble[:, 1::2] << 4
+    return kept.reshape(rows, cols // 2).view(weight.dtype), meta.contiguous()
+
+
+def decompress(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`compress`: the matrix ``[rows, cols]`` with its zeros written out."""
+    rows, half = values.shape
+    if meta.shape != (rows, half * 2 // META_GROUP):
+        raise ValueError(f"meta {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
+    nibble = torch.stack((meta & 15, meta >> 4), dim=-1).view(rows, -1)
+    index = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
+    kept = values.contiguous().view(_BITS[values.element_size()]).view(rows, -1, 2)
+    out = torch.zeros(rows, kept.shape[1], GROUP, dtype=kept.dtype, device=values.device)
+    return out.scatter_(-1, index, kept).view(rows, half * 2).view(values.dtype)
+
+
+def magnitude_mask(score: torch.Tensor) -> torch.Tensor:
+    """Boolean mask [rows, cols] that keeps the two highest scores of each group of four.
+
+    Ties keep the earlier position, so the mask does not depend on the device or the batch.
+    """
+    rows, cols = score.shape
+    groups = score.reshape(rows, cols // GROUP, GROUP)
+    keep = torch.argsort(groups, dim=-1, descending=True, stable=True)[..., :2]
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
+    return mask.scatter_(-1, keep, True).view(rows, cols)

@@ -1,0 +1,154 @@
+"""Check a whole Spense checkpoint: headers against the config, then every value a kernel would see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from vllm_spense.format.checkpoint import Checkpoint, TensorInfo
+from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.layout import TENSOR_NAMES, Layout
+from vllm_spense.format.schema import ModuleSpec
+from vllm_spense.format.sparse24 import legal_meta_bytes
+
+_STORED = {"float8_e4m3fn": ("F8_E4M3",), "bfloat16": ("BF16",)}
+_BIAS_DTYPES = ("BF16", "F16", "F32")
+
+
+def expected_tensors(
+    spec: ModuleSpec, weight_dtype: str
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and allowed safetensors dtypes of every tensor that one module must have."""
+    layout = spec.layout()
+    dtypes: dict[str, tuple[str, ...]] = {
+        "sparse_values": _STORED[weight_dtype],
+        "sparse_meta": ("U8",),
+        "dense_weight": _STORED[weight_dtype],
+        "weight_scale": ("F32",),
+        "bias": _BIAS_DTYPES,
+    }
+    names: list = [*layout.regions()]
+    if weight_dtype == "float8_e4m3fn":
+        names.append("weight_scale")
+    if spec.bias:
+        names.append("bias")
+    return {name: (layout.shape(name), dtypes[name]) for name in names}
+
+
+def check_headers(checkpoint: Checkpoint) -> None:
+    """Names, shapes and dtypes of all tensors against the config; nothing is read but headers.
+
+    Raises :class:`CheckpointError` at the first missing, unexpected or mis-shaped tensor.
+    """
+    config = checkpoint.require_spense()
+    tensors = checkpoint.tensors
+    for module, spec in config.modules.items():
+        expected = expected_tensors(spec, config.weight_dtype)
+        for short, (shape, dtypes) in expected.items():
+            info = tensors.get(f"{module}.{short}")
+            if info is None:
+                raise CheckpointError(
+                    f"the tensor is missing (expected {dtypes[0]} {list(shape)})",
+                    file=checkpoint.directory,
+                    module=module,
+                    tensor=short,
+                    fix=REPRUNE,
+                )
+            _check_header(info, module, short, shape, dtypes)
+    for name, info in tensors.items():
+        module, _, short = name.rpartition(".")
+        if module in config.modules:
+            if short not in expected_tensors(config.modules[module], config.weight_dtype):
+                raise CheckpointError(
+                    "unexpected tensor for a module with these extents",
+                    file=info.file,
+                    module=module,
+                    tensor=short,
+                    fix=REPRUNE,
+                )
+        elif short in TENSOR_NAMES and short != "bias":
+            raise CheckpointError(
+                "the tensor belongs to a module that quantization_config.modules does not list",
+                file=info.file,
+                module=module,
+                tensor=short,
+                fix=REPRUNE,
+            )
+
+
+def _check_header(
+    info: TensorInfo, module: str, short: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> None:
+    if info.shape != shape:
+        problem = f"shape {list(info.shape)}, expected {list(shape)}"
+    elif info.dtype not in dtypes:
+        problem = f"dtype {info.dtype}, expected {' or '.join(dtypes)}"
+    else:
+        return
+    raise CheckpointError(problem, file=info.file, module=module, tensor=short, fix=REPRUNE)
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], *, module: str, file: str | Path | None = None) -> None:
+    """Every value of one module: legal metadata, no NaN or infinity, positive finite scales.
+
+    Runs on any device with one reduction and one host sync per tensor; raises
+    :class:`CheckpointError`.
+    """
+    for short, tensor in tensors.items():
+        if not tensor.numel():
+            continue
+        bad = _bad_values(short, tensor)
+        if bad is not None:
+            where, what = bad
+            raise CheckpointError(
+                f"{what} at flat index {where}", file=file, module=module, tensor=short, fix=REPRUNE
+            )
+
+
+def _bad_values(short: str, tensor: torch.Tensor) -> tuple[int, str] | None:
+    if short == "sparse_meta":
+        bad = ~legal_meta_bytes().to(tensor.device)[tensor.int()]
+        what = "an illegal 2:4 metadata nibble (legal: 4 8 9 C D E)"
+    elif short == "weight_scale":
+        bad = ~(torch.isfinite(tensor) & (tensor > 0))
+        what = "a scale that is not finite and positive"
+    elif tensor.dtype == torch.float8_e4m3fn:
+        bad = (tensor.view(torch.uint8) & 0x7F) == 0x7F
+        what = "an FP8 NaN"
+    else:
+        bad = ~torch.isfinite(tensor)
+        what = "NaN or infinity"
+    flat = bad.flatten()
+    if not bool(flat.any()):
+        return None
+    return int(flat.to(torch.uint8).argmax()), what
+
+
+def check_sharding(layout_of: Mapping[str, Layout], sizes: list[int]) -> None:
+    """Every promised tensor-parallel size must cut each hybrid module's own split axis evenly."""
+    for module, layout in layout_of.items():
+        for size in sizes:
+            if layout.sparse and not layout.shardable(layout.split, size):
+                raise CheckpointError(
+                    f"tensor_parallel_sizes promises {size}, but {layout.sparse} sparse + "
+                    f"{layout.dense} dense {layout.split} features cannot be cut that way",
+                    module=module,
+                    fix=REPRUNE,
+                )
+
+
+def check_checkpoint(checkpoint: Checkpoint, progress: Callable[[str], None] = lambda module: None) -> None:
+    """Headers, sharding promises and all values of a checkpoint; ``progress`` gets module names."""
+    config = checkpoint.require_spense()
+    check_headers(checkpoint)
+    layouts = {name: spec.layout() for name, spec in config.modules.items()}
+    check_sharding(layouts, config.tensor_parallel_sizes)
+    for module in config.modules:
+        check_values(checkpoint.module_tensors(module), module=module, file=checkpoint.directory)
+        progress(module)
+    for name in checkpoint.plain_tensors():
+        tensor = checkpoint.load(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError("NaN or infinity", file=checkpoint.directory, tensor=name, fix=REPRUNE)

@@ -1,0 +1,18 @@
+"""``torch.ops.spense.*``: the Spense linear layer, its reference definition and its back ends. torch only."""
+
+from vllm_spense.ops.dispatch import Backend, LinearSpec, available_backends, select_backend
+from vllm_spense.ops.linear import dense_linear, linear
+from vllm_spense.ops.online import online_layout, prune_and_pack
+from vllm_spense.ops.quantize import quantize_per_token
+
+__all__ = [
+    "Backend",
+    "LinearSpec",
+    "available_backends",
+    "dense_linear",
+    "linear",
+    "online_layout",
+    "prune_and_pack",
+    "quantize_per_token",
+    "select_backend",
+]

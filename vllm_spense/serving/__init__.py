@@ -1,0 +1,1 @@
+"""The vLLM plugin. Nothing here imports vLLM until vLLM itself asks for the plugin."""

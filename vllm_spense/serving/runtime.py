@@ -1,0 +1,124 @@
+"""How a loaded layer runs inside vLLM: a Spense back end, or a dense kernel of vLLM's own.
+
+Preference, per layer: a kernel of ours for the device; else vLLM's dense kernel on the decompressed
+matrix (never slower than the dense model, no memory saved). bf16 checkpoints always run as vLLM's
+unquantized layers, so they give exactly the tokens of the exported dense checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from vllm_spense.ops.dispatch import LinearSpec, Tensors, select_backend
+from vllm_spense.ops.linear import full_weight
+from vllm_spense.serving import compat
+
+
+class Runtime(Protocol):
+    """What the linear method calls after loading."""
+
+    name: str
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors: ...
+
+    def finish(self, layer: Any) -> None: ...
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
+
+
+def make_runtime(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], layer: Any) -> Runtime:
+    """Choose how a layer runs on the device that its tensors are on."""
+    device = next(iter(tensors.values())).device
+    if not spec.quantize_activations:
+        return DenseUnquantized(spec, layer.orig_dtype)
+    backend = select_backend(spec, device)
+    if backend.name == "reference":  # right everywhere, but it decompresses in every call
+        return DenseFp8(spec, layer.orig_dtype)
+    return SpenseRuntime(spec, device)
+
+
+class SpenseRuntime:
+    """Runs the dispatcher's back end on the layer's own parameters."""
+
+    def __init__(self, spec: LinearSpec, device: torch.device, backend: str | None = None) -> None:
+        self.spec = spec
+        self.backend = select_backend(spec, device, backend)
+        self.name = self.backend.name
+        self._names: tuple[str, ...] = ()
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        prepared = self.backend.prepare(self.spec, tensors)
+        self._names = tuple(prepared)
+        return prepared
+
+    def finish(self, layer: Any) -> None:
+        pass
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        tensors = {name: getattr(layer, name) for name in self._names}
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.backend.apply(self.spec, tensors, flat, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _matrix(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return full_weight(
+        tensors["sparse_values"],
+        tensors["sparse_meta"],
+        tensors["dense_weight"],
+        list(spec.sparse_sizes),
+        list(spec.dense_sizes),
+        spec.split == "output",
+    )
+
+
+class DenseUnquantized:
+    """bf16 weights: the decompressed matrix in vLLM's unquantized linear method."""
+
+    name = "vllm-unquantized"
+
+    def __init__(self, spec: LinearSpec, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.method = compat.UnquantizedLinearMethod()
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        return {"weight": _matrix(self.spec, tensors).to(self.dtype)}
+
+    def finish(self, layer: Any) -> None:
+        self.method.process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.method.apply(layer, x, bias)
+
+
+class DenseFp8:
+    """FP8 weights on a device without a kernel of ours: vLLM's dense FP8 kernel (per token, per channel)."""
+
+    name = "vllm-fp8"
+
+    def __init__(self, spec: LinearSpec, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.kernel = compat.init_fp8_linear_kernel(
+            activation_quant_key=compat.kFp8DynamicTokenSym,
+            weight_quant_key=compat.kFp8StaticChannelSym,
+            weight_shape=(spec.out_features, spec.in_features),
+            input_dtype=dtype,
+            out_dtype=dtype,
+            module_name="SpenseLinearMethod",
+        )
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        matrix = _matrix(self.spec, tensors).to(self.spec.weight_dtype)  # exact: values were fp8
+        return {"weight": matrix.t(), "weight_scale": tensors["weight_scale"][:, None]}
+
+    def finish(self, layer: Any) -> None:
+        layer.input_scale = None
+        layer.input_scale_ub = None
+        self.kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.kernel.apply_weights(layer, x, bias)
