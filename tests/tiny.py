@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_spense.format import CheckpointWriter, Layout, ModuleSpec, SpenseCheckpointConfig
-from vllm_spense.format.pack import unpack_linear
+from vllm_spense.format.export import export
+from vllm_spense.format.manifest import write_manifest
 from vllm_spense.ops.online import prune_and_pack
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 144, 208, 4, 2, 32, 2, 512
@@ -98,43 +99,28 @@ def make_spense(
     return out
 
 
-def dense_twin(spense: Path, out: Path, tp: int = 1) -> Path:
-    """The same stored matrices with empty 2:4 regions: zeros written out, same scales, same arithmetic.
+def dense_twin(spense: Path, out: Path, tp: int) -> Path:
+    """`spense export --format spense-dense`, with MLPs reordered so that plain slices are a rank's own.
 
-    For ``tp`` > 1 the intermediate dimension is reordered to S0 D0 S1 D1 …, so that a plain contiguous
-    slice holds what a rank of the Spense checkpoint holds (the order inside an MLP is arbitrary).
+    At tensor-parallel size ``tp`` a rank of the Spense checkpoint holds S_r, then D_r; the twin's
+    intermediate dimension is reordered to S0 D0 S1 D1 …, which leaves every MLP's function unchanged.
     """
-    state = load_file(spense / "model.safetensors")
-    config = json.loads((spense / "config.json").read_text())
-    quantization = config["quantization_config"]
-    result = {}
-    modules = dict(quantization["modules"])
-    for module, raw in modules.items():
-        spec = ModuleSpec(**raw)
-        layout = spec.layout()
-        own = {n.rpartition(".")[2]: state.pop(n) for n in list(state) if n.rpartition(".")[0] == module}
-        weight = unpack_linear(own, layout)
-        bits = weight.view(torch.uint8) if weight.element_size() == 1 else weight
-        vectors = {n: own[n] for n in ("weight_scale", "bias") if n in own}
-        if layout.sparse:
-            s, d = layout.sparse // tp, layout.dense // tp
-            order = torch.cat(
-                [
-                    torch.cat([torch.arange(r * s, (r + 1) * s), layout.sparse + torch.arange(r * d, (r + 1) * d)])
-                    for r in range(tp)
-                ]
-            )
-            bits = bits[order] if layout.split == "output" else bits[:, order]
-            if layout.split == "output":
-                vectors = {n: v[order] for n, v in vectors.items()}
-        result[f"{module}.dense_weight"] = bits.contiguous().view(weight.dtype)
-        result |= {f"{module}.{n}": v.contiguous() for n, v in vectors.items()}
-        quantization["modules"][module] = ModuleSpec.of(
-            Layout("output", layout.out_features, layout.in_features, 0), spec.bias
-        ).model_dump()
-    out.mkdir(parents=True)
-    save_file(result | state, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config))
+    export(spense, out, format="spense-dense")
+    state = load_file(out / "model.safetensors")
+    for module, raw in json.loads((spense / "config.json").read_text())["quantization_config"][
+        "modules"
+    ].items():
+        layout = ModuleSpec(**raw).layout()
+        if not layout.sparse:
+            continue
+        s, d = torch.arange(layout.sparse), torch.arange(layout.sparse, layout.extent)
+        order = torch.cat([part for pair in zip(s.chunk(tp), d.chunk(tp), strict=True) for part in pair])
+        bits = state[f"{module}.dense_weight"].view(torch.uint8)
+        bits = bits[order] if layout.split == "output" else bits[:, order]
+        state[f"{module}.dense_weight"] = bits.contiguous().view(torch.float8_e4m3fn)
+        for name in ("weight_scale", "bias"):
+            if layout.split == "output" and f"{module}.{name}" in state:
+                state[f"{module}.{name}"] = state[f"{module}.{name}"][order].contiguous()
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(out)
     return out
-
-

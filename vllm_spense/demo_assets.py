@@ -212,9 +212,7 @@ def _convert_model(gguf_file: Path, out: Path) -> None:
         else:
             name = _TENSORS[name]
         tensors[name] = weight.to(torch.bfloat16).contiguous()
-    save_file(
-        dict(sorted(tensors.items())), out / "model.safetensors", metadata={"format": "pt"}
-    )
+    save_file(dict(sorted(tensors.items())), out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)

@@ -53,10 +53,10 @@ def decompress(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     rows, half = values.shape
     if meta.shape != (rows, half * 2 // META_GROUP):
         raise ValueError(f"meta {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
-    nibble = torch.stack((meta & 15, meta >> 4), dim=-1).view(rows, -1)
+    nibble = torch.stack((meta & 15, meta >> 4), dim=-1).view(rows, half // 2)
     index = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
-    kept = values.contiguous().view(_BITS[values.element_size()]).view(rows, -1, 2)
-    out = torch.zeros(rows, kept.shape[1], GROUP, dtype=kept.dtype, device=values.device)
+    kept = values.contiguous().view(_BITS[values.element_size()]).view(rows, half // 2, 2)
+    out = torch.zeros(rows, half // 2, GROUP, dtype=kept.dtype, device=values.device)
     return out.scatter_(-1, index, kept).view(rows, half * 2).view(values.dtype)
 
 

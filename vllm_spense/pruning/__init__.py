@@ -1,0 +1,6 @@
+"""From a dense Hugging Face model to a Spense checkpoint. Needs transformers."""
+
+from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.pipeline import PruneProgress, PruneReport, prune
+
+__all__ = ["PruneConfig", "PruneProgress", "PruneReport", "prune"]

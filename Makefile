@@ -1,0 +1,56 @@
+# `make test` and `make demo` each do all their own set-up: virtual environment, pinned CPU packages, model, text.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+ASSETS ?= .cache/assets
+# A plain `torch` from PyPI brings CUDA libraries along; this index has the CPU build. It need not be reachable
+# where pip finds a CPU build elsewhere.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
+PY = $(VENV)/bin/python
+
+.PHONY: help setup test test-fast lint format demo accuracy clean
+
+help:
+	@echo "make setup      virtual environment, packages, trained model and text"
+	@echo "make test       all tests, with real vLLM on CPU"
+	@echo "make test-fast  the tests that start no vLLM engine"
+	@echo "make lint       ruff and mypy"
+	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
+	@echo "make accuracy   the perplexity table and plot of the README"
+
+setup: $(VENV)/.ready $(ASSETS)/.ready
+
+$(VENV)/.ready: requirements/cpu.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch==2.13.0
+	$(PIP) --no-deps -r requirements/cpu.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+$(ASSETS)/.ready: $(VENV)/.ready vllm_spense/demo_assets.py
+	$(PY) -c "from vllm_spense import demo_assets as a; a.fetch_model('$(ASSETS)', print); a.fetch_text('$(ASSETS)', print)"
+	touch $@
+
+test: setup
+	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest
+
+test-fast: setup
+	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest -m "not vllm and not model"
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+demo: setup
+	SPENSE_ASSETS=$(ASSETS) $(VENV)/bin/spense demo --work build/demo
+
+accuracy: setup
+	SPENSE_ASSETS=$(ASSETS) $(PY) benchmarks/accuracy_smollm2.py
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,25 @@
+"""Shared fixtures: tiny checkpoints, the trained model's files, and runs of real vLLM."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `tiny` and `vllm_runs` by name
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ASSETS = Path(os.environ.get("SPENSE_ASSETS", Path(__file__).parent.parent / ".cache" / "assets"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Directory with SmolLM2-135M-Instruct and the Wikipedia split; `make setup` fetches it."""
+    if not (ASSETS / "SmolLM2-135M-Instruct" / "config.json").is_file():
+        pytest.fail(f"{ASSETS} lacks the trained model: run `make setup` (or set SPENSE_ASSETS)")
+    return ASSETS

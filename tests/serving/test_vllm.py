@@ -1,0 +1,161 @@
+"""Real vLLM on CPU: a Spense checkpoint gives exactly the tokens of its dense twin, in every mode.
+
+Eager and compiled, one rank and two round differently even for a dense model, so like is compared
+with like; the unpruned model is the negative control.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import dense_twin, make_llama, make_spense
+from vllm_runs import Pool
+
+from vllm_spense.format.export import export
+from vllm_spense.format.manifest import MANIFEST_NAME, write_manifest
+
+pytestmark = pytest.mark.vllm
+EAGER = {"enforce_eager": True}
+TP2 = {"enforce_eager": True, "tensor_parallel_size": 2}
+TP2_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    make_llama(root / "dense")
+    make_llama(root / "other", seed=1)
+    make_spense(root / "dense", root / "spense")
+    make_spense(root / "other", root / "spense-other")
+    make_spense(root / "dense", root / "spense-bf16", weight_dtype="bfloat16")
+    export(root / "spense", root / "twin", format="spense-dense")
+    export(root / "spense-bf16", root / "export-bf16")
+    dense_twin(root / "spense", root / "twin-tp2", tp=2)
+    make_lora(root / "lora")
+    damage(root)
+    return root
+
+
+def make_lora(out: Path, rank: int = 4) -> None:
+    """A random LoRA adapter on gate, up and down of every layer, strong enough to change tokens."""
+    from tiny import HIDDEN, INTER, LAYERS
+
+    torch.manual_seed(3)
+    state = {}
+    for layer in range(LAYERS):
+        for name, (n, k) in {
+            "gate_proj": (INTER, HIDDEN),
+            "up_proj": (INTER, HIDDEN),
+            "down_proj": (HIDDEN, INTER),
+        }.items():
+            prefix = f"base_model.model.model.layers.{layer}.mlp.{name}"
+            state[f"{prefix}.lora_A.weight"] = torch.randn(rank, k) * k**-0.5
+            state[f"{prefix}.lora_B.weight"] = torch.randn(n, rank)
+    out.mkdir()
+    save_file(state, out / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+        "bias": "none",
+    }
+    (out / "adapter_config.json").write_text(json.dumps(config))
+
+
+def damage(root: Path) -> None:
+    """Checkpoints that must not load, with manifests that do not give them away."""
+
+    def copy(name: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        shutil.copytree(root / "spense", root / name)
+        return root / name, load_file(root / name / "model.safetensors")
+
+    path, state = copy("no-shard")
+    del state["model.layers.1.self_attn.k_proj.weight_scale"]
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    (path / MANIFEST_NAME).unlink()
+    path, state = copy("bad-nibble")
+    state["model.layers.0.mlp.up_proj.sparse_meta"][3, 2] = 0
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(path)
+
+
+@pytest.fixture(scope="module")
+def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    pool = Pool(tmp_path_factory.mktemp("runs"))
+
+    def submit(name: str, model: str, llm: dict, environment: dict | None = None, **more: str) -> None:
+        pool.submit(name, {"model": str(models / model), "llm": llm, **more}, environment)
+
+    submit("eager", "spense", EAGER)
+    submit("eager-twin", "twin", EAGER)
+    submit("eager-dense", "dense", EAGER)
+    submit("named", "spense", EAGER | {"quantization": "spense"})
+    submit("compile", "spense", {})
+    submit("compile-twin", "twin", {})
+    submit("bf16", "spense-bf16", EAGER)
+    submit("bf16-twin", "export-bf16", EAGER)
+    submit("tp2", "spense", TP2, TP2_ENVIRONMENT)
+    submit("tp2-twin", "twin-tp2", TP2, TP2_ENVIRONMENT)
+    submit("online", "dense", EAGER | {"quantization": "spense"})
+    submit("dummy", "spense", EAGER | {"load_format": "dummy"})
+    lora = EAGER | {"enable_lora": True, "max_lora_rank": 8}
+    submit("lora", "spense", lora, lora=str(models / "lora"))
+    submit("lora-twin", "twin", lora, lora=str(models / "lora"))
+    submit("reload", "spense-other", EAGER, reload=str(models / "spense"))
+    submit("no-shard", "no-shard", EAGER)
+    submit("bad-nibble", "bad-nibble", EAGER)
+    return pool
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", "tp2", "bf16", "lora"])
+def test_tokens_are_those_of_the_dense_twin(runs: Pool, mode: str) -> None:
+    assert runs[mode].outputs == runs[f"{mode}-twin"].outputs
+    assert len(runs[mode].tokens) == 6
+
+
+def test_the_unpruned_model_gives_other_tokens(runs: Pool) -> None:
+    same = [a == b for a, b in zip(runs["eager"].tokens, runs["eager-dense"].tokens, strict=True)]
+    assert not any(same)
+
+
+def test_naming_the_method_changes_nothing(runs: Pool) -> None:
+    assert runs["named"].outputs == runs["eager"].outputs
+
+
+def test_load_time_mode_is_offline_magnitude_pruning(runs: Pool) -> None:
+    # make_spense keeps the last 96 of 208 dense, load-time mode the last half (104): other tokens than
+    # both, and the warning says what it is.
+    assert runs["online"].tokens != runs["eager-dense"].tokens
+    assert len(runs["online"].tokens) == 6
+    assert "NOT quality" in runs["online"].log
+
+
+def test_dummy_weights_run(runs: Pool) -> None:
+    assert [len(t) for t in runs["dummy"].tokens] == [24] * 6
+
+
+def test_lora_changes_the_tokens(runs: Pool) -> None:
+    assert runs["lora"].tokens != runs["eager"].tokens
+
+
+def test_reload_weights_from_another_checkpoint(runs: Pool) -> None:
+    assert runs["reload"].outputs == runs["eager"].outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no-shard", ("model.layers.1.self_attn.k_proj", "weight_scale", "missing", "Fix:")),
+        ("bad-nibble", ("model.layers.0.mlp.gate_up_proj", "sparse_meta", "nibble", "Fix:")),
+    ],
+)
+def test_damaged_checkpoints_do_not_start(runs: Pool, name: str, words: tuple[str, ...]) -> None:
+    assert runs[name].outputs is None
+    for word in words:
+        assert word in runs[name].log

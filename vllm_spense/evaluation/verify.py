@@ -1,0 +1,108 @@
+"""``spense verify``: is this directory exactly the checkpoint that it says it is, and does it fit its model?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.manifest import check_manifest, write_manifest
+from vllm_spense.format.validate import check_checkpoint
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked; reaching it means that everything was right."""
+
+    directory: Path
+    modules: int
+    tensors: int
+    hashed_bytes: int
+    architecture_checked: bool
+
+
+def verify(
+    directory: str | Path,
+    *,
+    update_manifest: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> VerifyReport:
+    """Check hashes, schema, headers, all values and the fit to the model that config.json describes.
+
+    ``update_manifest`` rewrites the manifest once everything else has passed, after an edit on
+    purpose. Raises :class:`CheckpointError` at the first mistake.
+    """
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.require_spense()
+    hashed = 0
+    if not update_manifest:
+        hashed = check_manifest(checkpoint.directory, progress=progress)
+    check_checkpoint(checkpoint, progress)
+    fits = check_architecture(checkpoint)
+    if update_manifest:
+        write_manifest(checkpoint.directory)
+    return VerifyReport(checkpoint.directory, len(config.modules), len(checkpoint.tensors), hashed, fits)
+
+
+def check_architecture(checkpoint: Checkpoint) -> bool:
+    """Compare every tensor with the model built (without memory) from config.json.
+
+    Returns False when transformers is not installed, so that nothing could be compared.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        return False
+    raw = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    path = checkpoint.directory / "config.json"
+    try:
+        model_config = AutoConfig.for_model(**raw)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except Exception as error:  # whatever a damaged config makes transformers raise
+        raise CheckpointError(
+            f"transformers cannot build the model ({type(error).__name__}: {error})", file=path, fix=REPRUNE
+        ) from None
+    modules = checkpoint.require_spense().modules
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module, _, kind = name.rpartition(".")
+        if module in modules:
+            if kind == "weight":
+                _same(module, "weight", tuple(parameter.shape), _extents(checkpoint, module), path)
+            elif kind == "bias" and not modules[module].bias:
+                raise CheckpointError("the model has a bias, the checkpoint none", module=module, fix=REPRUNE)
+        elif name in checkpoint.tensors:
+            _same(module, kind, tuple(parameter.shape), checkpoint.tensors[name].shape, path)
+        elif name not in tied:
+            raise CheckpointError(
+                "the model needs this tensor, the checkpoint does not hold it",
+                file=checkpoint.directory,
+                module=module,
+                tensor=kind,
+                fix=REPRUNE,
+            )
+    known = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    for module in modules:
+        if module not in known:
+            raise CheckpointError("the model has no such module", file=path, module=module, fix=REPRUNE)
+    return True
+
+
+def _extents(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    layout = checkpoint.layout(module)
+    return layout.out_features, layout.in_features
+
+
+def _same(module: str, tensor: str, model: tuple, stored: tuple, path: Path) -> None:
+    if model != stored:
+        raise CheckpointError(
+            f"the checkpoint has {list(stored)}, the model {list(model)}",
+            file=path,
+            module=module,
+            tensor=tensor,
+            fix=REPRUNE,
+        )

@@ -1,0 +1,116 @@
+"""Spense checkpoint -> an ordinary dense checkpoint with the zeros written out, for any other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.fp8 import dequantize
+from vllm_spense.format.layout import TENSOR_NAMES, Layout
+from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
+from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.format.writer import CheckpointWriter
+
+ExportFormat = Literal["bfloat16", "float32", "fp8", "spense-dense"]
+
+
+def export(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    format: ExportFormat = "bfloat16",
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda module: None,
+) -> Path:
+    """Write a dense Hugging Face checkpoint with the same function as the Spense one.
+
+    ``bfloat16``/``float32``: plain weights (stored value times scale, rounded once; float32 is exact).
+    ``fp8``: the stored FP8 values and scales, unrounded, in the compressed-tensors layout that stock
+    vLLM runs with per-token FP8 activations: the same W8A8 arithmetic without this plugin.
+    ``spense-dense``: a Spense checkpoint without 2:4 regions, the dense twin that gives bit-identical
+    results through the same operators (to tell a format problem from a kernel problem).
+    Raises :class:`CheckpointError` for a damaged source, ``ValueError`` for fp8 of a bf16 checkpoint.
+    """
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.require_spense()
+    if format == "fp8" and config.weight_dtype != "float8_e4m3fn":
+        raise ValueError(f"{directory} holds {config.weight_dtype} weights: export it as bfloat16")
+    check_headers(checkpoint)
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
+        for name in checkpoint.tensors:
+            module, _, short = name.rpartition(".")
+            if not (module in config.modules and short in TENSOR_NAMES):
+                writer.add(name, checkpoint.load(name))
+        for module in config.modules:
+            _export_module(checkpoint, module, format, writer)
+            progress(module)
+        writer.write_config(_dense_config(checkpoint, format))
+        writer.copy_side_files(checkpoint.directory)
+        writer.write_text("README.md", _card(checkpoint, format))
+    return Path(out)
+
+
+def _export_module(
+    checkpoint: Checkpoint, module: str, format: ExportFormat, writer: CheckpointWriter
+) -> None:
+    tensors = checkpoint.module_tensors(module)
+    check_values(tensors, module=module, file=checkpoint.directory)
+    weight, scale = checkpoint.module_weight(module)
+    if format == "spense-dense":
+        twin = {"dense_weight": weight} | ({} if scale is None else {"weight_scale": scale})
+        for short, tensor in twin.items():
+            writer.add(f"{module}.{short}", tensor)
+    elif format == "fp8":
+        assert scale is not None
+        writer.add(f"{module}.weight", weight)
+        writer.add(f"{module}.weight_scale", scale[:, None])
+    else:
+        writer.add(f"{module}.weight", dequantize(weight, scale).to(getattr(torch, format)))
+    if "bias" in tensors:
+        writer.add(f"{module}.bias", tensors["bias"])
+
+
+def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any]:
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if format == "spense-dense":
+        config["quantization_config"] = _without_sparsity(checkpoint.require_spense()).model_dump()
+        return config
+    if format != "fp8":
+        config["dtype"] = format
+        config.pop("torch_dtype", None)
+        return config
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(checkpoint.require_spense().ignore),
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": common | {"strategy": "channel", "dynamic": False},
+                "input_activations": common | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    return config
+
+
+def _without_sparsity(config: SpenseCheckpointConfig) -> SpenseCheckpointConfig:
+    modules = {
+        name: ModuleSpec.of(Layout("output", spec.out_features, spec.in_features, 0), spec.bias)
+        for name, spec in config.modules.items()
+    }
+    return config.model_copy(update={"modules": modules})
+
+
+def _card(checkpoint: Checkpoint, format: ExportFormat) -> str:
+    return (
+        f"# Dense export of {checkpoint.directory.name}\n\n"
+        f"Written by `spense export` ({format}). The weights are those of a Spense checkpoint with its "
+        "zeros written out; the order of the MLPs' intermediate dimension is that checkpoint's.\n"
+    )

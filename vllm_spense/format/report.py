@@ -1,0 +1,79 @@
+"""What a Spense checkpoint contains, in numbers: for ``spense inspect`` and for start-up logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.schema import ModuleSpec
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One linear layer: extents, sparsity (share of weights that are zero) and bytes on disk."""
+
+    name: str
+    spec: ModuleSpec
+    sparsity: float
+    stored_bytes: int
+    dense_bytes: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """All linear layers of a checkpoint; ``dense_bytes`` are those of the same layers unpruned."""
+
+    directory: Path
+    weight_dtype: str
+    tensor_parallel_sizes: list[int]
+    modules: list[ModuleReport]
+    total_bytes: int
+    provenance: dict[str, Any]
+
+    @property
+    def hybrid(self) -> list[ModuleReport]:
+        return [m for m in self.modules if m.spec.sparse]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(m.stored_bytes for m in self.modules)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(m.dense_bytes for m in self.modules)
+
+    @property
+    def mlp_sparsity(self) -> float:
+        """Share of zeros among the weights of the layers that have a 2:4 region."""
+        weights = sum(m.spec.out_features * m.spec.in_features for m in self.hybrid)
+        zeros = sum(m.sparsity * m.spec.out_features * m.spec.in_features for m in self.hybrid)
+        return zeros / weights if weights else 0.0
+
+
+def inspect(directory: str | Path) -> CheckpointReport:
+    """Read config and headers of a Spense checkpoint; raises :class:`CheckpointError`."""
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.require_spense()
+    width = config.torch_dtype.itemsize
+    losses = config.provenance.get("losses", {})
+    modules = []
+    for name, spec in config.modules.items():
+        layout = spec.layout()
+        weights = spec.out_features * spec.in_features
+        pruned = layout.sparse_shape[0] * layout.sparse_shape[1]
+        scale = 4 * spec.out_features if width == 1 else 0
+        stored = (weights - pruned) * width + pruned * width // 2 + pruned // 8 + scale
+        loss = losses.get(name) if isinstance(losses, dict) else None
+        modules.append(ModuleReport(name, spec, pruned / 2 / weights, stored, weights * width + scale, loss))
+    total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
+    return CheckpointReport(
+        checkpoint.directory,
+        config.weight_dtype,
+        config.tensor_parallel_sizes,
+        modules,
+        total,
+        config.provenance,
+    )

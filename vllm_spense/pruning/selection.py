@@ -1,0 +1,74 @@
+"""Which intermediate indices of an MLP stay dense.
+
+One set D serves gate (rows), up (rows) and down (columns). The MLP's function does not depend on the
+order of the intermediate dimension (SpenseGPT, arXiv 2606.10445, equation 4), so D moves to the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_spense.format.layout import META_GROUP
+from vllm_spense.pruning.solvers import element_scores
+
+_EPSILON = 1e-12
+
+
+def dense_count(intermediate: int, dense_ratio: float, alignment: int) -> int:
+    """Size of D: the multiple of ``alignment`` nearest to ``dense_ratio`` · intermediate (half: up).
+
+    Raises ``ValueError`` when the 2:4 rest is no multiple of 8, the granularity of its metadata.
+    """
+    if dense_ratio in (0, 1):
+        count = intermediate if dense_ratio else 0
+    else:
+        nearest = math.floor(dense_ratio * intermediate / alignment + 0.5) * alignment
+        count = min(nearest, intermediate)
+    sparse = intermediate - count
+    if sparse % META_GROUP:
+        raise ValueError(
+            f"intermediate size {intermediate} with {count} dense indices leaves {sparse} for 2:4, "
+            f"which is no multiple of {META_GROUP}; choose another --dense-ratio or alignment"
+        )
+    return count
+
+
+def index_scores(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    h_in: torch.Tensor,
+    h_down: torch.Tensor,
+) -> torch.Tensor:
+    """SpenseGPT+ score [I] of each intermediate index (arXiv 2606.10445, section on SpenseGPT+).
+
+    Per projection the mean of |W_ij| · sqrt(H_jj) over the index's row (gate, up ``[I, K]``) or column
+    (down ``[K, I]``), divided by that vector's mean; then summed. ``h_in``, ``h_down``: Hessians of
+    the inputs of gate/up and of down, or their diagonals.
+    """
+    vectors = (
+        element_scores(gate, h_in).mean(1),
+        element_scores(up, h_in).mean(1),
+        element_scores(down, h_down).mean(0),
+    )
+    total = torch.zeros_like(vectors[0])
+    for vector in vectors:
+        total += vector / (vector.mean() + _EPSILON)
+    return total
+
+
+def permutation(scores: torch.Tensor | None, intermediate: int, dense: int) -> torch.Tensor:
+    """New order [I] of the intermediate indices: S, then D, each in its original order.
+
+    D holds the ``dense`` highest scores (of equal ones the later index), or without scores the last
+    indices, which is the identity (SpenseGPT).
+    """
+    order = torch.arange(intermediate)
+    if scores is None or dense in (0, intermediate):
+        return order
+    ranked = torch.argsort(scores.cpu(), stable=True)
+    is_dense = torch.zeros(intermediate, dtype=torch.bool)
+    is_dense[ranked[intermediate - dense :]] = True
+    return torch.cat([order[~is_dense], order[is_dense]])
