@@ -141,7 +141,8 @@ def inspect(
         f"{len(report.modules)} linear layers, {len(report.hybrid)} with a 2:4 region "
         f"({report.mlp_sparsity:.1%} zeros there), {report.weight_dtype}; linear weights "
         f"{report.stored_bytes / 2**20:.1f} MiB, dense would be {report.dense_bytes / 2**20:.1f} MiB "
-        f"({1 - report.stored_bytes / report.dense_bytes:.1%} less); files {report.total_bytes / 2**20:.1f} MiB; "
+        f"({1 - report.stored_bytes / report.dense_bytes:.1%} less); files "
+        f"{report.total_bytes / 2**20:.1f} MiB; "
         f"tensor parallel sizes {report.tensor_parallel_sizes}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,12 +16,18 @@ from vllm_spense.demo_assets import DEFAULT_CACHE, fetch_model, fetch_text
 from vllm_spense.evaluation import evaluate
 from vllm_spense.pruning import PruneConfig, prune
 
-CHECKPOINTS = {
-    "strict 2:4 (SparseGPT), FP8": ("strict", {"selection": "spensegpt", "dense_ratio": 0.0}),
-    "Spense (SpenseGPT+, dense ratio 0.5), FP8": ("spense", {"selection": "spensegpt+", "dense_ratio": 0.5}),
-}
+Selection = Literal["spensegpt", "spensegpt+"]
+CHECKPOINTS: list[tuple[str, str, Selection, float]] = [
+    ("strict 2:4 (SparseGPT), FP8", "strict", "spensegpt", 0.0),
+    ("Spense (SpenseGPT+, dense ratio 0.5), FP8", "spense", "spensegpt+", 0.5),
+]
 QUESTION = "What is the capital of France? Answer in one sentence."
-BATCH = ["The sun is a", "Water boils at", "The largest ocean on Earth is", "Photosynthesis is the process by"]
+BATCH = [
+    "The sun is a",
+    "Water boils at",
+    "The largest ocean on Earth is",
+    "Photosynthesis is the process by",
+]
 
 
 def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[str, float]:
@@ -42,9 +49,11 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
     console.print(f"{model}\n{text}")
 
     directories = {"dense, bf16": model}
-    for step, (label, (name, options)) in enumerate(CHECKPOINTS.items(), start=2):
+    for step, (label, name, selection, ratio) in enumerate(CHECKPOINTS, start=2):
         title(f"{step}/5 prune: {label}")
-        config = PruneConfig(calibration=str(text / "train.txt"), overwrite=True, **options)
+        config = PruneConfig(
+            calibration=str(text / "train.txt"), selection=selection, dense_ratio=ratio, overwrite=True
+        )
         with pruning_progress(console) as progress:
             prune(model, work / name, config, progress)
         directories[label] = work / name

@@ -1,4 +1,4 @@
-"""``spense verify``: is this directory exactly the checkpoint that it says it is, and does it fit its model?"""
+"""``spense verify``: is this directory what it says it is, and does it fit its model?"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_manifest(directory: Path) -> dict[str, dict[str, object]]:
                 raise ValueError(f"bad entry for {name!r}")
     except FileNotFoundError:
         raise CheckpointError("the manifest is missing", file=path, fix=REPRUNE) from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"the manifest cannot be read ({error})", file=path, fix=REPRUNE) from None
     return entries
 
@@ -68,13 +69,19 @@ def check_manifest(
 ) -> int:
     """Compare the files that ``only`` selects with the manifest; returns the bytes read.
 
-    Raises :class:`CheckpointError` for the first file that is missing or differs in size or hash.
+    Raises :class:`CheckpointError` for the first file that is missing, differs in size or hash, or is
+    loaded (weights, index, config) without being listed.
     Files are hashed in parallel (hashlib releases the interpreter lock).
     """
-    entries = {n: e for n, e in read_manifest(directory).items() if only(n)}
+    listed = read_manifest(directory)
+    for path in sorted(directory.iterdir()):  # else dropping an entry would switch its check off
+        loaded = is_weight_file(path.name) or path.name == "config.json"
+        if loaded and only(path.name) and path.name not in listed:
+            raise CheckpointError("the manifest does not list this file", file=path, fix=REPRUNE)
+    entries = {n: e for n, e in listed.items() if only(n)}
     for name, entry in entries.items():  # sizes first: cheap, and truncation is the common damage
         path = directory / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
             raise CheckpointError("the file is missing", file=path, fix=REPRUNE)
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(

@@ -29,9 +29,9 @@ def pack_linear(
     if weight_dtype == FP8_DTYPE:
         stored, tensors["weight_scale"] = quantize_per_channel(weight)
     else:
-        if not torch.isfinite(weight).all():
-            raise ValueError("weight holds NaN or infinity")
         stored = weight.to(weight_dtype)
+        if not torch.isfinite(stored).all():  # after rounding: a large fp32 value overflows bf16
+            raise ValueError("weight holds NaN or infinity")
         stored = torch.where(stored == 0, torch.zeros_like(stored), stored)
     dim = 0 if layout.split == "output" else 1
     # Cut bytes, not floats: not every torch build can slice and copy every fp8 dtype on every device.

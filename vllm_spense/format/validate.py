@@ -9,8 +9,8 @@ import torch
 
 from vllm_spense.format.checkpoint import Checkpoint, TensorInfo
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.layout import TENSOR_NAMES, Layout
-from vllm_spense.format.schema import ModuleSpec
+from vllm_spense.format.layout import TENSOR_NAMES
+from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.sparse24 import legal_meta_bytes
 
 _STORED = {"float8_e4m3fn": ("F8_E4M3",), "bfloat16": ("BF16",)}
@@ -38,11 +38,14 @@ def expected_tensors(
 
 
 def check_headers(checkpoint: Checkpoint) -> None:
-    """Names, shapes and dtypes of all tensors against the config; nothing is read but headers.
+    """Names, shapes and dtypes of all tensors, and the promised sizes, against the config.
+
+    Nothing is read but headers.
 
     Raises :class:`CheckpointError` at the first missing, unexpected or mis-shaped tensor.
     """
     config = checkpoint.require_spense()
+    check_sharding(config)
     tensors = checkpoint.tensors
     for module, spec in config.modules.items():
         expected = expected_tensors(spec, config.weight_dtype)
@@ -126,10 +129,11 @@ def _bad_values(short: str, tensor: torch.Tensor) -> tuple[int, str] | None:
     return int(flat.to(torch.uint8).argmax()), what
 
 
-def check_sharding(layout_of: Mapping[str, Layout], sizes: list[int]) -> None:
+def check_sharding(config: SpenseCheckpointConfig) -> None:
     """Every promised tensor-parallel size must cut each hybrid module's own split axis evenly."""
-    for module, layout in layout_of.items():
-        for size in sizes:
+    for module, spec in config.modules.items():
+        layout = spec.layout()
+        for size in config.tensor_parallel_sizes:
             if layout.sparse and not layout.shardable(layout.split, size):
                 raise CheckpointError(
                     f"tensor_parallel_sizes promises {size}, but {layout.sparse} sparse + "
@@ -143,8 +147,6 @@ def check_checkpoint(checkpoint: Checkpoint, progress: Callable[[str], None] = l
     """Headers, sharding promises and all values of a checkpoint; ``progress`` gets module names."""
     config = checkpoint.require_spense()
     check_headers(checkpoint)
-    layouts = {name: spec.layout() for name, spec in config.modules.items()}
-    check_sharding(layouts, config.tensor_parallel_sizes)
     for module in config.modules:
         check_values(checkpoint.module_tensors(module), module=module, file=checkpoint.directory)
         progress(module)

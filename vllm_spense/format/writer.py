@@ -65,12 +65,16 @@ class CheckpointWriter:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Queue one tensor; a full shard is written at once."""
+        """Queue one tensor; a full shard is written at once. ``ValueError`` if the name was used before."""
+        if name in self._pending or any(name in shard for shard in self._shards):
+            raise ValueError(f"tensor {name} was added twice")
         tensor = tensor.detach().cpu().contiguous()
         size = tensor.numel() * tensor.element_size()
+        if tensor.untyped_storage().nbytes() != size:  # a slice would keep the whole storage alive
+            tensor = tensor.clone()
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
-        self._pending[name] = tensor.clone() if tensor._is_view() else tensor
+        self._pending[name] = tensor
         self._pending_bytes += size
         self._total_bytes += size
 

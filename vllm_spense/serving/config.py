@@ -80,20 +80,20 @@ class SpenseConfig(QuantizationConfig):
         directory = Path(model_name)
         if self.checkpoint is None or not directory.is_dir():
             return
+        if not any(directory.glob("*.safetensors")):  # configuration only, for --load-format dummy
+            return
         manifest = directory / MANIFEST_NAME
-        key = (str(directory.resolve()), manifest.stat().st_mtime_ns if manifest.exists() else 0)
+        if not manifest.is_file():
+            raise CheckpointError(
+                "the manifest is missing, so damaged or missing tensors could not be noticed",
+                file=manifest,
+                fix=f"`spense verify --update-manifest {directory}` checks all else and writes one",
+            )
+        key = (str(directory.resolve()), manifest.stat().st_mtime_ns)
         if key in _verified:
             return
         check_headers(Checkpoint(directory))
-        if manifest.exists():
-            check_manifest(directory, only=is_weight_file)
-        else:
-            logger.warning(
-                "%s has no %s: damaged weight values cannot be noticed. "
-                "`spense verify --update-manifest` writes one.",
-                directory,
-                MANIFEST_NAME,
-            )
+        check_manifest(directory, only=is_weight_file)
         _verified.add(key)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:

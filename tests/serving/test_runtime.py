@@ -1,0 +1,73 @@
+"""The dense kernels of vLLM that GPUs fall back to, run here with vLLM's CPU versions of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
+from vllm_spense.ops.linear import OUT_DTYPES
+from vllm_spense.serving.linear import install
+
+N, K = 48, 64
+BOUND = 2e-2  # relative Frobenius error: bf16 rounding, and another order of scales
+
+
+@pytest.fixture(params=["output", "input"])
+def case(request: pytest.FixtureRequest) -> tuple[LinearSpec, dict[str, torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    layout = online_layout(request.param, N, K, 0.5)
+    tensors = prune_and_pack(torch.randn(N, K), layout)
+    spec = LinearSpec(request.param, N, K, (layout.sparse,), (layout.dense,), torch.float8_e4m3fn)
+    return spec, tensors, torch.randn(5, K).bfloat16()
+
+
+def run(
+    runtime, tensors: dict[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    layer = torch.nn.Module()
+    layer.logical_widths = [N]
+    layer.orig_dtype = torch.bfloat16
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    install(layer, runtime.prepare(tensors), tuple(tensors))
+    runtime.finish(layer)
+    return runtime.apply(layer, x, bias)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_vllm_dense_fp8_agrees_with_the_definition(case, with_bias: bool) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_spense.serving.runtime import DenseFp8, SpenseRuntime
+
+    spec, tensors, x = case
+    bias = torch.randn(N).bfloat16() if with_bias else None
+    with set_current_vllm_config(VllmConfig()):
+        dense = run(DenseFp8(spec, torch.bfloat16), dict(tensors), x, bias)
+    ours = run(SpenseRuntime(spec, torch.device("cpu"), "reference"), dict(tensors), x, bias)
+    assert dense.dtype == ours.dtype == torch.bfloat16
+    error = (dense.float() - ours.float()).norm() / ours.float().norm()
+    assert error < BOUND
+
+
+def test_leading_dimensions_are_kept(case) -> None:
+    from vllm_spense.serving.runtime import SpenseRuntime
+
+    spec, tensors, x = case
+    runtime = SpenseRuntime(spec, torch.device("cpu"))
+    y = run(runtime, dict(tensors), x.view(1, 5, K), None)
+    assert y.shape == (1, 5, N)
+    assert torch.equal(y[0], run(runtime, dict(tensors), x, None))
+    assert y.dtype in OUT_DTYPES
+
+
+def test_a_layer_finds_its_runtime(case) -> None:
+    from vllm_spense.serving.runtime import make_runtime
+
+    spec, tensors, _ = case
+    layer = torch.nn.Module()
+    layer.orig_dtype = torch.bfloat16
+    assert make_runtime(spec, tensors, layer).name == "cpu"
+    unquantized = LinearSpec(spec.split, N, K, spec.sparse_sizes, spec.dense_sizes, torch.bfloat16)
+    assert make_runtime(unquantized, tensors, layer).name == "vllm-unquantized"

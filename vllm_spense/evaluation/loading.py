@@ -1,0 +1,130 @@
+"""Dense and Spense directories as transformers models, for measuring quality on any machine.
+
+Spense layers compute on their decompressed matrix with the project's own operators, so the numbers are
+those of the format's definition and need no vLLM.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.format.errors import REPRUNE
+from vllm_spense.ops import dense_linear, quantize_per_token
+
+Activations = Literal["checkpoint", "none"]
+
+
+class StoredLinear(nn.Module):
+    """A linear layer on stored values: ``weight [N, K]`` fp32 unscaled, ``scale [N]`` or None (bf16).
+
+    ``quantize``: round activations to e4m3 per token, as the checkpoint's activation scheme says.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        quantize: bool,
+    ) -> None:
+        super().__init__()
+        self.quantize = quantize
+        self.register_buffer("weight", weight.float())
+        self.register_buffer("scale", None if scale is None else scale.float())
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., K]`` to ``[..., N]`` in x's dtype."""
+        flat = x.reshape(-1, x.shape[-1])
+        values, x_scale = quantize_per_token(flat) if self.quantize else (flat, None)
+        y = dense_linear(values, x_scale, self.weight, self.scale, self.bias, x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    activations: Activations = "checkpoint",
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A causal language model for evaluation; ``dtype`` is that of activations and plain weights.
+
+    ``activations="none"`` leaves activations unquantised (weights only). No code from the directory is
+    run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories.
+    """
+    checkpoint = Checkpoint(directory)
+    from transformers import AutoModelForCausalLM
+
+    if checkpoint.quantization is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    else:
+        model = _load_spense(checkpoint, dtype, activations)
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The directory's tokenizer, without running code from it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activations) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quantization = checkpoint.require_spense()
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    state = {name: checkpoint.load(name) for name in checkpoint.plain_tensors()}
+    # strict=False reports what is missing: exactly the packed linears and a tied head may be.
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    packed = {f"{module}.{short}" for module in quantization.modules for short in ("weight", "bias")}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    lost = sorted(set(missing) - packed - tied) + sorted(unexpected)
+    if lost:
+        raise CheckpointError(
+            "the tensor is missing or unknown to the model",
+            file=checkpoint.directory,
+            tensor=lost[0],
+            fix=REPRUNE,
+        )
+    quantize = activations == "checkpoint" and quantization.activation_scheme != "none"
+    for name, spec in quantization.modules.items():
+        parent, _, child = name.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+            shape = tuple(owner.get_submodule(child).weight.shape)
+        except AttributeError:
+            shape = ()
+        if shape != (spec.out_features, spec.in_features):
+            raise CheckpointError(
+                f"the model's layer has shape {list(shape)}, the config says "
+                f"[{spec.out_features}, {spec.in_features}]",
+                file=checkpoint.directory,
+                module=name,
+                fix=REPRUNE,
+            )
+        weight, scale = checkpoint.module_weight(name)
+        bias = checkpoint.load(f"{name}.bias") if spec.bias else None
+        setattr(owner, child, StoredLinear(weight, scale, bias, quantize))
+    model.tie_weights()
+    return model
