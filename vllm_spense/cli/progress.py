@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from vllm_spense.pruning import PruneProgress
 
 
 @contextmanager
@@ -24,13 +27,13 @@ def module_progress(console: Console, what: str) -> Iterator[Callable[[str, int 
 
 
 @contextmanager
-def pruning_progress(console: Console) -> Iterator[Callable[[Any], None]]:
+def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], None]]:
     """One printed line per layer: losses of its modules, time so far and time left."""
 
-    def step(event: Any) -> None:
+    def step(event: PruneProgress) -> None:
         losses = "  ".join(f"{name.rpartition('.')[2]} {loss:.4f}" for name, loss in event.losses.items())
         console.print(
-            f"layer {event.layer + 1:>3}/{event.total}  {losses}  "
+            f"layer {event.layer:>3}/{event.layers}  {losses}  "
             f"[dim]{event.elapsed:.0f} s, {event.remaining:.0f} s left[/]",
             highlight=False,
         )

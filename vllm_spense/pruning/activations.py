@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_spense.pruning.adapters import decoder
+from vllm_spense.pruning.adapters import decoder, decoder_layers
 
 Hook = Callable[[torch.Tensor], None]
 
@@ -24,11 +24,12 @@ class LayerInputs:
     def __init__(self, model: nn.Module, windows: torch.Tensor, device: torch.device) -> None:
         self.device = device
         base = decoder(model)
+        layers = [layer.module for layer in decoder_layers(model)]
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         embedded = []
         for window in windows:
             self._arguments = []
-            with _recording(base.layers, self._record):
+            with _recording(layers, self._record):
                 base(input_ids=window[None].to(device), use_cache=False)
             embedded.append(self._first.float().cpu())
         self.hidden = torch.cat(embedded)
@@ -54,7 +55,7 @@ class LayerInputs:
 
 
 @contextmanager
-def _recording(layers: nn.ModuleList, record: Callable) -> Iterator[None]:
+def _recording(layers: Iterable[nn.Module], record: Callable) -> Iterator[None]:
     """While open, the layers hand their hidden states through and report their arguments."""
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -49,6 +49,7 @@ def decoder(model: nn.Module) -> nn.Module:
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """All decoder layers in order; raises :class:`UnsupportedModelError` naming the first misfit."""
     layers = decoder(model).layers
+    assert isinstance(layers, nn.ModuleList)
     names = {module: name for name, module in model.named_modules()}
     found = [_layer(names[module], module) for module in layers]
     if not found:
@@ -76,4 +77,5 @@ def _layer(name: str, module: nn.Module) -> DecoderLayer:
         for child, linear in module.named_modules()
         if type(linear) is nn.Linear and not child.startswith("mlp.")
     }
-    return DecoderLayer(name, module, *linears, attention)
+    gate, up, down = linears
+    return DecoderLayer(name, module, gate, up, down, attention)
