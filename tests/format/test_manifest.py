@@ -153,7 +153,15 @@ def test_damaged_manifests(directory: Path, change, message: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 200_000, b'{"version": 1, "files": ' + b"9" * 5000 + b"}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"version": 1, "files": ' + b"9" * 5000 + b"}",
+    ],
     ids=["empty", "cut", "list", "null", "not utf-8", "nested", "digits"],
 )
 def test_unreadable_manifests(directory: Path, content: bytes) -> None:

@@ -13,7 +13,14 @@ from vllm_spense.format.sparse24 import magnitude_mask
 N, K = 24, 48
 LAYOUTS = [
     Layout(split, N, K, sparse)
-    for split, sparse in (("output", 8), ("output", 0), ("output", N), ("input", 16), ("input", 0), ("input", K))
+    for split, sparse in (
+        ("output", 8),
+        ("output", 0),
+        ("output", N),
+        ("input", 16),
+        ("input", 0),
+        ("input", K),
+    )
 ]
 
 

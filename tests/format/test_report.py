@@ -54,7 +54,9 @@ def test_sparsity(tiny_spense: Path) -> None:
             assert zeros >= module.sparsity * weight.numel()
 
 
-@pytest.mark.parametrize(("losses", "loss"), [({"model.layers.0.mlp.up_proj": 0.25}, 0.25), ({}, None), ([1], None)])
+@pytest.mark.parametrize(
+    ("losses", "loss"), [({"model.layers.0.mlp.up_proj": 0.25}, 0.25), ({}, None), ([1], None)]
+)
 def test_losses_come_from_the_provenance(
     tiny_spense: Path, tmp_path: Path, losses: object, loss: float | None
 ) -> None:
@@ -76,5 +78,7 @@ def test_no_hybrid_layers(tiny_spense: Path, tmp_path: Path) -> None:
 
 
 def test_dense_directory_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(CheckpointError, match="this is no Spense checkpoint.*Fix: make one with `spense prune"):
+    with pytest.raises(
+        CheckpointError, match=r"this is no Spense checkpoint.*Fix: make one with `spense prune"
+    ):
         inspect(tiny_llama)

@@ -98,7 +98,10 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "weight dtype missing": (without("weight_dtype"), "weight_dtype: Field required"),
     "weight dtype": (top(weight_dtype="int8"), "weight_dtype: Input should be 'float8_e4m3fn' or 'bfloat16'"),
     "scheme missing": (without("activation_scheme"), "activation_scheme: Field required"),
-    "scheme unknown": (top(activation_scheme="static"), "activation_scheme: Input should be 'dynamic_per_token'"),
+    "scheme unknown": (
+        top(activation_scheme="static"),
+        "activation_scheme: Input should be 'dynamic_per_token'",
+    ),
     "scheme none for fp8": (
         top(activation_scheme="none"),
         "activation_scheme must be 'dynamic_per_token' for weight_dtype 'float8_e4m3fn'",
@@ -111,7 +114,10 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "tp empty": (top(tensor_parallel_sizes=[]), "tensor_parallel_sizes: List should have at least 1 item"),
     "tp zero": (top(tensor_parallel_sizes=[1, 0]), r"tensor_parallel_sizes\.1: .*greater than or equal to 1"),
     "tp negative": (top(tensor_parallel_sizes=[-2]), r"tensor_parallel_sizes\.0: .*greater than or equal"),
-    "tp huge": (top(tensor_parallel_sizes=[1 << 20]), r"tensor_parallel_sizes\.0: .*less than or equal to 1024"),
+    "tp huge": (
+        top(tensor_parallel_sizes=[1 << 20]),
+        r"tensor_parallel_sizes\.0: .*less than or equal to 1024",
+    ),
     "tp bool": (top(tensor_parallel_sizes=[True]), rf"tensor_parallel_sizes\.0: .*{INTEGER}"),
     "tp text": (top(tensor_parallel_sizes=["2"]), rf"tensor_parallel_sizes\.0: .*{INTEGER}"),
     "tp no list": (top(tensor_parallel_sizes=2), "tensor_parallel_sizes: Input should be a valid list"),

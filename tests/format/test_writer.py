@@ -80,10 +80,14 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, exists: bool, error: type
     if exists:
         write(out)
     before = {p.name: p.read_bytes() for p in out.iterdir()} if exists else {}
-    with pytest.raises(error), CheckpointWriter(out, overwrite=True, max_shard_bytes=1) as writer:
-        writer.add("a", torch.zeros(8))
-        writer.add("b", torch.zeros(8))
-        raise error
+    def interrupted() -> None:
+        with CheckpointWriter(out, overwrite=True, max_shard_bytes=1) as writer:
+            writer.add("a", torch.zeros(8))
+            writer.add("b", torch.zeros(8))
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert names(tmp_path) == ({"out"} if exists else set())
     if exists:
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -93,7 +97,10 @@ def test_failure_in_the_last_step_keeps_the_old_directory(tmp_path: Path) -> Non
     """A tensor that safetensors cannot store fails inside the final flush."""
     out = tmp_path / "out"
     write(out)
-    with pytest.raises(Exception, match="(?i)sparse|layout|storage"), CheckpointWriter(out, overwrite=True) as w:
+    with (
+        pytest.raises(Exception, match=r"(?i)sparse|layout|storage"),
+        CheckpointWriter(out, overwrite=True) as w,
+    ):
         w._pending["bad"] = torch.eye(4).to_sparse()
     assert names(tmp_path) == {"out"}
     check_manifest(out)
@@ -126,10 +133,12 @@ def test_a_file_in_the_way_is_refused_even_with_overwrite(tmp_path: Path) -> Non
 
 def test_a_target_filled_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="not empty"), CheckpointWriter(out) as writer:
-        writer.add("a", torch.zeros(8))
-        out.mkdir()
-        (out / "precious.txt").write_text("mine")
+    writer = CheckpointWriter(out).__enter__()
+    writer.add("a", torch.zeros(8))
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        writer.__exit__(None, None, None)
     assert names(tmp_path) == {"out"}
     assert names(out) == {"precious.txt"}
 
@@ -167,18 +176,24 @@ def test_a_queued_view_holds_no_large_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 1 << 20])
 def test_a_name_cannot_be_used_twice(tmp_path: Path, max_shard_bytes: int) -> None:
-    with (
-        pytest.raises(ValueError, match="tensor a was added twice"),
-        CheckpointWriter(tmp_path / "out", max_shard_bytes=max_shard_bytes) as writer,
-    ):
-        for name in ("a", "b", "a"):
-            writer.add(name, torch.zeros(8))
+    with CheckpointWriter(tmp_path / "out", max_shard_bytes=max_shard_bytes) as writer:
+        writer.add("a", torch.zeros(8))
+        writer.add("b", torch.zeros(8))
+        with pytest.raises(ValueError, match="tensor a was added twice"):
+            writer.add("a", torch.zeros(8))
+        writer.write_config({})
 
 
 def test_side_files(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "original").mkdir(parents=True)
-    wanted = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.txt"}
+    wanted = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "vocab.txt",
+    }
     unwanted = {
         "config.json",
         "README.md",

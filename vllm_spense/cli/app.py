@@ -88,7 +88,7 @@ def evaluate_(
             seq_len=seq_len,
             max_tokens=max_tokens,
             activations="none" if weights_only else "checkpoint",
-            progress=lambda done, total: progress(str(done), total),
+            progress=progress,
         )
     if as_json:
         print(json.dumps({"directory": str(directory), **asdict(result)}))
@@ -158,7 +158,7 @@ def verify(
     from vllm_spense.evaluation.verify import verify as run
 
     with module_progress(errors, "checks") as progress:
-        report = run(directory, update_manifest=update_manifest, progress=lambda what: progress(what, None))
+        report = run(directory, update_manifest=update_manifest, progress=progress)
     note = "" if report.architecture_checked else " (transformers is missing: fit to the model not checked)"
     console.print(f"[green]OK[/] {report.modules} modules, {report.tensors} tensors{note}")
 
@@ -176,7 +176,7 @@ def export(
     from vllm_spense.format.export import export as run
 
     with module_progress(errors, "modules") as progress:
-        run(directory, out, format=format, overwrite=overwrite, progress=lambda what: progress(what, None))
+        run(directory, out, format=format, overwrite=overwrite, progress=progress)
     console.print(f"Wrote [bold]{out}[/] ({format})")
 
 

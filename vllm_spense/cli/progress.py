@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from vllm_spense.pruning import PruneProgress
 
 
+class Step(Protocol):
+    """One thing is done: its name (or number) and, where it is known, how many there are."""
+
+    def __call__(self, name: object, total: int | None = None, /) -> None: ...
+
+
 @contextmanager
-def module_progress(console: Console, what: str) -> Iterator[Callable[[str, int | None], None]]:
-    """A bar that counts calls; the callback takes a name and, where it is known, the total."""
+def module_progress(console: Console, what: str) -> Iterator[Step]:
+    """A bar that counts steps; progress callbacks of the Python functions can be it directly."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
-        def step(name: str, total: int | None) -> None:
+        def step(name: object, total: int | None = None) -> None:
             bar.update(task, advance=1, total=total, description=f"{what} {name}")
 
         yield step

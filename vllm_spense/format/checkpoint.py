@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class Checkpoint:
         found: dict[str, TensorInfo] = {}
         files = self._files()
         for file, promised in files.items():
-            if not file.is_file():
+            if not os.path.isfile(file):  # Path.is_file raises on a name that is too long
                 raise CheckpointError("the weight file is missing", file=file, fix=REPRUNE)
             with _open(file) as stream:
                 stored = set(stream.keys())

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
-from vllm_spense.format.errors import CheckpointError
+from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import Layout, Split
 
 FORMAT_VERSION = 1
@@ -95,7 +95,9 @@ class SpenseCheckpointConfig(_Strict):
 def parse_config(raw: object, file: object = "config.json") -> SpenseCheckpointConfig:
     """Validate a ``quantization_config`` dictionary; one :class:`CheckpointError` names every mistake."""
     if not isinstance(raw, dict):
-        raise CheckpointError(f"quantization_config must be an object, not {type(raw).__name__}", file=file)
+        raise CheckpointError(
+            f"quantization_config must be an object, not {type(raw).__name__}", file=file, fix=REPRUNE
+        )
     if raw.get("quant_method") != "spense":
         raise CheckpointError(
             f"quantization_config.quant_method is {raw.get('quant_method')!r}, expected 'spense'",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_spense.format.checkpoint import Checkpoint, TensorInfo
+from vllm_spense.format.checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import TENSOR_NAMES
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
@@ -15,6 +15,8 @@ from vllm_spense.format.sparse24 import legal_meta_bytes
 
 _STORED = {"float8_e4m3fn": ("F8_E4M3",), "bfloat16": ("BF16",)}
 _BIAS_DTYPES = ("BF16", "F16", "F32")
+_PLAIN_DTYPES = (*_BIAS_DTYPES, "F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+"""Norms, embeddings, heads, buffers. An FP8 or FP4 tensor there lost its scale: engines cast it silently."""
 
 
 def expected_tensors(
@@ -45,7 +47,7 @@ def check_headers(checkpoint: Checkpoint) -> None:
     Raises :class:`CheckpointError` at the first missing, unexpected or mis-shaped tensor.
     """
     config = checkpoint.require_spense()
-    check_sharding(config)
+    check_sharding(config, checkpoint.directory / CONFIG_NAME)
     tensors = checkpoint.tensors
     for module, spec in config.modules.items():
         expected = expected_tensors(spec, config.weight_dtype)
@@ -79,10 +81,12 @@ def check_headers(checkpoint: Checkpoint) -> None:
                 tensor=short,
                 fix=REPRUNE,
             )
+        else:
+            _check_header(info, None, name, info.shape, _PLAIN_DTYPES)
 
 
 def _check_header(
-    info: TensorInfo, module: str, short: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+    info: TensorInfo, module: str | None, short: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> None:
     if info.shape != shape:
         problem = f"shape {list(info.shape)}, expected {list(shape)}"
@@ -129,7 +133,7 @@ def _bad_values(short: str, tensor: torch.Tensor) -> tuple[int, str] | None:
     return int(flat.to(torch.uint8).argmax()), what
 
 
-def check_sharding(config: SpenseCheckpointConfig) -> None:
+def check_sharding(config: SpenseCheckpointConfig, file: Path | None = None) -> None:
     """Every promised tensor-parallel size must cut each hybrid module's own split axis evenly."""
     for module, spec in config.modules.items():
         layout = spec.layout()
@@ -138,6 +142,7 @@ def check_sharding(config: SpenseCheckpointConfig) -> None:
                 raise CheckpointError(
                     f"tensor_parallel_sizes promises {size}, but {layout.sparse} sparse + "
                     f"{layout.dense} dense {layout.split} features cannot be cut that way",
+                    file=file,
                     module=module,
                     fix=REPRUNE,
                 )

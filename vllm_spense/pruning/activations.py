@@ -41,17 +41,21 @@ class LayerInputs:
         self._arguments.append((args[1:], kept))
         return args[0]
 
-    def run(self, index: int, layer: nn.Module) -> Iterator[torch.Tensor]:
-        """Outputs [1, seq, hidden] of layer ``index``, sample by sample."""
-        args, kwargs = self._arguments[index]
-        for sample in self.hidden:
-            output = layer(sample[None].to(self.device), *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+    def feed(self, index: int, layer: nn.Module) -> None:
+        """Run layer ``index`` on every sample for what watchers see; :class:`Stop` ends a sample."""
+        for i in range(len(self.hidden)):
+            with suppress(Stop):
+                self._run(i, index, layer)
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states by the outputs of layer ``index``."""
-        for i, output in enumerate(self.run(index, layer)):
-            self.hidden[i] = output[0].cpu()
+        for i in range(len(self.hidden)):
+            self.hidden[i] = self._run(i, index, layer)[0].cpu()
+
+    def _run(self, sample: int, index: int, layer: nn.Module) -> torch.Tensor:
+        args, kwargs = self._arguments[index]
+        output = layer(self.hidden[sample, None].to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -82,8 +86,8 @@ def watching(module: nn.Module, hook: Hook) -> Iterator[None]:
         handle.remove()
 
 
-class _Seen(Exception):
-    """Raised by the watcher to leave a forward whose rest is not needed."""
+class Stop(Exception):
+    """Raised by a watcher to leave a forward whose rest is not needed."""
 
 
 def inputs_of_last(block: nn.Module, last: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -92,8 +96,36 @@ def inputs_of_last(block: nn.Module, last: nn.Module, x: torch.Tensor) -> torch.
 
     def stop(value: torch.Tensor) -> None:
         seen.append(value)
-        raise _Seen
+        raise Stop
 
-    with watching(last, stop), suppress(_Seen):
+    with watching(last, stop), suppress(Stop):
         block(x)
     return seen[0]
+
+
+@contextmanager
+def recording_outputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While open, the (first) output of every call of ``module`` is appended to the list, on the CPU."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaying(
+    module: nn.Module, outputs: Iterable[torch.Tensor], wrap: Callable[[torch.Tensor], Any]
+) -> Iterator[None]:
+    """While open, ``module`` does not compute: its calls return ``wrap(output)`` of one after another."""
+    remaining = iter(outputs)
+    module.forward = lambda *_, **__: wrap(next(remaining))
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own forward shows again

@@ -20,13 +20,15 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One decoder layer: its module, its name in the checkpoint, and its linear layers.
+    """One decoder layer: its module, its name in the checkpoint, its two blocks and linear layers.
 
-    ``attention`` maps full names to linears outside of the MLP.
+    ``attention`` maps full names to the linears outside of the MLP.
     """
 
     name: str
     module: nn.Module
+    attention_block: nn.Module
+    mlp: nn.Module
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
@@ -58,9 +60,9 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 
 
 def _layer(name: str, module: nn.Module) -> DecoderLayer:
-    mlp = getattr(module, "mlp", None)
-    if mlp is None:
-        raise UnsupportedModelError(f"{name} has no mlp; {_SUPPORTED}")
+    mlp, attention_block = getattr(module, "mlp", None), getattr(module, "self_attn", None)
+    if mlp is None or attention_block is None:
+        raise UnsupportedModelError(f"{name} has no mlp or no self_attn; {_SUPPORTED}")
     if hasattr(mlp, "experts"):
         raise UnsupportedModelError(f"{name}.mlp is a mixture of experts; {_SUPPORTED}")
     linears = []
@@ -78,4 +80,4 @@ def _layer(name: str, module: nn.Module) -> DecoderLayer:
         if type(linear) is nn.Linear and not child.startswith("mlp.")
     }
     gate, up, down = linears
-    return DecoderLayer(name, module, gate, up, down, attention)
+    return DecoderLayer(name, module, attention_block, mlp, gate, up, down, attention)

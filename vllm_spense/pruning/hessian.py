@@ -6,6 +6,8 @@ import torch
 
 from vllm_spense.format import CheckpointError
 
+_BLOCK = 512
+
 
 class Hessian:
     """Running ``H = 2/T Σ x xᵀ`` [K, K] in fp32 over T input tokens.
@@ -21,7 +23,8 @@ class Hessian:
     def add(self, x: torch.Tensor) -> None:
         """Add the inputs ``x [..., K]`` of some tokens."""
         flat = x.reshape(-1, x.shape[-1]).float()
-        self._sum.addmm_(flat.t(), flat)
+        for i in range(0, flat.shape[1], _BLOCK):  # the blocks below the diagonal are mirrored later
+            self._sum[i : i + _BLOCK, i:].addmm_(flat[:, i : i + _BLOCK].t(), flat[:, i:])
         self._tokens += flat.shape[0]
 
     def matrix(self, module: str) -> torch.Tensor:
@@ -32,7 +35,8 @@ class Hessian:
                 module=module,
                 fix="check the source model's weights; fp16 models can overflow",
             )
-        return self._sum * (2.0 / max(self._tokens, 1))
+        upper = self._sum.triu()
+        return (upper + upper.triu(1).t()) * (2.0 / max(self._tokens, 1))
 
 
 def output_error(change: torch.Tensor, weight: torch.Tensor, h: torch.Tensor | None) -> float:

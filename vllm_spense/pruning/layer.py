@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
-from vllm_spense.pruning.activations import LayerInputs, inputs_of_last, watching
+from vllm_spense.pruning.activations import (
+    LayerInputs,
+    Stop,
+    inputs_of_last,
+    recording_outputs,
+    replaying,
+    watching,
+)
 from vllm_spense.pruning.adapters import DecoderLayer
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.hessian import Hessian, output_error
@@ -21,6 +29,9 @@ from vllm_spense.pruning.solvers import (
     prune_obs,
     prune_wanda,
 )
+
+_KEEP_BYTES = 2 << 30
+"""Inputs of down up to this size are kept between two passes instead of being computed again."""
 
 
 @dataclass
@@ -37,6 +48,18 @@ class PrunedLayer:
     losses: dict[str, float] = field(default_factory=dict)
     row_order: dict[str, torch.Tensor] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Observed:
+    """What the unpruned layer showed: per sample the MLP's input and attention's output (on the CPU),
+    the Hessian in front of gate and up, and the sums of squares in front of down if indices are scored.
+    """
+
+    mlp_inputs: list[torch.Tensor]
+    attention: list[torch.Tensor]
+    h_in: torch.Tensor
+    down_squares: torch.Tensor | None
 
 
 class LayerPruner:
@@ -64,8 +87,9 @@ class LayerPruner:
             for name, linear in layer.attention.items():
                 self._store(result, name, linear, linear.weight)
 
-        mlp_inputs, h_in, h_down = self._observe(index, layer)
-        order = self._permute(layer, layouts[gate_name].dense, h_in, h_down)
+        seen = self._observe(index, layer, layouts[gate_name].dense)
+        h_in = None if seen is None else seen.h_in
+        order = self._permute(layer, layouts[gate_name].dense, seen)
         result.row_order = {gate_name: order, up_name: order}
         solve_in = self._solver(h_in, f"{gate_name} and up_proj", result)
         for name, linear in ((gate_name, layer.gate), (up_name, layer.up)):
@@ -73,13 +97,13 @@ class LayerPruner:
             self._store(result, name, linear, solve_in(original, layouts[name]))
             result.losses[name] = output_error(linear.weight - original, original, h_in)
         # Gate and up are pruned now, so down sees other inputs than before.
-        h_down = self._observe_down(layer, mlp_inputs)
+        h_down, down_inputs = (None, []) if seen is None else self._observe_down(layer, seen)
         original = layer.down.weight.clone()
         pruned = self._solver(h_down, down_name, result)(original, layouts[down_name])
         self._store(result, down_name, layer.down, pruned)
         result.losses[down_name] = output_error(layer.down.weight - original, original, h_down)
-        if self.inputs is not None:
-            self.inputs.advance(index, layer.module)
+        if seen is not None:
+            self._advance(index, layer, seen, down_inputs)
         return result
 
     def _layouts(self, layer: DecoderLayer) -> dict[str, Layout]:
@@ -114,44 +138,67 @@ class LayerPruner:
 
     # -- statistics ------------------------------------------------------------------------------
 
-    def _observe(
-        self, index: int, layer: DecoderLayer
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-        """Inputs of the MLP, their Hessian, and the diagonal of the unpruned down's input Hessian."""
-        if self.inputs is None or self.config.dense_ratio == 1:
-            return [], None, None
+    def _observe(self, index: int, layer: DecoderLayer, dense: int) -> _Observed | None:
+        """Run the layer up to the MLP (up to down, if indices are scored) on all samples."""
+        if self.inputs is None:
+            return None
         gate, _, down = layer.mlp_names()
         device = layer.gate.weight.device
-        kept: list[torch.Tensor] = []
+        scored = self.config.selection == "spensegpt+" and 0 < dense < layer.down.in_features
+        mlp_inputs: list[torch.Tensor] = []
         h_in = Hessian(layer.gate.in_features, device)
         squares = torch.zeros(layer.down.in_features, device=device)
-        tokens = 0
 
         def see_mlp(x: torch.Tensor) -> None:
             h_in.add(x)
-            kept.append(x.cpu())
+            mlp_inputs.append(x.cpu())
+            if not scored:
+                raise Stop
 
         def see_down(x: torch.Tensor) -> None:
-            nonlocal tokens
             squares.add_(x.reshape(-1, x.shape[-1]).square().sum(0))
-            tokens += x.numel() // x.shape[-1]
+            raise Stop
 
-        with watching(layer.gate, see_mlp), watching(layer.down, see_down):
-            for _ in self.inputs.run(index, layer.module):
-                pass
+        with (
+            recording_outputs(layer.attention_block) as attention,
+            watching(layer.gate, see_mlp),
+            watching(layer.down, see_down),
+        ):
+            self.inputs.feed(index, layer.module)
         if not torch.isfinite(squares).all():
             raise CheckpointError("the calibration inputs of this layer hold NaN or infinity", module=down)
-        return kept, h_in.matrix(gate), squares * (2.0 / max(tokens, 1))
+        return _Observed(mlp_inputs, attention, h_in.matrix(gate), squares if scored else None)
 
-    def _observe_down(self, layer: DecoderLayer, mlp_inputs: list[torch.Tensor]) -> torch.Tensor | None:
-        if not mlp_inputs:
-            return None
-        mlp = layer.module.mlp
-        assert isinstance(mlp, nn.Module)
-        h = Hessian(layer.down.in_features, layer.down.weight.device)
-        for x in mlp_inputs:
-            h.add(inputs_of_last(mlp, layer.down, x.to(layer.down.weight.device)))
-        return h.matrix(layer.mlp_names()[2])
+    def _observe_down(self, layer: DecoderLayer, seen: _Observed) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hessian of down's inputs, and these inputs themselves if they are small enough to keep."""
+        device = layer.down.weight.device
+        h = Hessian(layer.down.in_features, device)
+        tokens = sum(x.numel() // x.shape[-1] for x in seen.mlp_inputs)
+        keep = tokens * layer.down.in_features * 4 <= _KEEP_BYTES
+        kept = []
+        for x in seen.mlp_inputs:
+            inner = inputs_of_last(layer.mlp, layer.down, x.to(device))
+            h.add(inner)
+            if keep:
+                kept.append(inner.cpu())
+        return h.matrix(layer.mlp_names()[2]), kept
+
+    def _advance(
+        self, index: int, layer: DecoderLayer, seen: _Observed, down_inputs: list[torch.Tensor]
+    ) -> None:
+        """Outputs of the finished layer; attention and, where kept, down's inputs are known already."""
+        assert self.inputs is not None
+        device = layer.down.weight.device
+        outputs: Iterator[torch.Tensor]
+        if down_inputs:
+            outputs = (layer.down(x.to(device)) for x in down_inputs)
+        else:  # a list, for the MLP cannot compute while it is replayed
+            outputs = iter([layer.mlp(x.to(device)).cpu() for x in seen.mlp_inputs])
+        with (
+            replaying(layer.attention_block, seen.attention, lambda x: (x.to(device), None)),
+            replaying(layer.mlp, outputs, lambda x: x.to(device)),
+        ):
+            self.inputs.advance(index, layer.module)
 
     # -- changes ---------------------------------------------------------------------------------
 
@@ -159,14 +206,13 @@ class LayerPruner:
         self,
         layer: DecoderLayer,
         dense: int,
-        h_in: torch.Tensor | None,
-        h_down: torch.Tensor | None,
+        seen: _Observed | None,
     ) -> torch.Tensor:
         """Move the dense indices to the end in gate, up and down; returns the order [I] on the CPU."""
         scores = None
-        if self.config.selection == "spensegpt+" and h_in is not None and h_down is not None:
+        if seen is not None and seen.down_squares is not None:
             weights = (layer.gate.weight, layer.up.weight, layer.down.weight)
-            scores = index_scores(*weights, h_in, h_down)
+            scores = index_scores(*weights, seen.h_in, seen.down_squares)
         on_cpu = permutation(scores, layer.gate.out_features, dense)
         order = on_cpu.to(layer.gate.weight.device)
         for linear in (layer.gate, layer.up):

@@ -1,0 +1,137 @@
+"""Perplexity and the loading of dense and Spense directories."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_llama, make_spense
+from tiny_text import add_tokenizer, write_text
+
+from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
+from vllm_spense.evaluation.loading import StoredLinear
+from vllm_spense.format import Checkpoint, CheckpointError, dequantize
+from vllm_spense.format.export import export
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_tokenizer(make_llama(tmp_path_factory.mktemp("evaluation") / "dense"))
+
+
+@pytest.fixture(scope="module")
+def spense(dense: Path) -> Path:
+    return make_spense(dense, dense.parent / "spense")
+
+
+@pytest.fixture(scope="module")
+def text(dense: Path) -> Path:
+    return write_text(dense.parent / "text.txt", 100)
+
+
+@torch.inference_mode()
+def logits(directory: Path, ids: torch.Tensor, **options) -> torch.Tensor:
+    return load_model(directory, **options)(ids).logits
+
+
+def test_perplexity_by_hand(dense: Path, text: Path) -> None:
+    """100 tokens hold three windows of 32; the last four tokens are not scored."""
+    seen: list[tuple[int, int]] = []
+    result = evaluate(dense, text, seq_len=32, max_tokens=1000, progress=lambda *step: seen.append(step))
+    ids = [int(word[1:]) for word in text.read_text().split()]
+    scores = []
+    for start in (0, 32, 64):
+        window = torch.tensor(ids[start : start + 32])
+        probabilities = logits(dense, window[None])[0].double().softmax(-1)
+        scores += [-math.log(probabilities[i, window[i + 1]]) for i in range(31)]
+    assert result.tokens == len(scores) == 93
+    assert result.nll == pytest.approx(sum(scores) / 93, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.nll))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    fewer = evaluate(dense, text, seq_len=32, max_tokens=95)
+    assert fewer.tokens == 62
+
+
+def test_spense_weights_only_equals_the_decompressed_model(dense: Path, spense: Path, tmp_path: Path) -> None:
+    twin = export(spense, tmp_path / "twin", format="float32")
+    ids = torch.arange(48)[None]
+    expected = logits(twin, ids)
+    torch.testing.assert_close(logits(spense, ids, activations="none"), expected, rtol=1e-3, atol=1e-3)
+    distance = (logits(dense, ids) - expected).norm() / expected.norm()
+    assert distance > 0.1  # negative control: the unpruned model is another one
+
+
+def test_activation_quantisation_is_on_by_default(spense: Path) -> None:
+    ids = torch.arange(48)[None]
+    quantised, plain = logits(spense, ids), logits(spense, ids, activations="none")
+    difference = float((quantised - plain).norm() / plain.norm())
+    assert 0.005 < difference < 0.5
+
+
+def test_stored_linear_is_w8a8(spense: Path) -> None:
+    """One layer against the arithmetic written out."""
+    name = "model.layers.0.mlp.down_proj"
+    checkpoint = Checkpoint(spense)
+    layer = load_model(spense).get_submodule(name)
+    assert isinstance(layer, StoredLinear)
+    x = torch.randn(2, 5, layer.weight.shape[1])
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    rounded = (x / scale).to(torch.float8_e4m3fn).float() * scale
+    expected = rounded @ dequantize(*checkpoint.module_weight(name)).t()
+    expected += checkpoint.load(f"{name}.bias").float()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_bf16_spense_loads_without_scales(dense: Path, tmp_path: Path) -> None:
+    spense = make_spense(dense, tmp_path / "spense", weight_dtype="bfloat16")
+    twin = export(spense, tmp_path / "twin", format="float32")
+    ids = torch.arange(48)[None]
+    torch.testing.assert_close(logits(spense, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_text_errors(dense: Path, text: Path) -> None:
+    with pytest.raises(ValueError, match="100 tokens, fewer than one window of 512"):
+        evaluate(dense, text)
+    with pytest.raises(ValueError, match="holds no window of 512"):
+        evaluate(dense, text, max_tokens=100)
+    with pytest.raises(ValueError, match="cannot be read"):
+        evaluate(dense, text.parent / "missing.txt")
+
+
+def test_lost_and_unknown_tensors_are_refused(spense: Path, tmp_path: Path) -> None:
+    state = load_file(spense / "model.safetensors")
+    for name, change in (
+        ("model.norm.weight", lambda s: s.pop("model.norm.weight")),
+        ("model.extra", lambda s: s.update({"model.extra": torch.ones(2)})),
+    ):
+        broken = tmp_path / name
+        shutil.copytree(spense, broken)
+        changed = dict(state)
+        change(changed)
+        save_file(changed, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            load_model(broken)
+
+
+def test_extents_that_do_not_fit_the_model(spense: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(spense, broken)
+    config = json.loads((broken / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    modules["model.layers.9.mlp.up_proj"] = modules.pop("model.layers.0.mlp.up_proj")
+    (broken / "config.json").write_text(json.dumps(config))
+    state = load_file(broken / "model.safetensors")
+    moved = {n.replace("layers.0.mlp.up", "layers.9.mlp.up"): t for n, t in state.items()}
+    save_file(moved, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.[09]\.mlp\.up_proj"):
+        load_model(broken)
+
+
+def test_tokenizer_comes_from_the_directory(dense: Path) -> None:
+    assert load_tokenizer(dense)("w3 w1")["input_ids"] == [3, 1]

@@ -1,0 +1,124 @@
+"""Which back end runs a layer, and that all of them compute the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_spense.format import FP8_DTYPE, Layout
+from vllm_spense.format.layout import Split
+from vllm_spense.ops import LinearSpec, available_backends, prune_and_pack, select_backend
+from vllm_spense.ops.dispatch import Tensors
+
+CPU = torch.device("cpu")
+RUNNABLE = [b for b in available_backends() if b.name in ("cpu", "reference")]
+LAYOUTS = [
+    (Layout("output", 24, 48, 8), 2),
+    (Layout("output", 24, 48, 0), 3),
+    (Layout("output", 24, 48, 24), 1),
+    (Layout("input", 24, 48, 16), 1),
+    (Layout("input", 24, 48, 0), 1),
+    (Layout("input", 24, 48, 48), 1),
+]
+
+
+def make(
+    layout: Layout, shards: int, weight_dtype: torch.dtype = FP8_DTYPE, seed: int = 0
+) -> tuple[LinearSpec, Tensors]:
+    """Spec and checkpoint tensors of ``shards`` fused layers, the empty regions with a size of 0."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for _ in range(shards):
+        weight = torch.randn(layout.out_features, layout.in_features, generator=generator)
+        parts.append(prune_and_pack(weight, layout, weight_dtype))
+    tensors: Tensors = {}
+    for name in ("sparse_values", "sparse_meta", "dense_weight"):
+        dtype = torch.uint8 if name == "sparse_meta" else weight_dtype
+        empty = torch.empty(layout.shape(name), dtype=dtype)
+        bits = torch.uint8 if dtype.itemsize == 1 else dtype
+        tensors[name] = torch.cat([p.get(name, empty).view(bits) for p in parts]).view(dtype)
+    if weight_dtype == FP8_DTYPE:
+        tensors["weight_scale"] = torch.cat([p["weight_scale"] for p in parts])
+    fused = shards if layout.split == "output" else 1
+    spec = LinearSpec(
+        layout.split,
+        layout.out_features * shards,
+        layout.in_features,
+        (layout.sparse,) * fused,
+        (layout.dense,) * fused,
+        weight_dtype,
+    )
+    return spec, tensors
+
+
+def test_the_best_legal_back_end_runs_a_cpu_layer() -> None:
+    spec, _ = make(*LAYOUTS[0])
+    assert select_backend(spec, CPU).name == "cpu"
+    assert select_backend(spec, CPU, "reference").name == "reference"
+
+
+def test_another_device_falls_back_to_the_definition() -> None:
+    """The last back end runs anywhere, so every layer has one."""
+    spec, _ = make(*LAYOUTS[0])
+    assert select_backend(spec, torch.device("meta")).name == "reference"
+
+
+def test_a_named_back_end_that_cannot_run_says_why() -> None:
+    spec, _ = make(*LAYOUTS[0])
+    with pytest.raises(ValueError, match="back end 'cpu' cannot run this layer: runs on CPUs, not on meta"):
+        select_backend(spec, torch.device("meta"), "cpu")
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    spec, _ = make(*LAYOUTS[0])
+    with pytest.raises(ValueError, match=r"unknown back end 'cublas' \(known: .*cpu, .*reference\)"):
+        select_backend(spec, CPU, "cublas")
+
+
+def test_the_list_is_a_copy() -> None:
+    available_backends().clear()
+    assert {b.name for b in available_backends()} >= {"cpu", "reference"}
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "shards"), LAYOUTS, ids=str)
+def test_back_ends_agree_bit_for_bit(
+    layout: Layout, shards: int, weight_dtype: torch.dtype, out: torch.dtype
+) -> None:
+    spec, tensors = make(layout, shards, weight_dtype)
+    generator = torch.Generator().manual_seed(1)
+    for tokens in (0, 1, 7):
+        x = torch.randn(tokens, layout.in_features, generator=generator).to(out)
+        for bias in (None, torch.randn(spec.out_features, generator=generator).to(out)):
+            results = [b.apply(spec, b.prepare(spec, tensors), x, bias) for b in RUNNABLE]
+            assert results[0].shape == (tokens, spec.out_features)
+            assert results[0].dtype == out
+            assert all(torch.equal(results[0], other) for other in results[1:])
+            assert tokens == 0 or results[0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("backend", RUNNABLE, ids=lambda b: b.name)
+@pytest.mark.parametrize(("layout", "shards"), LAYOUTS, ids=str)
+def test_prepared_shapes_depend_on_the_spec_only(backend, layout: Layout, shards: int) -> None:
+    """Other weights, and weights of zeros only, give the same names, shapes and dtypes."""
+    spec, first = make(layout, shards, seed=0)
+    _, second = make(layout, shards, seed=1)
+    zeros = {n: torch.full_like(t, 0x44) if n == "sparse_meta" else torch.zeros_like(t) for n, t in first.items()}
+    signatures = [
+        {n: (t.shape, t.dtype) for n, t in backend.prepare(spec, tensors).items()}
+        for tensors in (first, second, zeros)
+    ]
+    assert signatures[0] == signatures[1] == signatures[2]
+    assert "weight_packed" in signatures[0], "vLLM's LoRA code looks for it"
+
+
+@pytest.mark.parametrize("split", ["output", "input"])
+def test_only_fp8_layers_quantise_activations(split: Split) -> None:
+    layout = Layout(split, 24, 48, 16)
+    fp8, _ = make(layout, 1)
+    bf16, _ = make(layout, 1, torch.bfloat16)
+    assert (fp8.quantize_activations, bf16.quantize_activations) == (True, False)
+    assert fp8.hybrid
+    assert not make(Layout(split, 24, 48, 0), 1)[0].hybrid
+    assert hash(fp8) == hash(make(layout, 1)[0])

@@ -1,0 +1,76 @@
+"""Layers run one at a time must give what the whole model gives, for every supported architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_spense.pruning.activations import LayerInputs, inputs_of_last
+from vllm_spense.pruning.adapters import decoder, decoder_layers
+from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.layer import LayerPruner
+
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"]
+
+
+def tiny_model(kind: str) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+        "sliding_window": 6,  # shorter than the sample, so that the mask matters where it is used
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).eval()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(("replay", "dense", "keep"), [(False, 0, True), (True, 0, True), (True, 32, False)])
+@torch.no_grad()
+def test_layer_by_layer_equals_the_whole_model(kind: str, replay: bool, dense: int, keep: bool) -> None:
+    model = tiny_model(kind)
+    windows = torch.arange(48).view(2, 24)
+    inputs = LayerInputs(model, windows, torch.device("cpu"))
+    before = inputs.hidden.clone()
+    for index, layer in enumerate(decoder_layers(model)):
+        if replay:  # as the pruner does it, with nothing pruned
+            pruner = LayerPruner(PruneConfig(calibration="x"), inputs)
+            seen = pruner._observe(index, layer, dense)
+            _, kept = pruner._observe_down(layer, seen)
+            assert (seen.down_squares is not None) == (dense == 32)
+            pruner._advance(index, layer, seen, kept if keep else [])
+        else:
+            inputs.advance(index, layer.module)
+    base = decoder(model)
+    whole = base(input_ids=windows, use_cache=False).last_hidden_state
+    torch.testing.assert_close(base.norm(inputs.hidden), whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, inputs.hidden)
+
+
+@torch.no_grad()
+def test_inputs_of_last_stops_in_front_of_it() -> None:
+    mlp = decoder_layers(tiny_model("llama"))[0].module.mlp
+    x = torch.randn(1, 5, 32)
+    expected = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    calls: list[None] = []
+    mlp.down_proj.register_forward_hook(lambda *_: calls.append(None))
+    assert torch.equal(inputs_of_last(mlp, mlp.down_proj, x), expected)
+    assert not calls
+    mlp(x)  # the watcher is gone
+    assert len(calls) == 1
+
+
+def test_discovery_names_the_parts() -> None:
+    layer = decoder_layers(tiny_model("qwen3"))[1]
+    assert layer.mlp_names()[2] == "model.layers.1.mlp.down_proj"
+    names = {f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"}
+    assert set(layer.attention) == names
