@@ -64,15 +64,28 @@ def generate(
 
 
 class Pool:
-    """Runs requests two at a time: start-up of one engine keeps one core busy."""
+    """Runs named requests, two at a time: the start-up of one engine keeps one core busy.
+
+    A run starts when a test first asks for it or for its partner, so `pytest -k tp2` starts two engines.
+    """
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.executor = ThreadPoolExecutor(max_workers=2)
+        self.requests: dict[str, tuple[dict[str, Any], dict[str, str] | None]] = {}
+        self.partners: dict[str, tuple[str, ...]] = {}
         self.futures: dict[str, Future[Run]] = {}
 
-    def submit(self, name: str, request: dict[str, Any], environment: dict[str, str] | None = None) -> None:
-        self.futures[name] = self.executor.submit(generate, self.work, name, request, environment)
+    def add(self, name: str, request: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        """Declare a run: ``vllm_generate.py``'s request and additions to the environment."""
+        self.requests[name] = (request, environment)
+
+    def together(self, *names: str) -> None:
+        """These runs are started at the same time."""
+        self.partners |= dict.fromkeys(names, names)
 
     def __getitem__(self, name: str) -> Run:
+        for each in self.partners.get(name, (name,)):
+            if each not in self.futures:
+                self.futures[each] = self.executor.submit(generate, self.work, each, *self.requests[each])
         return self.futures[name].result()

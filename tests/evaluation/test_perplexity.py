@@ -123,13 +123,9 @@ def test_extents_that_do_not_fit_the_model(spense: Path, tmp_path: Path) -> None
     broken = tmp_path / "broken"
     shutil.copytree(spense, broken)
     config = json.loads((broken / "config.json").read_text())
-    modules = config["quantization_config"]["modules"]
-    modules["model.layers.9.mlp.up_proj"] = modules.pop("model.layers.0.mlp.up_proj")
+    config["intermediate_size"] = 200
     (broken / "config.json").write_text(json.dumps(config))
-    state = load_file(broken / "model.safetensors")
-    moved = {n.replace("layers.0.mlp.up", "layers.9.mlp.up"): t for n, t in state.items()}
-    save_file(moved, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.[09]\.mlp\.up_proj"):
+    with pytest.raises(CheckpointError, match=r"up_proj.*shape \[200, 144\].*\[208, 144\]|gate_proj.*200"):
         load_model(broken)
 
 

@@ -80,6 +80,7 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, exists: bool, error: type
     if exists:
         write(out)
     before = {p.name: p.read_bytes() for p in out.iterdir()} if exists else {}
+
     def interrupted() -> None:
         with CheckpointWriter(out, overwrite=True, max_shard_bytes=1) as writer:
             writer.add("a", torch.zeros(8))

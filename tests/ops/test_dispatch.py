@@ -104,7 +104,9 @@ def test_prepared_shapes_depend_on_the_spec_only(backend, layout: Layout, shards
     """Other weights, and weights of zeros only, give the same names, shapes and dtypes."""
     spec, first = make(layout, shards, seed=0)
     _, second = make(layout, shards, seed=1)
-    zeros = {n: torch.full_like(t, 0x44) if n == "sparse_meta" else torch.zeros_like(t) for n, t in first.items()}
+    zeros = {
+        n: torch.full_like(t, 0x44) if n == "sparse_meta" else torch.zeros_like(t) for n, t in first.items()
+    }
     signatures = [
         {n: (t.shape, t.dtype) for n, t in backend.prepare(spec, tensors).items()}
         for tensors in (first, second, zeros)

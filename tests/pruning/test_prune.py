@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny import INTER, make_llama
 from tiny_text import add_tokenizer
 
+from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
 from vllm_spense.format.manifest import check_manifest, read_manifest
 from vllm_spense.pruning import PruneConfig, PruneProgress, prune
 from vllm_spense.pruning.adapters import UnsupportedModelError
+from vllm_spense.pruning.calibration import sample_windows, tokenize
+from vllm_spense.pruning.hessian import Hessian, output_error
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down"))
 DENSE = 128  # the multiple of 64 nearest to half of 208 (rounded up)
@@ -43,10 +46,11 @@ def pruned(dense_model: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     return prune(dense_model, out, options(text_file)), Checkpoint(out), Checkpoint(dense_model)
 
 
-def order_of(checkpoint: Checkpoint, source: Checkpoint) -> torch.Tensor:
-    """The intermediate permutation, found through gate's bias (which no pruning changes)."""
-    before, after = source.load(f"{GATE}.bias"), checkpoint.load(f"{GATE}.bias")
-    same_up = source.load(f"{UP}.bias"), checkpoint.load(f"{UP}.bias")
+def order_of(checkpoint: Checkpoint, source: Checkpoint, layer: int = 0) -> torch.Tensor:
+    """A layer's intermediate permutation, found through the biases (which no pruning changes)."""
+    gate, up = (n.replace("layers.0", f"layers.{layer}") + ".bias" for n in (GATE, UP))
+    before, after = source.load(gate), checkpoint.load(gate)
+    same_up = source.load(up), checkpoint.load(up)
     keys = {pair: i for i, pair in enumerate(zip(before.tolist(), same_up[0].tolist(), strict=True))}
     assert len(keys) == INTER
     return torch.tensor([keys[p] for p in zip(after.tolist(), same_up[1].tolist(), strict=True)])
@@ -122,6 +126,30 @@ def test_fp8_keeps_attention_dense_and_rounds_it(dense_model: Path, text_file: P
     assert [(s.layer, s.layers) for s in steps] == [(1, 2), (2, 2)]
     assert steps[-1].remaining == 0
     assert set(steps[0].losses) == {GATE, UP, DOWN}
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "fp8"])
+def test_losses_are_those_of_the_model_that_was_written(
+    weight_dtype: str, dense_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """True-sequential: every statistic was taken behind all that had been pruned and rounded before."""
+    report = prune(dense_model, tmp_path / "out", options(text_file, weight_dtype=weight_dtype))
+    checkpoint, source = Checkpoint(tmp_path / "out"), Checkpoint(dense_model)
+    model = load_model(tmp_path / "out", activations="none")
+    seen: dict[str, Hessian] = {}
+    for name in report.losses:
+        module = model.get_submodule(name)
+        seen[name] = Hessian(module.weight.shape[1])
+        module.register_forward_pre_hook(lambda _, args, h=seen[name]: h.add(args[0]))
+    ids = tokenize(load_tokenizer(dense_model), text_file.read_text())
+    with torch.inference_mode():
+        model(sample_windows(ids, 8, 64, seed=0))
+    for name, loss in report.losses.items():
+        order = order_of(checkpoint, source, int(name.split(".")[2]))
+        before = source.load(f"{name}.weight").float()
+        before = before[:, order] if "down" in name else before[order]
+        change = weight(checkpoint, name) - before
+        assert loss == pytest.approx(output_error(change, before, seen[name].matrix(name)), rel=1e-3)
 
 
 def test_two_runs_are_bit_identical_and_the_seed_matters(

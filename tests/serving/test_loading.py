@@ -83,13 +83,22 @@ class Fused:
 
 KINDS = {
     "gate_up": lambda **k: Fused(
-        {"gate": Layout("output", 96, HIDDEN, 64), "up": Layout("output", 96, HIDDEN, 64)}, "output", (0, 1), **k
+        {"gate": Layout("output", 96, HIDDEN, 64), "up": Layout("output", 96, HIDDEN, 64)},
+        "output",
+        (0, 1),
+        **k,
     ),
     "gate_up of unlike extents": lambda **k: Fused(
-        {"gate": Layout("output", 96, HIDDEN, 64), "up": Layout("output", 96, HIDDEN, 32)}, "output", (0, 1), **k
+        {"gate": Layout("output", 96, HIDDEN, 64), "up": Layout("output", 96, HIDDEN, 32)},
+        "output",
+        (0, 1),
+        **k,
     ),
     "gate_up with empty regions": lambda **k: Fused(
-        {"gate": Layout("output", 96, HIDDEN, 96), "up": Layout("output", 96, HIDDEN, 0)}, "output", (0, 1), **k
+        {"gate": Layout("output", 96, HIDDEN, 96), "up": Layout("output", 96, HIDDEN, 0)},
+        "output",
+        (0, 1),
+        **k,
     ),
     "down": lambda **k: Fused({"down": Layout("input", HIDDEN, 176, 128)}, "input", (None,), **k),
     "down all sparse": lambda **k: Fused({"down": Layout("input", HIDDEN, 128, 128)}, "input", (None,), **k),
@@ -109,7 +118,9 @@ KINDS = {
         **k,
     ),
     "o_proj": lambda **k: Fused({"o": Layout("output", HIDDEN, 64, 0)}, "input", (None,), **k),
-    "row parallel with 2:4 rows": lambda **k: Fused({"o": Layout("output", HIDDEN, 64, 16)}, "input", (None,), **k),
+    "row parallel with 2:4 rows": lambda **k: Fused(
+        {"o": Layout("output", HIDDEN, 64, 16)}, "input", (None,), **k
+    ),
     "column parallel with 2:4 columns": lambda **k: Fused(
         {"x": Layout("input", 16, HIDDEN, 32)}, "output", (None,), **k
     ),
@@ -237,10 +248,14 @@ def required(kind: str) -> list[tuple[str, str, str]]:
     return [(kind, module, name) for module in layer.layouts for name in layer.tensors[module]]
 
 
-@pytest.mark.parametrize(("kind", "module", "name"), [c for k in ("gate_up", "down", "qkv") for c in required(k)])
+@pytest.mark.parametrize(
+    ("kind", "module", "name"), [c for k in ("gate_up", "down", "qkv") for c in required(k)]
+)
 def test_a_tensor_that_never_came_is_named(kind: str, module: str, name: str) -> None:
     mine = load(KINDS[kind](), 1, 2, skip=(module, name))
-    message = rf"module {module}, tensor {name}: the tensor was never loaded.*\(1 tensors of fused are missing\)"
+    message = (
+        rf"module {module}, tensor {name}: the tensor was never loaded.*\(1 tensors of fused are missing\)"
+    )
     with pytest.raises(CheckpointError, match=message) as caught:
         mine.plan.check_complete(mine.loaded)
     assert "Fix: " in str(caught.value)
@@ -260,7 +275,11 @@ def test_nothing_loaded_at_all() -> None:
         ("sparse_meta", torch.zeros(64, 6, dtype=torch.int8), "dtype torch.int8, expected torch.uint8"),
         ("sparse_meta", torch.zeros(384, dtype=torch.uint8), r"shape \[384\], expected \[64, 6\]"),
         ("dense_weight", torch.zeros(33, 48, dtype=FP8_DTYPE), r"shape \[33, 48\], expected \[32, 48\]"),
-        ("dense_weight", torch.zeros(32, 48).bfloat16(), "dtype torch.bfloat16, expected torch.float8_e4m3fn"),
+        (
+            "dense_weight",
+            torch.zeros(32, 48).bfloat16(),
+            "dtype torch.bfloat16, expected torch.float8_e4m3fn",
+        ),
         ("weight_scale", torch.ones(96, 1), r"shape \[96, 1\], expected \[96\]"),
         ("weight_scale", torch.ones(96).bfloat16(), "dtype torch.bfloat16, expected torch.float32"),
         ("bias", torch.ones(1), r"shape \[1\], expected \[96\]"),
@@ -280,22 +299,25 @@ def test_a_wrong_tensor_is_refused_before_it_is_copied(name: str, tensor: torch.
 def test_tensors_that_the_config_denies_are_refused() -> None:
     plan = KINDS["qkv"](bias=False).plan(0, 1)
     target = torch.zeros(96)
-    with pytest.raises(CheckpointError, match="module k, tensor bias: unexpected tensor: .* has no bias"):
+    with pytest.raises(CheckpointError, match=r"module k, tensor bias: unexpected tensor: .* has no bias"):
         plan.copy("bias", target, torch.ones(16), "k")
-    with pytest.raises(CheckpointError, match="tensor sparse_meta: unexpected tensor: .* this region is empty"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor sparse_meta: unexpected tensor: .* this region is empty"
+    ):
         plan.copy("sparse_meta", target, torch.zeros(0, 6, dtype=torch.uint8), "q")
 
 
 @pytest.mark.parametrize(
     ("kind", "shard_id"),
-    [("gate_up", None), ("gate_up", 2), ("gate_up", -1), ("gate_up", "x"), ("gate_up", True), ("gate_up", (0, 1)), ("gate_up", "v"), ("qkv", None), ("down", 1), ("down", "k")],
-)  # fmt: skip
+    [("gate_up", x) for x in (None, 2, -1, "x", True, (0, 1), "v")]
+    + [("qkv", None), ("down", 1), ("down", "k")],
+)
 def test_shard_ids(kind: str, shard_id: object) -> None:
     layer = KINDS[kind]()
     plan = layer.plan(0, 1)
     name = next(iter(layer.layouts))
     target = torch.zeros(plan.shape("weight_scale"))
-    with pytest.raises(CheckpointError, match="module fused: shard id .* does not fit a layer of . parts"):
+    with pytest.raises(CheckpointError, match=r"module fused: shard id .* does not fit a layer of . parts"):
         plan.copy("weight_scale", target, layer.tensors[name]["weight_scale"], shard_id)
     assert not target.any()
 
@@ -304,7 +326,9 @@ def test_shard_ids(kind: str, shard_id: object) -> None:
 def test_a_size_that_was_not_promised_is_refused_by_name(kind: str) -> None:
     layer = KINDS[kind]()
     first = next(iter(layer.layouts))
-    with pytest.raises(CheckpointError, match=rf"module {first}: tensor parallel size 2 is not .* \[1, 4\]") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"module {first}: tensor parallel size 2 is not .* \[1, 4\]"
+    ) as caught:
         layer.plan(0, 2, promised=(1, 4))
     assert "--max-tp" in str(caught.value)
 
@@ -392,5 +416,5 @@ def test_random_contents_are_valid(kind: str, dtype: torch.dtype) -> None:
     again = {n: torch.zeros_like(t) for n, t in tensors.items()}
     fill_random(again, None)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), "the same on every rank"
+        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), "the same in every run"
         assert tensor.numel() == 0 or name == "weight_scale" or len(tensor.float().unique()) > 4, name

@@ -52,7 +52,8 @@ def runs(assets: Path, spense: Path, work: Path) -> Pool:
     }
     for name, model in models.items():
         request = {"model": str(model), "llm": {"enforce_eager": True}, "prompts": prompts, "max_tokens": 16}
-        pool.submit(name, request)
+        pool.add(name, request)
+    pool.together(*models)
     return pool
 
 

@@ -130,7 +130,8 @@ def inspect(
         return
     table = Table(title=str(directory))
     for column in ("module", "split", "shape", "2:4", "dense", "zeros", "MiB", "loss"):
-        table.add_column(column, justify="left" if column in ("module", "split") else "right")
+        left = column in ("module", "split")
+        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for m in report.modules:
         s = m.spec
         loss = "" if m.loss is None else f"{m.loss:.4f}"

@@ -1,0 +1,340 @@
+"""Registration, the picklable config, and which real vLLM layer gets which method. No engine is started."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_spense.format import (
+    FP8_DTYPE,
+    CheckpointError,
+    Layout,
+    ModuleSpec,
+    SpenseCheckpointConfig,
+    unpack_linear,
+)
+from vllm_spense.format.layout import Split
+from vllm_spense.ops import prune_and_pack, quantize_per_token
+from vllm_spense.serving import plugin
+
+pytest.importorskip("vllm")
+
+HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM = 48, 96, 4, 2, 8
+MLP, ATTN = "model.layers.0.mlp", "model.layers.0.self_attn"
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+LAYOUTS = {
+    f"{MLP}.gate_proj": Layout("output", INTER, HIDDEN, 64),
+    f"{MLP}.up_proj": Layout("output", INTER, HIDDEN, 64),
+    f"{MLP}.down_proj": Layout("input", HIDDEN, INTER, 64),
+    f"{ATTN}.q_proj": Layout("output", HEADS * HEAD_DIM, HIDDEN, 0),
+    f"{ATTN}.k_proj": Layout("output", KV_HEADS * HEAD_DIM, HIDDEN, 0),
+    f"{ATTN}.v_proj": Layout("output", KV_HEADS * HEAD_DIM, HIDDEN, 0),
+    f"{ATTN}.o_proj": Layout("output", HIDDEN, HEADS * HEAD_DIM, 0),
+}
+BOUND = 2.0**-7  # bf16 output, and vLLM may sum in another order
+
+
+@pytest.fixture(scope="module")
+def vllm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as the only rank of a tensor-parallel group, which vLLM's layers ask for."""
+    from vllm import distributed
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    store = tmp_path_factory.mktemp("group") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        distributed.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        distributed.initialize_model_parallel(1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+def make_config(bias: bool = True, dtype: torch.dtype = FP8_DTYPE, drop: str | None = None) -> Any:
+    from vllm_spense.serving.config import SpenseConfig
+
+    fp8 = dtype == FP8_DTYPE
+    modules = {n: ModuleSpec.of(layout, bias) for n, layout in LAYOUTS.items() if n != drop}
+    checkpoint = SpenseCheckpointConfig(
+        weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
+        activation_scheme="dynamic_per_token" if fp8 else "none",
+        tensor_parallel_sizes=[1],
+        ignore=["lm_head"],
+        modules=modules,
+    )
+    config = SpenseConfig.from_config(checkpoint.model_dump())
+    config.packed_modules_mapping = PACKED
+    return config
+
+
+def make_layer(name: str, config: Any, bias: bool = True) -> Any:
+    from vllm.model_executor.layers import linear
+
+    options = {"bias": bias, "params_dtype": torch.bfloat16, "quant_config": config}
+    if name == "gate_up_proj":
+        return linear.MergedColumnParallelLinear(HIDDEN, [INTER] * 2, prefix=f"{MLP}.{name}", **options)
+    if name == "down_proj":
+        return linear.RowParallelLinear(INTER, HIDDEN, prefix=f"{MLP}.{name}", **options)
+    if name == "qkv_proj":
+        prefix = f"{ATTN}.{name}"
+        return linear.QKVParallelLinear(HIDDEN, HEAD_DIM, HEADS, KV_HEADS, prefix=prefix, **options)
+    return linear.RowParallelLinear(HEADS * HEAD_DIM, HIDDEN, prefix=f"{ATTN}.{name}", **options)
+
+
+SHARDS: dict[str, list[tuple[str, tuple]]] = {
+    "gate_up_proj": [(f"{MLP}.gate_proj", (0,)), (f"{MLP}.up_proj", (1,))],
+    "down_proj": [(f"{MLP}.down_proj", ())],
+    "qkv_proj": [(f"{ATTN}.{x}_proj", (x,)) for x in "qkv"],
+    "o_proj": [(f"{ATTN}.o_proj", ())],
+}
+
+
+def stored(module: str, dtype: torch.dtype, bias: bool, seed: int = 0) -> dict[str, torch.Tensor]:
+    layout = LAYOUTS[module]
+    generator = torch.Generator().manual_seed(seed + len(module))
+    weight = torch.randn(layout.out_features, layout.in_features, generator=generator) * 0.2
+    tensors = prune_and_pack(weight, layout, dtype)
+    if bias:
+        tensors["bias"] = torch.randn(layout.out_features, generator=generator).bfloat16()
+    return tensors
+
+
+def load(layer: Any, name: str, dtype: torch.dtype, bias: bool, skip: str = "") -> torch.Tensor:
+    """Load every shard through the parameters' own loaders; returns the dense ``[N, K + 1]`` with bias."""
+    parameters = dict(layer.named_parameters())
+    rows = []
+    for module, shard in SHARDS[name]:
+        tensors = stored(module, dtype, bias)
+        for short, tensor in tensors.items():
+            if f"{module}.{short}" != skip:
+                parameters[short].weight_loader(parameters[short], tensor, *shard)
+        weight = unpack_linear(tensors, LAYOUTS[module]).float()
+        weight = weight * tensors["weight_scale"][:, None] if "weight_scale" in tensors else weight
+        vector = tensors["bias"].float() if bias else torch.zeros(len(weight))
+        rows.append(torch.cat([weight, vector[:, None]], dim=1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.usefixtures("vllm_process")
+def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, dtype: torch.dtype) -> None:
+    from vllm_spense.serving.linear import SpenseLinearMethod
+
+    layer = make_layer(name, make_config(bias, dtype), bias)
+    assert type(layer.quant_method) is SpenseLinearMethod
+    dense = load(layer, name, dtype, bias)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(2, 3, dense.shape[1] - 1, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = layer(x)
+    y = y[0] if isinstance(y, tuple) else y
+    wide = x.float()
+    if dtype == FP8_DTYPE:
+        q, scale = quantize_per_token(x.flatten(0, 1))
+        wide = (q.float() * scale).view(x.shape)
+    expected = wide @ dense[:, :-1].T + dense[:, -1]
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - expected).norm() / expected.norm() < BOUND
+
+
+@pytest.mark.parametrize(
+    "skip", [f"{MLP}.up_proj.sparse_meta", f"{MLP}.gate_proj.bias", f"{MLP}.up_proj.weight_scale"]
+)
+@pytest.mark.usefixtures("vllm_process")
+def test_a_missing_shard_stops_the_load(skip: str) -> None:
+    layer = make_layer("gate_up_proj", make_config())
+    load(layer, "gate_up_proj", FP8_DTYPE, True, skip=skip)
+    module, _, tensor = skip.rpartition(".")
+    with pytest.raises(
+        CheckpointError, match=f"module {module}, tensor {tensor}: the tensor was never loaded"
+    ):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_a_bad_value_stops_the_load() -> None:
+    layer = make_layer("down_proj", make_config())
+    load(layer, "down_proj", FP8_DTYPE, True)
+    layer.weight_scale.data[7] = 0.0
+    with pytest.raises(
+        CheckpointError, match="tensor weight_scale: a scale that is not finite and positive at"
+    ):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.usefixtures("vllm_process")
+def test_lora_finds_a_weight(name: str) -> None:
+    layer = make_layer(name, make_config())
+    load(layer, name, FP8_DTYPE, True)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert any(isinstance(getattr(layer, n, None), torch.Tensor) for n in ("weight", "weight_packed"))
+    assert not any(p.requires_grad for p in layer.parameters() if p.ndim > 1)
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_a_layer_that_is_not_listed_stays_unquantised() -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    layer = make_layer("o_proj", make_config(drop=f"{ATTN}.o_proj"))
+    assert type(layer.quant_method) is UnquantizedLinearMethod
+
+
+@pytest.mark.parametrize(
+    ("name", "drop"), [("gate_up_proj", f"{MLP}.up_proj"), ("qkv_proj", f"{ATTN}.k_proj")]
+)
+@pytest.mark.usefixtures("vllm_process")
+def test_a_fused_layer_must_be_listed_whole(name: str, drop: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{name}: vLLM fuses .*{drop}.*only some of them are listed"):
+        make_layer(name, make_config(drop=drop))
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_extents_of_another_model_are_refused_when_the_layer_is_built() -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    with pytest.raises(
+        CheckpointError, match=r"down_proj: quantization_config says \[48, 96\], the model .* \[48, 128\]"
+    ):
+        RowParallelLinear(128, HIDDEN, quant_config=make_config(), prefix=f"{MLP}.down_proj")
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_only_linear_layers_get_a_method() -> None:
+    assert make_config().get_quant_method(torch.nn.LayerNorm(4), "model.norm") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("gate_up_proj", "output"), ("down_proj", "input"), ("qkv_proj", None), ("o_proj", None)],
+)
+@pytest.mark.usefixtures("vllm_process")
+def test_load_time_mode_prunes_mlps_only(name: str, split: Split | None) -> None:
+    from vllm_spense.serving.config import SpenseConfig
+    from vllm_spense.serving.online import SpenseOnlineLinearMethod
+
+    method = make_layer(name, SpenseConfig()).quant_method
+    assert type(method) is SpenseOnlineLinearMethod
+    assert method.dense_ratio == (1.0 if split is None else 0.5)
+    assert split is None or method.split == split
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_load_time_mode_leaves_routers_alone() -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+
+    from vllm_spense.serving.config import SpenseConfig
+
+    layer = ReplicatedLinear(HIDDEN, 8, quant_config=SpenseConfig(), prefix=f"{MLP}.gate")
+    assert type(layer.quant_method) is UnquantizedLinearMethod
+
+
+def captured(logger: str, action: Callable[[], object]) -> str:
+    """Messages of one logger; vLLM's loggers do not propagate, so caplog alone would miss them."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        action()
+    finally:
+        logging.getLogger(logger).removeHandler(handler)
+    return "\n".join(records)
+
+
+def test_load_time_mode_warns() -> None:
+    from vllm_spense.serving.config import SpenseConfig
+
+    assert "shows speed, NOT quality" in captured("vllm_spense.serving.config", SpenseConfig)
+
+
+def test_config_crosses_process_borders() -> None:
+    from vllm_spense.serving.config import SpenseConfig
+
+    config = make_config()
+    again = pickle.loads(pickle.dumps(config))
+    assert again.checkpoint == config.checkpoint
+    assert again.modules == config.modules
+    assert again.packed_modules_mapping == PACKED
+    assert pickle.loads(pickle.dumps(SpenseConfig())).checkpoint is None
+
+
+def test_names_are_mapped_to_vllm() -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = make_config()
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert set(config.modules) == {f"language_model.{name}" for name in LAYOUTS}
+    assert config.shard_names("language_model.model.layers.0.mlp.gate_up_proj") == [
+        f"language_model.{MLP}.gate_proj",
+        f"language_model.{MLP}.up_proj",
+    ]
+
+
+@pytest.mark.parametrize("version", [2, True, "1"])
+def test_a_bad_config_is_refused(version: object) -> None:
+    from vllm_spense.serving.config import SpenseConfig
+
+    raw = make_config().checkpoint.model_dump() | {"version": version}
+    with pytest.raises(CheckpointError, match=r"format version .* is not supported"):
+        SpenseConfig.from_config(raw)
+
+
+def test_a_hub_name_is_no_directory() -> None:
+    """Nothing local to check: vLLM downloads it, and the values are checked after loading."""
+    make_config().maybe_update_config("somebody/some-model")
+
+
+def test_registering_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import quantization
+
+    from vllm_spense.serving.config import SpenseConfig
+
+    plugin.register()
+    plugin.register()
+    assert quantization.QUANTIZATION_METHODS.count("spense") == 1
+    assert quantization.get_quantization_config("spense") is SpenseConfig
+
+
+def test_register_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import quantization
+
+    def explode(name: str) -> None:
+        raise RuntimeError("moved in the next version")
+
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(quantization, "register_quantization_config", explode)
+    message = captured("vllm.spense", plugin.register)
+    assert "could not register with this vLLM" in message
+    assert "spense doctor" in message
+    assert plugin._registered is False
+
+
+def test_register_survives_a_vllm_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.quantization", None)
+    assert "could not register" in captured("vllm.spense", plugin.register)
+    assert plugin._registered is False
+
+
+def test_importing_the_plugin_is_cheap() -> None:
+    """Entry points are imported in every vLLM process, whatever model it serves."""
+    code = "import sys, vllm_spense.serving.plugin; print(sorted({'vllm', 'torch'} & set(sys.modules)))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_entry_point_names_register() -> None:
+    from importlib.metadata import entry_points
+
+    (point,) = entry_points(group="vllm.general_plugins", name="spense")
+    assert point.load() is plugin.register
