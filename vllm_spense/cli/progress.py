@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from vllm_spense.pruning import PruneProgress
 
 
+def quiet_transformers() -> None:
+    """Only our own bars: transformers' bar for reading weights would break into them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 class Step(Protocol):
     """One thing is done: its name (or number) and, where it is known, how many there are."""
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.format import Checkpoint, CheckpointError, unpack_linear
 from vllm_spense.format.errors import REPRUNE
+from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.ops import dense_linear, quantize_per_token
 
 Activations = Literal["checkpoint", "none"]
@@ -90,6 +91,7 @@ def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activa
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quantization = checkpoint.require_spense()
+    check_headers(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
     config = copy.deepcopy(config)
     del config.quantization_config
@@ -123,8 +125,10 @@ def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activa
                 module=name,
                 fix=REPRUNE,
             )
-        weight, scale = checkpoint.module_weight(name)
-        bias = checkpoint.load(f"{name}.bias") if spec.bias else None
+        tensors = checkpoint.module_tensors(name)
+        check_values(tensors, module=name, file=checkpoint.directory)
+        weight = unpack_linear(tensors, spec.layout())
+        scale, bias = tensors.get("weight_scale"), tensors.get("bias")
         setattr(owner, child, StoredLinear(weight, scale, bias, quantize))
     model.tie_weights()
     return model

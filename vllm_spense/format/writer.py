@@ -101,6 +101,7 @@ class CheckpointWriter:
             return
         path = self.temporary / f"shard-{len(self._shards):05d}.safetensors"
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it private, but a server may run as another user
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
