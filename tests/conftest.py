@@ -10,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `tiny` and `vllm_runs` by name
 
+from tiny import make_llama, make_spense
+
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +25,19 @@ def assets() -> Path:
     if not (ASSETS / "SmolLM2-135M-Instruct" / "config.json").is_file():
         pytest.fail(f"{ASSETS} lacks the trained model: run `make setup` (or set SPENSE_ASSETS)")
     return ASSETS
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_spense(tiny_llama: Path) -> Path:
+    """FP8, with biases, in one weight file."""
+    return make_spense(tiny_llama, tiny_llama.parent / "spense")
+
+
+@pytest.fixture(scope="session")
+def tiny_spense_bf16(tiny_llama: Path) -> Path:
+    return make_spense(tiny_llama, tiny_llama.parent / "spense-bf16", weight_dtype="bfloat16")

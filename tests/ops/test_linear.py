@@ -161,6 +161,7 @@ FUSED = [
     [Layout("input", 24, 144, 56), Layout("input", 8, 144, 56)],
 ]
 CASES = [[x] for x in SINGLE] + FUSED
+SMALL = [x for x in CASES if x[0].in_features < 576]
 WEIGHTS = (FP8_DTYPE, torch.bfloat16)
 
 
@@ -171,13 +172,13 @@ def name(layouts: list[Layout]) -> str:
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("layouts", CASES, ids=name)
 def test_against_float64(layouts: list[Layout], weight_dtype: torch.dtype) -> None:
-    """M 0, 1, 7 × bias × output dtype for every layout; both operators."""
+    """M 0, 1, 7 (large layers: 7) × bias × output dtype for every layout; both operators."""
     layer = make_layer(layouts, weight_dtype, bias=True)
     weight, bias = slow_matrix(layer), layer.bias
     matrix = full_weight(*layer.tensors().values(), *layer.sizes(), layer.output_split)
     assert torch.equal(matrix.double(), weight)
     for layer.bias in (None, bias):
-        for tokens in (0, 1, 7):
+        for tokens in (0, 1, 7) if layouts in SMALL else (7,):
             x, x_scale = activations(tokens, layouts[0].in_features, weight_dtype)
             for out in ROUNDING:
                 arguments = layer.arguments(x, x_scale, out)
@@ -255,7 +256,7 @@ def test_opcheck_fp8(layouts: list[Layout]) -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
-@pytest.mark.parametrize("layouts", CASES, ids=name)
+@pytest.mark.parametrize("layouts", SMALL, ids=name)
 def test_fake_implementations(layouts: list[Layout], weight_dtype: torch.dtype) -> None:
     """Shapes and dtypes on meta tensors equal the real ones."""
     layer = make_layer(layouts, weight_dtype, bias=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,8 +26,6 @@ from vllm_spense.format import (
 from vllm_spense.format.layout import Split
 from vllm_spense.ops import prune_and_pack, quantize_per_token
 from vllm_spense.serving import plugin
-
-pytest.importorskip("vllm")
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM = 48, 96, 4, 2, 8
 MLP, ATTN = "model.layers.0.mlp", "model.layers.0.self_attn"
@@ -338,3 +338,15 @@ def test_the_entry_point_names_register() -> None:
 
     (point,) = entry_points(group="vllm.general_plugins", name="spense")
     assert point.load() is plugin.register
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, tiny_spense: Path) -> None:
+    shutil.copy(tiny_spense / "config.json", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    from vllm_spense.serving.config import SpenseConfig
+
+    config = SpenseConfig.from_config(raw)
+    config.maybe_update_config(str(tmp_path))  # nothing to load: --load-format dummy
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
+        config.maybe_update_config(str(tmp_path))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers
@@ -171,7 +173,8 @@ def export(
     directory: Directory,
     out: Annotated[Path, typer.Option("-o", "--out", help="New dense directory", show_default=False)],
     format: Annotated[
-        Literal["bfloat16", "float32", "fp8"], typer.Option(help="fp8: compressed-tensors W8A8 layout")
+        Literal["bfloat16", "float32", "fp8", "spense-dense"],
+        typer.Option(help="fp8: compressed-tensors W8A8 layout; spense-dense: the twin for comparisons"),
     ] = "bfloat16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:
@@ -222,10 +225,11 @@ def main() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    from rich.markup import escape
-
-    if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic, our options
-        return escape("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    if isinstance(error, ValidationError):  # our own options
+        parts = [
+            ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
+        ]
+        return escape("; ".join(parts))
     return escape(str(error) or type(error).__name__)
 
 

@@ -48,6 +48,8 @@ def evaluate(
     Raises ``ValueError`` for a text shorter than one window and for damaged checkpoints.
     """
     started = time.monotonic()
+    if not Path(text).is_file():  # before the model's files: it is what people mistype
+        raise ValueError(f"{text}: no such text file")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"

@@ -7,7 +7,7 @@ import torch
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 TOP_CODES = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""The e4m3 values that a row's largest weight may become: one factor of two, so all alignments to the grid."""
+"""What a row's largest weight may become: one factor of two holds every alignment to the e4m3 grid."""
 _MIN_SCALE = 2.0**-100
 """Keeps ``weight / scale`` finite for rows of denormals."""
 _CHUNK = 1 << 24

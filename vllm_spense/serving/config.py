@@ -80,8 +80,13 @@ class SpenseConfig(QuantizationConfig):
         directory = Path(model_name)
         if self.checkpoint is None or not directory.is_dir():
             return
-        if not any(directory.glob("*.safetensors")):  # configuration only, for --load-format dummy
-            return
+        if not any(directory.glob("*.safetensors")):
+            pickled = [p for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+            if pickled:
+                raise CheckpointError(
+                    "pickled weights are never loaded", file=sorted(pickled)[0], fix="use safetensors files"
+                )
+            return  # configuration only, for --load-format dummy
         manifest = directory / MANIFEST_NAME
         if not manifest.is_file():
             raise CheckpointError(
