@@ -32,6 +32,7 @@ from vllm_spense.pruning import PruneConfig, PruneProgress, prune
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy_smollm2.json"
 TABLE = ROOT / "docs" / "accuracy_smollm2.md"
+README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "img" / "accuracy_smollm2.png"
 COLUMNS = {"bf16": "bf16 weights", "fp8": "FP8 weights", "w8a8": "FP8 weights + activations"}
 
@@ -160,15 +161,17 @@ def environment() -> dict[str, Any]:
 
 
 def write_table(results: dict[str, Any]) -> None:
-    """The markdown table; each FP8 figure with its distance from bf16."""
+    """The markdown table, in docs/ and in README; each FP8 figure with its distance from bf16."""
     lines = [f"| method | MLP sparsity | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|---|"]
     for row in ROWS:
         entry = results["rows"].get(row.key, {})
         cells = []
         for column in COLUMNS:
             value, base = entry.get(column), entry.get("bf16")
-            change = "" if column == "bf16" or not base else f" ({value / base - 1:+.1%})"
-            cells.append("–" if value is None else f"{value:.2f}{change}")
+            if value is None:
+                cells.append("–")
+            else:
+                cells.append(f"{value:.2f}" + ("" if column == "bf16" else f" ({value / base - 1:+.1%})"))
         lines.append(f"| {row.label} | {row.sparsity} | {' | '.join(cells)} |")
     note = (
         "Perplexity of SmolLM2-135M-Instruct on the Wikipedia test split (32 windows of 512 tokens); only "
@@ -177,8 +180,12 @@ def write_table(results: dict[str, Any]) -> None:
         + results.get("command", "")
         + "`.\n\n"
     )
-    TABLE.write_text(note + "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    table = "\n".join(lines)
+    TABLE.write_text(f"{note}{table}\n")
+    readme = README.read_text()
+    begin, end = (readme.index(f"<!-- accuracy:{mark} -->") for mark in ("begin", "end"))
+    README.write_text(f"{readme[:begin]}<!-- accuracy:begin -->\n{table}\n{readme[end:]}")
+    print(table)
 
 
 def write_plot(results: dict[str, Any]) -> None:
@@ -193,8 +200,9 @@ def write_plot(results: dict[str, Any]) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 3.6))
     colours = dict(zip(COLUMNS, ("#33658a", "#86bbd8", "#f6ae2d"), strict=True))
     for i, column in enumerate(COLUMNS):
-        values = [results["rows"][row.key].get(column, 0.0) for row in rows]
-        places = [j + (1 - i) * 0.27 for j in range(len(rows))]
+        known = [(j, results["rows"][row.key].get(column)) for j, row in enumerate(rows)]
+        values = [value for _, value in known if value is not None]
+        places = [j + (i - 1) * 0.27 for j, value in known if value is not None]
         shown = [min(value, limit) for value in values]
         axis.barh(places, shown, 0.26, color=colours[column], label=COLUMNS[column])
         for place, value, width in zip(places, values, shown, strict=True):
@@ -206,6 +214,7 @@ def write_plot(results: dict[str, Any]) -> None:
                 text,
                 va="center",
                 ha="right" if inside else "left",
+                color="white" if inside and i == 0 else "black",
                 fontsize=6.5,
             )
     axis.set_yticks(range(len(rows)), [f"{row.label}\n{row.sparsity} zeros" for row in rows], fontsize=7)

@@ -17,8 +17,11 @@ PROMPTS = [
     "The first president of the United States was",
     "Albert Einstein was a German-born theoretical",
 ]
-LOGPROB_BOUND = 0.35
-"""Largest difference of a first token's logprob between our arithmetic and stock vLLM's dense FP8."""
+LOGPROB_BOUND = 0.15
+"""Largest difference of a first token's logprob between our arithmetic and stock vLLM's dense FP8.
+
+Measured 0.09 here, against 0.46 for the unpruned model: rounding in another order flips FP8 activations.
+"""
 
 
 @pytest.fixture(scope="module")
