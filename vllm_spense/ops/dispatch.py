@@ -67,6 +67,18 @@ class Backend(Protocol):
         """``x [M, K]`` to ``y [M, N]`` in x's dtype."""
 
 
+def decompressed(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """fp32 ``[N, K]`` of a layer's checkpoint tensors: stored values, zeros written out, no scale."""
+    return full_weight(
+        tensors["sparse_values"],
+        tensors["sparse_meta"],
+        tensors["dense_weight"],
+        list(spec.sparse_sizes),
+        list(spec.dense_sizes),
+        spec.split == "output",
+    )
+
+
 def _activations(spec: LinearSpec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     return quantize_per_token(x) if spec.quantize_activations else (x, None)
 
@@ -84,15 +96,7 @@ class CpuBackend:
         return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        weight = full_weight(
-            tensors["sparse_values"],
-            tensors["sparse_meta"],
-            tensors["dense_weight"],
-            list(spec.sparse_sizes),
-            list(spec.dense_sizes),
-            spec.split == "output",
-        )
-        return {"weight_packed": weight} | _scale(tensors)
+        return {"weight_packed": decompressed(spec, tensors)} | _scale(tensors)
 
     def apply(
         self,

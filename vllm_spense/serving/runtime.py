@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.ops.dispatch import LinearSpec, Tensors, select_backend
-from vllm_spense.ops.linear import full_weight
+from vllm_spense.ops.dispatch import LinearSpec, Tensors, decompressed, select_backend
 from vllm_spense.serving import compat
 
 
@@ -64,17 +63,6 @@ class SpenseRuntime:
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _matrix(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return full_weight(
-        tensors["sparse_values"],
-        tensors["sparse_meta"],
-        tensors["dense_weight"],
-        list(spec.sparse_sizes),
-        list(spec.dense_sizes),
-        spec.split == "output",
-    )
-
-
 class DenseUnquantized:
     """bf16 weights: the decompressed matrix in vLLM's unquantized linear method."""
 
@@ -86,7 +74,7 @@ class DenseUnquantized:
         self.method = compat.UnquantizedLinearMethod()
 
     def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        return {"weight": _matrix(self.spec, tensors).to(self.dtype)}
+        return {"weight": decompressed(self.spec, tensors).to(self.dtype)}
 
     def finish(self, layer: Any) -> None:
         self.method.process_weights_after_loading(layer)
@@ -112,7 +100,7 @@ class DenseFp8:
         )
 
     def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        matrix = _matrix(self.spec, tensors).to(self.spec.weight_dtype)  # exact: values were fp8
+        matrix = decompressed(self.spec, tensors).to(self.spec.weight_dtype)  # exact: values were fp8
         return {"weight": matrix.t(), "weight_scale": tensors["weight_scale"][:, None]}
 
     def finish(self, layer: Any) -> None:
