@@ -49,7 +49,7 @@ def evaluate(
     """
     started = time.monotonic()
     if not Path(text).is_file():  # before the model's files: it is what people mistype
-        raise ValueError(f"{text}: no such text file")
+        raise ValueError(f"{text}: the text cannot be read (no such file)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
