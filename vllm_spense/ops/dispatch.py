@@ -86,7 +86,7 @@ def _activations(spec: LinearSpec, x: torch.Tensor) -> tuple[torch.Tensor, torch
 class CpuBackend:
     """Decompresses once at load to fp32 and multiplies densely: exact, and the fastest way on CPUs.
 
-    Measured (docs/architecture.md): fp32 GEMM beats bf16 GEMM four times from 32 tokens on where the
+    Measured (docs/architecture.md): fp32 GEMM beats bf16 GEMM three to four times from 32 tokens on where the
     CPU has no bf16 instructions, and every decompression in the loop costs more than it saves.
     """
 
