@@ -162,21 +162,16 @@ def write_table(results: dict[str, Any]) -> None:
         cells = []
         for column in COLUMNS:
             value, base = entry.get(column), entry.get("bf16")
-            mark = ""
-            if value is None and f"{column}_rounded" in entry:
-                value, mark = entry[f"{column}_rounded"], " †"
             if value is None:
                 cells.append("–")
             else:
-                change = "" if column == "bf16" else f" ({value / base - 1:+.1%}){mark}"
+                change = "" if column == "bf16" else f" ({value / base - 1:+.1%})"
                 cells.append(f"{value:.2f}{change}")
         lines.append(f"| {row.label} | {row.sparsity} | {' | '.join(cells)} |")
     note = (
         "Perplexity of SmolLM2-135M-Instruct on the Wikipedia test split (32 windows of 512 tokens); only "
         "the MLPs are pruned; calibration: 64 windows of 512 tokens of the train split. FP8 columns are "
-        "`spense prune --weight-dtype fp8`, attention rounded too († the bf16 checkpoint, rounded "
-        "afterwards, which an earlier version of the benchmark measured: SpenseGPT at 0.5 lost more that "
-        "way, 21.93 and 22.22). "
+        "`spense prune --weight-dtype fp8`, attention rounded too. "
         f"Made by `{results.get('command', '')}`.\n\n"
     )
     table = "\n".join(lines)
@@ -200,9 +195,9 @@ def write_plot(results: dict[str, Any]) -> None:
     colours = dict(zip(COLUMNS, ("#33658a", "#86bbd8", "#f6ae2d"), strict=True))
     for i, column in enumerate(COLUMNS):
         entries = [results["rows"][row.key] for row in rows]
-        known = [(j, e.get(column, e.get(f"{column}_rounded"))) for j, e in enumerate(entries)]
-        values = [value for _, value in known if value is not None]
-        places = [j + (i - 1) * 0.27 for j, value in known if value is not None]
+        known = [(j, entry[column]) for j, entry in enumerate(entries) if column in entry]
+        values = [value for _, value in known]
+        places = [j + (i - 1) * 0.27 for j, _ in known]
         shown = [min(value, limit) for value in values]
         axis.barh(places, shown, 0.26, color=colours[column], label=COLUMNS[column])
         for place, value, width in zip(places, values, shown, strict=True):
