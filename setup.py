@@ -1,5 +1,153 @@
-"""Metadata lives in pyproject.toml; this file is where the CUDA extension of ``kernels/`` will be built."""
+"""Builds the CUDA extension of ``kernels/`` with nvcc; the rest of the package is in pyproject.toml.
 
-from setuptools import setup
+torch is needed for its headers only, a CPU build will do, and the result loads under torch 2.11 and later,
+with and without CUDA (libtorch stable ABI). Without nvcc, torch or the CUTLASS headers the extension is left
+out with a message.
 
-setup()
+Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no extension), ``SPENSE_CUTLASS`` (0 leaves out the
+CUTLASS instances, most of the build time), ``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or
+``CUDA_HOME``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+KERNELS = ROOT / "kernels"
+ARCHS = [a for a in os.environ.get("SPENSE_CUDA_ARCHS", "90a;100a").split(";") if a]
+CUTLASS = os.environ.get("SPENSE_CUTLASS", "1") != "0"
+TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
+CUTLASS_INSTANCES = {"90a": range(0), "100a": range(0)}
+
+
+def find_nvcc() -> Path | None:
+    """``NVCC``, ``CUDA_HOME/bin/nvcc``, nvcc on PATH or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    places = [
+        os.environ.get("NVCC"),
+        home and f"{home}/bin/nvcc",
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((Path(p).resolve() for p in places if p and Path(p).exists()), None)
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """Root of the CUDA toolkit; nvcc on PATH may be a wrapper script, so it is asked where it lives."""
+    dry = [str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    told = subprocess.run(dry, stderr=subprocess.PIPE, text=True).stderr
+    top = next((line.split("TOP=", 1)[1] for line in told.splitlines() if "TOP=" in line), nvcc.parent.parent)
+    return Path(top).resolve()
+
+
+def find_package(name: str) -> Path | None:
+    """Directory of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def why_not() -> str | None:
+    """Why the extension cannot be built here, in one line."""
+    if not ARCHS:
+        return "SPENSE_CUDA_ARCHS is empty"
+    if not find_nvcc():
+        return "no nvcc found (set CUDA_HOME)"
+    if not find_package("torch"):
+        return "torch is not importable in the build environment (use --no-build-isolation)"
+    if not find_package("cutlass_library"):
+        return "the CUTLASS headers are missing (pip install --no-deps nvidia-cutlass==4.2.0.0)"
+    return None
+
+
+class BuildCuda(build_ext):
+    """Compiles each translation unit in parallel, skipping objects newer than all sources, and links them."""
+
+    def build_extension(self, ext: Extension) -> None:
+        nvcc, torch, cutlass = find_nvcc(), find_package("torch"), find_package("cutlass_library")
+        if not (nvcc and torch and cutlass):
+            raise SystemExit(why_not())
+        cuda = toolkit_of(nvcc)
+        objects = Path(self.build_temp).resolve() / "spense"
+        objects.mkdir(parents=True, exist_ok=True)
+        device = [
+            *(str(nvcc), "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"),
+            *("-DCUTLASS_ENABLE_GDC_FOR_SM90=1", "-DCUTLASS_ENABLE_GDC_FOR_SM100=1"),
+            *("-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"),
+            *(f"-I{cutlass / 'source' / path}" for path in ("include", "tools/util/include")),
+        ]
+        host = [
+            *("g++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"),
+            *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}", f"-I{cuda / 'include'}"),
+        ]
+        commands: dict[str, list[str]] = {}
+
+        def unit(name: str, source: str, *flags: str) -> None:
+            commands[name] = [*flags, "-c", str(KERNELS / source), "-o", str(objects / f"{name}.o")]
+
+        unit("spense_linear_sm90", "spense_linear_sm90.cu", *device, gencode("90a"))
+        built = [arch for arch in ARCHS if CUTLASS and CUTLASS_INSTANCES[arch]]
+        for arch in built:
+            for n in CUTLASS_INSTANCES[arch]:
+                name = f"spense_linear_cutlass_{arch}_{n}"
+                unit(
+                    name, "spense_linear_cutlass.cu", *device, gencode(arch), f"-DSPENSE_CUTLASS_INSTANCE={n}"
+                )
+        with_archs = [f"-DSPENSE_WITH_SM{arch.rstrip('a')}=1" for arch in built]
+        if built:
+            unit("spense_linear_cutlass_host", "spense_linear_cutlass_host.cpp", *host, *with_archs)
+        unit("bindings", "bindings.cpp", *host, *(["-DSPENSE_WITH_CUTLASS=1"] if built else []))
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+            list(pool.map(lambda item: compile_unit(objects, *item), commands.items()))
+        out = Path(self.get_ext_fullpath(ext.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        library = next(p for p in (cuda / "lib64", cuda / "lib") if (p / "libcudart_static.a").exists())
+        link = [
+            *("g++", "-shared", "-o", f"{out}.tmp", *(str(objects / f"{name}.o") for name in commands)),
+            *(f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"),
+            *(f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"),
+        ]
+        subprocess.run(link, check=True)
+        os.replace(f"{out}.tmp", out)
+        print(f"built {out} for {', '.join(ARCHS)} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+def gencode(arch: str) -> str:
+    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
+def compile_unit(objects: Path, name: str, command: list[str]) -> None:
+    """Run one compiler; its command and output are kept beside the object, and a failure prints them."""
+    target, log = objects / f"{name}.o", objects / f"{name}.log"
+    line = " ".join(command)
+    newest = max(path.stat().st_mtime for path in KERNELS.iterdir())
+    if target.exists() and target.stat().st_mtime > newest and log.read_text().startswith(line + "\n"):
+        return
+    start = time.monotonic()
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log.write_text(f"{line}\n{run.stdout}")
+    if run.returncode:
+        target.unlink(missing_ok=True)
+        raise SystemExit(f"{name}: compiler exit code {run.returncode}\n{line}\n{run.stdout[-4000:]}")
+    print(f"compiled {name} in {time.monotonic() - start:.0f} s", flush=True)
+
+
+REASON = why_not()
+if REASON:
+    print(f"vllm-spense: CUDA kernels are not built: {REASON}", file=sys.stderr)
+setup(
+    ext_modules=[] if REASON else [Extension("vllm_spense._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildCuda},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -12,7 +12,7 @@ from vllm_spense.format.layout import Axis
 from vllm_spense.format.validate import check_values
 from vllm_spense.ops import prune_and_pack
 from vllm_spense.ops.linear import dense_linear, full_weight
-from vllm_spense.serving.dummy import fill_random
+from vllm_spense.ops.random_weights import fill_random
 from vllm_spense.serving.loading import Loaded, LoadPlan, make_loader, make_plan
 
 SIZES = (1, 2, 4, 8)

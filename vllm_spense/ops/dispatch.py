@@ -1,86 +1,15 @@
-"""Which back end runs a layer: a frozen spec, one legality predicate each, first legal one wins.
-
-A back end turns the loaded checkpoint tensors into the tensors it computes on, once (``prepare``), and
-runs one operator on them per forward (``apply``). Prepared shapes and dtypes depend on the spec
-alone, so reloading weights can copy into the old storage.
-"""
+"""Which back end runs a layer: a frozen spec, one legality predicate each, first legal one wins."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from vllm_spense.ops.linear import dense_linear, full_weight, linear
-from vllm_spense.ops.quantize import quantize_per_token
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """Static facts of one layer as it lies on one rank.
-
-    ``sparse_sizes``/``dense_sizes``: extents per fused shard along the split axis.
-    """
-
-    split: str
-    out_features: int
-    in_features: int
-    sparse_sizes: tuple[int, ...]
-    dense_sizes: tuple[int, ...]
-    weight_dtype: torch.dtype
-
-    @property
-    def quantize_activations(self) -> bool:
-        return self.weight_dtype == torch.float8_e4m3fn
-
-    @property
-    def hybrid(self) -> bool:
-        """Whether there is a 2:4 region at all."""
-        return sum(self.sparse_sizes) > 0
-
-
-class Backend(Protocol):
-    """One way to run a layer; stateless."""
-
-    name: str
-
-    def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
-        """None when this back end can run the layer there, else the reason in one line."""
-
-    def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        """From checkpoint tensors (all five names, empty regions included) to run-time tensors.
-
-        The tensor ``weight_packed`` must be among them: vLLM's LoRA code looks for it.
-        """
-
-    def apply(
-        self,
-        spec: LinearSpec,
-        tensors: Mapping[str, torch.Tensor],
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``x [M, K]`` to ``y [M, N]`` in x's dtype."""
-
-
-def decompressed(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """fp32 ``[N, K]`` of a layer's checkpoint tensors: stored values, zeros written out, no scale."""
-    return full_weight(
-        tensors["sparse_values"],
-        tensors["sparse_meta"],
-        tensors["dense_weight"],
-        list(spec.sparse_sizes),
-        list(spec.dense_sizes),
-        spec.split == "output",
-    )
-
-
-def _activations(spec: LinearSpec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return quantize_per_token(x) if spec.quantize_activations else (x, None)
+from vllm_spense.ops.backend import Backend, Tensors, activations, decompressed, scale_only
+from vllm_spense.ops.cuda_backend import CudaBackend
+from vllm_spense.ops.linear import dense_linear, linear
+from vllm_spense.ops.spec import LinearSpec
 
 
 class CpuBackend:
@@ -96,7 +25,7 @@ class CpuBackend:
         return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        return {"weight_packed": decompressed(spec, tensors)} | _scale(tensors)
+        return {"weight_packed": decompressed(spec, tensors)} | scale_only(tensors)
 
     def apply(
         self,
@@ -105,7 +34,7 @@ class CpuBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        xq, xs = _activations(spec, x)
+        xq, xs = activations(spec, x)
         return dense_linear(xq, xs, tensors["weight_packed"], tensors.get("weight_scale"), bias, x.dtype)
 
 
@@ -119,7 +48,7 @@ class ReferenceBackend:
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         kept = {name: tensors[name] for name in ("sparse_values", "sparse_meta")}
-        return kept | {"weight_packed": tensors["dense_weight"]} | _scale(tensors)
+        return kept | {"weight_packed": tensors["dense_weight"]} | scale_only(tensors)
 
     def apply(
         self,
@@ -128,7 +57,7 @@ class ReferenceBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        xq, xs = _activations(spec, x)
+        xq, xs = activations(spec, x)
         return linear(
             xq,
             xs,
@@ -144,12 +73,8 @@ class ReferenceBackend:
         )
 
 
-def _scale(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {"weight_scale": tensors["weight_scale"]} if "weight_scale" in tensors else {}
-
-
-_BACKENDS: list[Backend] = [CpuBackend(), ReferenceBackend()]
-"""Best first. ``cuda`` and ``triton`` will stand before these."""
+_BACKENDS: list[Backend] = [CudaBackend(), CpuBackend(), ReferenceBackend()]
+"""Best first."""
 
 
 def available_backends() -> list[Backend]:

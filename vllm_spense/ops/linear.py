@@ -1,7 +1,7 @@
 """The Spense linear operators and their definition in plain PyTorch.
 
-``spense::linear`` computes on the compressed tensors of one (possibly fused) layer and is the
-definition that every kernel is tested against. ``spense::dense_linear`` is the same arithmetic on a
+``spense::linear`` computes on the compressed tensors of one (possibly fused) layer; its plain version here is
+the definition that every kernel is tested against. ``spense::dense_linear`` is the same arithmetic on a
 matrix that was decompressed once at load: what CPUs use, where nothing is gained from 2:4 in the loop.
 
 Arithmetic (both): products of the stored values accumulated in fp32, times the token's scale, times
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from vllm_spense.format.sparse24 import decompress
+from vllm_spense.ops.repack import unblock_metadata
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -67,7 +68,32 @@ def _matmul_scaled(
     return y.to(out_dtype, copy=False)
 
 
-@torch.library.custom_op("spense::linear", mutates_args=(), device_types=("cpu", "cuda"))
+def reference_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    sparse_values: torch.Tensor,
+    sparse_meta: torch.Tensor,
+    dense_weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sparse_sizes: list[int],
+    dense_sizes: list[int],
+    output_split: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The definition of :func:`linear`, in plain PyTorch."""
+    if sparse_meta.dim() == 3:
+        rows, columns, dense_columns = sum(sparse_sizes), x.shape[1], x.shape[1]
+        if not output_split:
+            rows, columns, dense_columns = dense_weight.shape[0], sum(sparse_sizes), sum(dense_sizes)
+        dense_weight = dense_weight[:, :dense_columns]
+        sparse_values = sparse_values[:, : columns // 2]
+        sparse_meta = unblock_metadata(sparse_meta, rows, columns)
+    weight = full_weight(sparse_values, sparse_meta, dense_weight, sparse_sizes, dense_sizes, output_split)
+    return _matmul_scaled(x, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+@torch.library.custom_op("spense::linear", mutates_args=(), device_types="cpu")
 def linear(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -84,12 +110,16 @@ def linear(
     """``y [M, N] = x Wᵀ`` for a Spense weight (SpenseGPT, arXiv 2606.10445, section 3).
 
     ``x [M, K]``: e4m3 with ``x_scale [M, 1]`` fp32, or float without a scale. Weight tensors as in
-    :class:`vllm_spense.format.Layout`; ``weight_scale``, ``bias``: ``[N]`` in output order;
+    :class:`vllm_spense.format.Layout`, or in the kernels' layout (``ops/repack.py``: metadata with three
+    dimensions, padded rows); ``weight_scale``, ``bias``: ``[N]`` in output order;
     ``sparse_sizes``/``dense_sizes``: extents per fused shard (output split) or one each (input split).
     Empty regions are tensors with a size of 0. Raises ``ValueError`` for other output dtypes.
+    ``ops/cuda_linear.py`` registers the CUDA implementation.
     """
-    weight = full_weight(sparse_values, sparse_meta, dense_weight, sparse_sizes, dense_sizes, output_split)
-    return _matmul_scaled(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return reference_linear(
+        *(x, x_scale, sparse_values, sparse_meta, dense_weight, weight_scale, bias),
+        *(sparse_sizes, dense_sizes, output_split, out_dtype),
+    )
 
 
 @linear.register_fake

@@ -9,8 +9,8 @@ import torch
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.validate import check_values
 from vllm_spense.ops.dispatch import LinearSpec
+from vllm_spense.ops.random_weights import fill_random
 from vllm_spense.serving import compat
-from vllm_spense.serving.dummy import fill_random
 from vllm_spense.serving.loading import Loaded, LoadPlan, make_loader, make_plan
 from vllm_spense.serving.runtime import Runtime, make_runtime
 

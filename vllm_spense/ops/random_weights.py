@@ -1,4 +1,4 @@
-"""Valid random contents for ``--load-format dummy``: speed can be measured without a checkpoint."""
+"""Valid random layer contents: for `--load-format dummy`, tuning and benchmarks, where only speed counts."""
 
 from __future__ import annotations
 

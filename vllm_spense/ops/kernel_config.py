@@ -1,0 +1,140 @@
+"""Which configurations of the CUDA kernels are legal for a layer, and what they should cost.
+
+The estimate stands in until ``spense tune`` has measured a device: it knows bytes, operations and how evenly
+tiles fall on the multiprocessors, nothing else. Its constants are an H200's from data sheets, not fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_spense.ops.spec import LinearSpec
+
+DECODE_TOKENS = (8, 16, 32, 64, 128)
+PREFILL_TOKENS = (128, 256)
+
+MEMORY_RATE = 4.3e12  # bytes/s of device memory
+SM_LOAD_RATE = 70e9  # bytes/s that one multiprocessor takes in, from L2 or memory
+SM_DENSE_RATE = (
+    10e12  # FP8 operations/s of one multiprocessor, two thirds of the data sheet's; 2:4 twice that
+)
+LAUNCH = 3e-6
+CLUSTER_SYNC = 1e-6
+
+
+@dataclass(frozen=True, order=True)
+class KernelConfig:
+    """One way to run a layer.
+
+    ``sm90``: tile of ``tile_rows`` outputs by ``tile_tokens`` tokens; ``cluster`` CTAs split K, or, with
+    ``multicast``, own neighbouring row tiles that share their loads of x.
+    ``cutlass``: CUTLASS GEMMs, one per region and fused shard, with the small or the large tile.
+    """
+
+    kernel: Literal["sm90", "cutlass"]
+    tile_rows: int
+    tile_tokens: int
+    cluster: int = 1
+    multicast: bool = False
+
+
+def candidates(
+    spec: LinearSpec, tokens: int, capability: tuple[int, int], cutlass: bool
+) -> list[KernelConfig]:
+    """Every legal configuration for ``tokens`` rows of x on a device of this compute capability."""
+    return [
+        config
+        for config in _all(tokens, capability, cutlass)
+        if illegal(spec, tokens, config, capability) is None
+    ]
+
+
+def illegal(spec: LinearSpec, tokens: int, config: KernelConfig, capability: tuple[int, int]) -> str | None:
+    """None when the kernel can run so, else why not, in one line."""
+    if config.kernel == "sm90":
+        if capability != (9, 0):
+            return "the sm_90a kernel runs on compute capability 9.0 only"
+        legal = PREFILL_TOKENS if config.multicast else DECODE_TOKENS
+        if config.tile_tokens not in legal:
+            return f"tiles of {config.tile_tokens} tokens are not compiled (known: {legal})"
+        if config.tile_rows not in ((128,) if config.multicast else (64, 128)):
+            return f"tiles of {config.tile_rows} rows are not compiled"
+        if config.cluster not in ((1, 2, 4) if config.multicast else (1, 2, 4, 8)):
+            return f"clusters of {config.cluster} are not legal here"
+        return None
+    if capability not in ((9, 0), (10, 0)):
+        return "CUTLASS instances exist for compute capability 9.0 and 10.0"
+    if spec.split == "input" and all((*spec.sparse_sizes, *spec.dense_sizes)) and spec.sparse_sizes[0] % 16:
+        return "TMA cannot start reading x inside 16 bytes: the sparse columns must be a multiple of 16"
+    if spec.out_features % 8 or any(size % 8 for size in spec.row_extents):
+        return "the CUTLASS epilogue stores 16 bytes at a time: every region's rows must be a multiple of 8"
+    if any(width % 16 for width in spec.pitches):
+        return "the CUTLASS layouts need unpadded rows of a multiple of 16 bytes"
+    return None
+
+
+def _all(tokens: int, capability: tuple[int, int], cutlass: bool) -> Iterator[KernelConfig]:
+    if capability == (9, 0):
+        decode = next((t for t in DECODE_TOKENS if t >= tokens), DECODE_TOKENS[-1])
+        for rows in (64, 128):
+            for cluster in (1, 2, 4, 8):
+                yield KernelConfig("sm90", rows, decode, cluster)
+        if tokens > DECODE_TOKENS[-2]:
+            for tile_tokens in PREFILL_TOKENS:
+                for cluster in (1, 2, 4):
+                    yield KernelConfig("sm90", 128, tile_tokens, cluster, multicast=True)
+    if cutlass:
+        small, large = CUTLASS_TILES.get(capability, (None, None))
+        if large and (tokens > 64 or not small):
+            yield KernelConfig("cutlass", *large)
+        if small and tokens <= 512:
+            yield KernelConfig("cutlass", *small)
+
+
+CUTLASS_TILES: dict[tuple[int, int], tuple[tuple[int, int] | None, tuple[int, int]]] = {
+    (9, 0): (None, (128, 256)),
+    (10, 0): ((128, 64), (256, 128)),
+}
+"""(rows, tokens) of the small and the large CUTLASS tile per compute capability."""
+
+
+def estimate(spec: LinearSpec, tokens: int, config: KernelConfig, processors: int) -> float:
+    """Predicted seconds of one call on a device with ``processors`` multiprocessors (whole clusters only)."""
+    rows, wide = config.tile_rows, config.tile_tokens
+    group = config.cluster if config.multicast else 1
+    parts = 1 if config.multicast else config.cluster
+    clusters = max(1, processors // config.cluster)
+    token_tiles = -(-tokens // wide)
+
+    def unit(sparse_columns: int, dense_columns: int) -> float:
+        columns = sparse_columns + dense_columns
+        load = rows * (0.625 * sparse_columns + dense_columns) + wide * columns / group
+        work = 2 * rows * wide * (sparse_columns / 2 + dense_columns)
+        return max(load / SM_LOAD_RATE, work / SM_DENSE_RATE) / parts
+
+    def groups(extents: tuple[int, ...]) -> int:
+        return sum(math.ceil(math.ceil(extent / rows) / group) for extent in extents)
+
+    k = spec.in_features
+    if spec.split == "output":
+        heavy, light = groups(spec.dense_sizes) * token_tiles, groups(spec.sparse_sizes) * token_tiles
+        heavy_time, light_time = unit(0, k), unit(k, 0)
+    else:
+        heavy, light = groups((spec.out_features,)) * token_tiles, 0
+        heavy_time, light_time = unit(spec.sparse_sizes[0], spec.dense_sizes[0]), 0.0
+    busy = busiest(heavy, light, heavy_time, light_time, clusters)
+    moved = spec.weight_bytes + tokens * (k + 2 * spec.out_features)
+    return max(busy, moved / MEMORY_RATE) + LAUNCH + (CLUSTER_SYNC if parts > 1 else 0)
+
+
+def busiest(heavy: int, light: int, heavy_time: float, light_time: float, clusters: int) -> float:
+    """Load of the most loaded cluster when heavy units go first and light ones fill up (tile_plan.h)."""
+    turns, late = divmod(heavy, clusters)
+    level = [turns * heavy_time + (heavy_time if late else 0), turns * heavy_time]
+    if not light:
+        return level[0]
+    even = (heavy * heavy_time + light * light_time) / clusters
+    return max(level[0], min(even + light_time, max(level) + -(-light // clusters) * light_time))

@@ -1,0 +1,101 @@
+"""Measure every legal kernel configuration of some layers on this GPU and write the table for dispatch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from vllm_spense.ops import extension
+from vllm_spense.ops.kernel_config import candidates
+from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
+from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.tuning import TuningEntry, TuningTable, measured, read_table, shape_of, table_path
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def tune(
+    specs: Iterable[LinearSpec],
+    tokens: Iterable[int] = TOKENS,
+    *,
+    directory: Path | None = None,
+    command: str = "vllm_spense.ops.tune.tune",
+    budget: float = float("inf"),
+    progress: Callable[[str], None] = print,
+) -> Path:
+    """Time all configurations of each layer and bucket, best first in the table; returns the table's path.
+
+    The file is rewritten after every layer; shapes and buckets that are not measured now keep their entries.
+    Stops before the next layer once ``budget`` seconds are gone. ``RuntimeError`` without GPU or extension.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tuning measures kernels and needs a CUDA device")
+    if reason := extension.why_not_loaded():
+        raise RuntimeError(reason)
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    path, start = table_path(name, directory), time.monotonic()
+    tokens = sorted(tokens)
+    for spec in specs:
+        if time.monotonic() - start > budget:
+            progress(f"stopped: the {budget:.0f} s are over, {path} holds what was measured")
+            break
+        entries = measure_layer(spec, tokens, device, progress)
+        old = read_table(path)
+        kept = {(e.shape, e.tokens): e for e in (old.entries if old else ())}
+        kept |= {(e.shape, e.tokens): e for e in entries}
+        table = TuningTable(
+            device=name,
+            torch=torch.__version__,
+            date=time.strftime("%Y-%m-%d"),
+            command=command,
+            entries=tuple(kept.values()),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(table.model_dump_json(indent=1) + "\n")
+        os.replace(partial, path)
+    measured.cache_clear()
+    return path
+
+
+def measure_layer(
+    spec: LinearSpec, tokens: Iterable[int], device: torch.device, progress: Callable[[str], None]
+) -> list[TuningEntry]:
+    """The fastest configuration per bucket, with the time of dense FP8 beside it."""
+    capability = torch.cuda.get_device_capability(device)
+    layer, entries = TimedLayer.make(spec, device), []
+    for count in tokens:
+        times = {
+            config: time_graph(layer.calls(config, count), 10)
+            for config in candidates(spec, count, capability, extension.has_cutlass())
+        }
+        if not times:
+            continue
+        best = min(times, key=lambda config: times[config])
+        dense = time_graph(dense_calls(spec, count, device), 10)
+        fields = dict(zip(("split", "out_features", "in_features"), shape_of(spec)[:3], strict=True))
+        entries.append(
+            TuningEntry(
+                **fields,
+                sparse_sizes=spec.sparse_sizes,
+                dense_sizes=spec.dense_sizes,
+                tokens=count,
+                kernel=best.kernel,
+                tile_rows=best.tile_rows,
+                tile_tokens=best.tile_tokens,
+                cluster=best.cluster,
+                multicast=best.multicast,
+                us=round(times[best], 3),
+                dense_us=round(dense, 3),
+            )
+        )
+        progress(
+            f"{spec.split} {spec.out_features}x{spec.in_features} tokens {count}: {times[best]:.1f} µs "
+            f"(dense {dense:.1f}) with {best}"
+        )
+    return entries
