@@ -7,11 +7,13 @@ ASSETS ?= .cache/assets
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 PY = $(VENV)/bin/python
+EXTENSION = vllm_spense/_C.abi3.so
 
-.PHONY: help setup test test-fast lint format demo accuracy clean
+.PHONY: help setup kernels kernels-check test test-fast lint format demo accuracy clean
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
+	@echo "make kernels    the CUDA extension with all CUTLASS instances (needs nvcc; 10 minutes)"
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
 	@echo "make lint       ruff and mypy"
@@ -24,17 +26,27 @@ $(VENV)/.ready: requirements/cpu.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch==2.13.0
 	$(PIP) --no-deps -r requirements/cpu.txt
-	$(PIP) --no-deps --no-build-isolation -e .
+	SPENSE_CUDA_ARCHS= $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(ASSETS)/.ready: $(VENV)/.ready vllm_spense/demo_assets.py
 	$(PY) -c "from vllm_spense import demo_assets as a; a.fetch_model('$(ASSETS)', print); a.fetch_text('$(ASSETS)', print)"
 	touch $@
 
-test: setup
+# Half a minute: our own kernel, no CUTLASS instances. Without nvcc this prints why nothing is built.
+$(EXTENSION): $(VENV)/.ready $(wildcard kernels/*) setup.py
+	SPENSE_CUTLASS=0 $(PY) setup.py -q build_ext --inplace
+
+kernels: $(VENV)/.ready
+	$(PY) setup.py -q build_ext --inplace
+
+kernels-check: $(VENV)/.ready
+	SPENSE_CUTLASS=check $(PY) setup.py -q build_ext --inplace
+
+test: setup $(EXTENSION)
 	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest
 
-test-fast: setup
+test-fast: setup $(EXTENSION)
 	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest -m "not vllm and not model"
 
 lint: $(VENV)/.ready

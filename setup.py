@@ -5,8 +5,8 @@ with and without CUDA (libtorch stable ABI). Without nvcc, torch or the CUTLASS 
 out with a message.
 
 Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no extension), ``SPENSE_CUTLASS`` (0 leaves out the
-CUTLASS instances, most of the build time), ``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or
-``CUDA_HOME``.
+CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
+``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or ``CUDA_HOME``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 KERNELS = ROOT / "kernels"
 ARCHS = [a for a in os.environ.get("SPENSE_CUDA_ARCHS", "90a;100a").split(";") if a]
-CUTLASS = os.environ.get("SPENSE_CUTLASS", "1") != "0"
+CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
 TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
-CUTLASS_INSTANCES = {"90a": range(0), "100a": range(0)}
+CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12)}  # see spense_linear_cutlass.h
 
 
 def find_nvcc() -> Path | None:
@@ -96,9 +96,10 @@ class BuildCuda(build_ext):
             commands[name] = [*flags, "-c", str(KERNELS / source), "-o", str(objects / f"{name}.o")]
 
         unit("spense_linear_sm90", "spense_linear_sm90.cu", *device, gencode("90a"))
-        built = [arch for arch in ARCHS if CUTLASS and CUTLASS_INSTANCES[arch]]
-        for arch in built:
-            for n in CUTLASS_INSTANCES[arch]:
+        built = ARCHS if CUTLASS == "1" else []
+        for arch in ARCHS if CUTLASS != "0" else []:
+            instances = CUTLASS_INSTANCES[arch]
+            for n in instances if arch in built else instances[:1]:
                 name = f"spense_linear_cutlass_{arch}_{n}"
                 unit(
                     name, "spense_linear_cutlass.cu", *device, gencode(arch), f"-DSPENSE_CUTLASS_INSTANCE={n}"
@@ -110,11 +111,12 @@ class BuildCuda(build_ext):
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
             list(pool.map(lambda item: compile_unit(objects, *item), commands.items()))
+        linked = [name for name in commands if built or not name.startswith("spense_linear_cutlass")]
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         library = next(p for p in (cuda / "lib64", cuda / "lib") if (p / "libcudart_static.a").exists())
         link = [
-            *("g++", "-shared", "-o", f"{out}.tmp", *(str(objects / f"{name}.o") for name in commands)),
+            *("g++", "-shared", "-o", f"{out}.tmp", *(str(objects / f"{name}.o") for name in linked)),
             *(f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"),
             *(f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"),
         ]

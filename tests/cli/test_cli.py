@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import make_llama, make_spense
 
 import vllm_spense
@@ -167,3 +168,21 @@ def test_doctor_names_a_plugin_that_is_not_allowed(monkeypatch: pytest.MonkeyPat
 )
 def test_supported_versions(version: str, good: bool) -> None:
     assert supported(version) is good
+
+
+def test_tune_plans_without_a_gpu_and_refuses_to_measure(models: Path) -> None:
+    done = spense("tune", models / "spense", "--dry-run", "--tokens", "16", "--tokens", "4096")
+    assert done.returncode == 0, done.stderr
+    assert "output" in done.stdout
+    assert "4096" in done.stdout
+    done = spense("tune", models / "spense", "--tp", "3", "--dry-run")
+    assert done.returncode == 1
+    assert "tensor parallel sizes [1, 2], not 3" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu_fails_in_one_line(models: Path) -> None:
+    done = spense("tune", models / "spense")
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr

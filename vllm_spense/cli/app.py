@@ -187,6 +187,39 @@ def export(
 
 
 @app.command()
+def tune(
+    directory: Directory,
+    tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens (repeat the option)")] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory of the table")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds, checked before each layer")] = 3600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; needs no GPU")] = False,
+) -> None:
+    """Measure the kernels for this checkpoint's layers on this GPU, for dispatch to read."""
+    from vllm_spense.format.checkpoint import Checkpoint
+    from vllm_spense.ops.tune import TOKENS, layer_specs, plan
+    from vllm_spense.ops.tune import tune as run
+
+    specs, counts = layer_specs(Checkpoint(directory), tensor_parallel), tokens or list(TOKENS)
+    if dry_run:
+        table = Table(title="configurations on an H200, estimated")
+        for column in ("layer", "tokens", "configurations", "best by estimate", "µs"):
+            table.add_column(column)
+        for row in plan(specs, counts):
+            table.add_row(*map(str, row))
+        console.print(table)
+        return
+    path = run(
+        *(specs, counts),
+        directory=out,
+        command=f"spense tune {directory} --tp {tensor_parallel}",
+        budget=budget,
+        progress=console.print,
+    )
+    console.print(f"Wrote [bold]{path}[/]")
+
+
+@app.command()
 def doctor() -> None:
     """Versions, plugin, back ends, GPU: what is missing and how to get it."""
     from vllm_spense.cli.doctor import doctor as run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -111,12 +110,13 @@ def _vllm() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    from vllm_spense.ops import available_backends
+    from vllm_spense.ops import available_backends, extension
 
     yield Finding("back ends", "ok", ", ".join(b.name for b in available_backends()))
-    kernels = importlib.util.find_spec("vllm_spense._C") is not None
-    text = "built" if kernels else "none in this release: GPUs run vLLM's dense FP8 kernels"
-    yield Finding("CUDA kernels", "ok" if kernels else "note", text)
+    reason = extension.why_not_loaded()
+    text = f"built{', with CUTLASS' if extension.has_cutlass() else ''}"
+    fix = "without them GPUs run Triton or vLLM's dense FP8 kernels"
+    yield Finding("CUDA kernels", "note" if reason else "ok", reason or text, fix if reason else "")
 
 
 def _gpu() -> Iterator[Finding]:

@@ -17,7 +17,7 @@ DECODE_TOKENS = (8, 16, 32, 64, 128)
 PREFILL_TOKENS = (128, 256)
 
 MEMORY_RATE = 4.3e12  # bytes/s of device memory
-SM_LOAD_RATE = 70e9  # bytes/s that one multiprocessor takes in, from L2 or memory
+SM_LOAD_RATE = 50e9  # bytes/s that one multiprocessor takes in, from L2 or memory
 SM_DENSE_RATE = (
     10e12  # FP8 operations/s of one multiprocessor, two thirds of the data sheet's; 2:4 twice that
 )

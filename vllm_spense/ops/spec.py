@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from vllm_spense.format.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,19 @@ class LinearSpec:
     sparse_sizes: tuple[int, ...]
     dense_sizes: tuple[int, ...]
     weight_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout], weight_dtype: torch.dtype) -> LinearSpec:
+        """The layer that these modules form when they are fused along their outputs."""
+        fused = layouts if layouts[0].split == "output" else layouts[:1]
+        return cls(
+            split=layouts[0].split,
+            out_features=sum(x.out_features for x in layouts),
+            in_features=layouts[0].in_features,
+            sparse_sizes=tuple(x.sparse for x in fused),
+            dense_sizes=tuple(x.dense for x in fused),
+            weight_dtype=weight_dtype,
+        )
 
     @property
     def quantize_activations(self) -> bool:

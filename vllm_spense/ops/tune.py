@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.layout import Axis
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import candidates
+from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import TuningEntry, TuningTable, measured, read_table, shape_of, table_path
 
+H200, H200_PROCESSORS = (9, 0), 132
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -61,6 +64,38 @@ def tune(
         os.replace(partial, path)
     measured.cache_clear()
     return path
+
+
+def layer_specs(checkpoint: Checkpoint, tensor_parallel: int = 1) -> list[LinearSpec]:
+    """The different hybrid layers of a checkpoint as vLLM fuses and slices them (gate and up are one)."""
+    config = checkpoint.require_spense()
+    if tensor_parallel not in config.tensor_parallel_sizes:
+        allowed = config.tensor_parallel_sizes
+        raise ValueError(f"the checkpoint allows tensor parallel sizes {allowed}, not {tensor_parallel}")
+    specs: dict[LinearSpec, None] = {}
+    for name in config.modules:
+        if name.endswith("up_proj"):
+            continue
+        layouts = [checkpoint.layout(name)]
+        partner = name.removesuffix("gate_proj") + "up_proj"
+        if name.endswith("gate_proj") and partner in config.modules:
+            layouts.append(checkpoint.layout(partner))
+        axis: Axis = "input" if name.endswith(("down_proj", "o_proj")) else "output"
+        spec = LinearSpec.of([x.shard(axis, tensor_parallel) for x in layouts], config.torch_dtype)
+        if spec.hybrid:
+            specs[spec] = None
+    return list(specs)
+
+
+def plan(specs: Iterable[LinearSpec], tokens: Iterable[int]) -> Iterator[tuple[str, int, int, str, float]]:
+    """What :func:`tune` would measure on an H200: layer, tokens, configurations, best estimate, its µs."""
+    counts = list(tokens)
+    for spec in specs:
+        for count in counts:
+            legal = candidates(spec, count, H200, cutlass=True)
+            best = min(legal, key=lambda c: estimate(spec, count, c, H200_PROCESSORS))
+            us = round(estimate(spec, count, best, H200_PROCESSORS) * 1e6, 1)
+            yield f"{spec.split} {spec.out_features}x{spec.in_features}", count, len(legal), str(best), us
 
 
 def measure_layer(

@@ -88,10 +88,14 @@ def read_table(path: Path) -> TuningTable | None:
         return None
     try:
         return TuningTable.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a tuning table ({error}); delete it, or write it anew with `spense tune`"
-        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+    except UnicodeDecodeError:
+        reason = "not UTF-8"
+    raise ValueError(
+        f"{path} is not a tuning table ({reason}); delete it, or make it anew with `spense tune`"
+    )
 
 
 @functools.cache

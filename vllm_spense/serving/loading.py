@@ -78,16 +78,7 @@ class LoadPlan:
         return (sum(s[0] for s in shapes), *shapes[0][1:])
 
     def spec(self) -> LinearSpec:
-        local = [m.local for m in self.modules]
-        fused = local if local[0].split == "output" else local[:1]
-        return LinearSpec(
-            split=local[0].split,
-            out_features=sum(x.out_features for x in local),
-            in_features=local[0].in_features,
-            sparse_sizes=tuple(x.sparse for x in fused),
-            dense_sizes=tuple(x.dense for x in fused),
-            weight_dtype=self.weight_dtype,
-        )
+        return LinearSpec.of([m.local for m in self.modules], self.weight_dtype)
 
     def expected(self) -> Loaded:
         """(tensor, module index) of everything that must be loaded before the layer may run."""

@@ -1,0 +1,90 @@
+"""What the compiler made of the Hopper kernel: the instructions it is for, and no spills."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import vllm_spense
+
+LIBRARY = next(Path(vllm_spense.__file__).parent.glob("_C*.so"), None)
+
+
+def tool(name: str) -> str:
+    """A CUDA binary tool: from PATH, or the one that Triton carries."""
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else Path()
+    found = shutil.which(name) or shutil.which(name, path=str(bundled))
+    if not found:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@functools.cache
+def disassembly() -> dict[str, str]:
+    """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion."""
+    path = str(Path(tool("nvdisasm")).parent)
+    run = subprocess.run(
+        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{path}:/usr/bin:/bin"},
+    )
+    functions = re.split(r"\n\s+Function : ", run.stdout)[1:]
+    kernels = {}
+    for text in functions:
+        name = re.match(r"_ZN6spense4sm9013linear_kernelINS0_5ShapeI(\w+?)EEEE", text)
+        if name:
+            kernels[name[1]] = text
+    return kernels
+
+
+def test_every_configuration_is_compiled() -> None:
+    tiles = {tuple(map(int, re.findall(r"L[ib](\d+)E", name + "E")[:3])) for name in disassembly()}
+    decode = {(groups, tokens, 0) for groups in (1, 2) for tokens in (8, 16, 32, 64, 128)}
+    assert tiles == decode | {(2, 128, 1), (2, 256, 1)}
+
+
+def test_the_tensor_cores_run_sparse_and_dense_fp8() -> None:
+    for name, sass in disassembly().items():
+        tokens = re.findall(r"L[ib](\d+)E", name + "E")[1]
+        shape = f"64x{tokens}x"
+        assert f"QGMMA.SP.{shape}64.F32.E4M3.E4M3" in sass, name
+        assert f"QGMMA.{shape}32.F32.E4M3.E4M3" in sass, name
+
+
+def test_nothing_is_spilled_and_wgmmas_stay_in_flight() -> None:
+    for name, sass in disassembly().items():
+        assert not re.search(r"\b(STL|LDL)\b", sass), f"{name} spills registers"
+        waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", sass)
+        assert "0x1" in waits, f"{name} waits for every stage: ptxas has serialised the wgmmas"
+
+
+def test_the_library_needs_no_cuda_to_load() -> None:
+    run = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True)
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", run.stdout)
+    assert not [name for name in needed if "cuda" in name.lower()], needed
+
+
+def test_a_call_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="linear_sm90 failed with CUDA error"):
+        torch.ops.spense.sm90_clusters(128, 16, 2, False)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(96, 16, 1, False), (128, 24, 1, False), (128, 16, 3, False), (128, 256, 8, True), (64, 128, 1, True)],
+)
+def test_shapes_that_are_not_compiled_are_refused(shape: tuple) -> None:
+    with pytest.raises(RuntimeError, match="refused the call with status 1"):
+        torch.ops.spense.sm90_clusters(*shape)

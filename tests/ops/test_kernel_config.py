@@ -1,0 +1,173 @@
+"""Which kernel configurations are legal, what they should cost, and which one dispatch takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_spense.format import FP8_DTYPE
+from vllm_spense.ops import LinearSpec, available_backends, tuning
+from vllm_spense.ops.kernel_config import KernelConfig, busiest, candidates, estimate, illegal
+from vllm_spense.ops.tuning import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
+
+HOPPER, BLACKWELL, ADA = (9, 0), (10, 0), (8, 9)
+GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800), FP8_DTYPE)
+DOWN = LinearSpec("input", 5120, 25600, (12800,), (12800,), FP8_DTYPE)
+RAGGED = LinearSpec("input", 1001, 2064, (1048,), (1016,), FP8_DTYPE)
+
+
+@pytest.mark.parametrize("spec", [GATE_UP, DOWN, RAGGED])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 128, 129, 1000, 32768])
+def test_hopper_always_has_a_configuration_that_covers_the_tokens(spec: LinearSpec, tokens: int) -> None:
+    legal = candidates(spec, tokens, HOPPER, cutlass=False)
+    assert legal
+    assert len(set(legal)) == len(legal)
+    assert all(illegal(spec, tokens, config, HOPPER) is None for config in legal)
+    if tokens <= 128:
+        assert all(config.tile_tokens >= tokens for config in legal if not config.multicast)
+
+
+def test_each_architecture_has_its_kernels() -> None:
+    assert {c.kernel for c in candidates(GATE_UP, 4096, HOPPER, cutlass=True)} == {"sm90", "cutlass"}
+    assert {c.kernel for c in candidates(GATE_UP, 4096, BLACKWELL, cutlass=True)} == {"cutlass"}
+    assert candidates(GATE_UP, 4096, BLACKWELL, cutlass=False) == []
+    assert candidates(GATE_UP, 4096, ADA, cutlass=True) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "capability", "message"),
+    [
+        (GATE_UP, KernelConfig("sm90", 128, 16), ADA, "compute capability 9.0 only"),
+        (GATE_UP, KernelConfig("sm90", 128, 24), HOPPER, "tiles of 24 tokens"),
+        (GATE_UP, KernelConfig("sm90", 96, 16), HOPPER, "tiles of 96 rows"),
+        (GATE_UP, KernelConfig("sm90", 128, 16, 3), HOPPER, "clusters of 3"),
+        (GATE_UP, KernelConfig("sm90", 128, 256, 8, True), HOPPER, "clusters of 8"),
+        (GATE_UP, KernelConfig("cutlass", 128, 256), ADA, "9.0 and 10.0"),
+        (RAGGED, KernelConfig("cutlass", 128, 256), HOPPER, "multiple of 16"),
+        (
+            LinearSpec("output", 1004, 512, (504,), (500,), FP8_DTYPE),
+            KernelConfig("cutlass", 128, 256),
+            HOPPER,
+            "multiple of 8",
+        ),
+    ],
+)
+def test_illegal_configurations_say_why(spec, config, capability, message) -> None:
+    assert message in (illegal(spec, 64, config, capability) or "")
+
+
+def test_the_estimate_knows_the_two_limits() -> None:
+    """Decode cannot beat the bytes, prefill cannot beat the operations; both grow with what they move."""
+    decode = min(estimate(GATE_UP, 16, c, 132) for c in candidates(GATE_UP, 16, HOPPER, False))
+    assert decode > GATE_UP.weight_bytes / 4.3e12
+    prefill = min(estimate(GATE_UP, 8192, c, 132) for c in candidates(GATE_UP, 8192, HOPPER, False))
+    operations = 2 * 8192 * 5120 * (25600 * 0.5 + 25600)
+    assert prefill > operations / 1979e12
+    dense = LinearSpec("output", 51200, 5120, (0, 0), (25600, 25600), FP8_DTYPE)
+    assert estimate(dense, 16, KernelConfig("sm90", 128, 16), 132) > decode
+
+
+def test_few_tiles_want_a_split_of_k() -> None:
+    """Down has 40 tiles of 128 rows for 132 multiprocessors: unsplit, most of them would idle."""
+    best = min(candidates(DOWN, 16, HOPPER, False), key=lambda c: estimate(DOWN, 16, c, 132))
+    assert best.cluster > 1
+
+
+@pytest.mark.parametrize(("heavy", "light", "clusters"), [(10, 30, 7), (7, 0, 7), (0, 20, 6), (5, 3, 132)])
+def test_the_busiest_cluster_is_near_the_mean(heavy: int, light: int, clusters: int) -> None:
+    mean = (heavy * 2.0 + light * 1.0) / clusters
+    assert mean <= busiest(heavy, light, 2.0, 1.0, clusters) <= mean + 2.0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, 1), (2, 2), (3, 4), (17, 32), (64, 64), (65, 128), (10**6, 32768)]
+)
+def test_buckets_are_powers_of_two(tokens: int, expected: int) -> None:
+    assert bucket(tokens) == expected
+
+
+def entry(tokens: int = 16, us: float = 10.0, dense_us: float | None = 12.0, **change) -> TuningEntry:
+    fields = {
+        "split": "output",
+        "out_features": 51200,
+        "in_features": 5120,
+        "sparse_sizes": (12800, 12800),
+        "dense_sizes": (12800, 12800),
+        "kernel": "sm90",
+        "tile_rows": 64,
+        "tile_tokens": 16,
+        "cluster": 2,
+        "multicast": False,
+    }
+    return TuningEntry(**(fields | change), tokens=tokens, us=us, dense_us=dense_us)
+
+
+def test_a_measured_bucket_wins_over_the_estimate() -> None:
+    entries = {16: entry()}
+    assert pick(GATE_UP, 9, HOPPER, 132, entries, False) == KernelConfig("sm90", 64, 16, 2)
+    unmeasured = pick(GATE_UP, 65, HOPPER, 132, entries, False)
+    assert unmeasured is not None
+    assert unmeasured.tile_tokens >= 128
+
+
+def test_measured_configurations_that_cannot_run_here_are_passed_over() -> None:
+    wrong = {16: entry(tile_rows=32)}
+    assert pick(GATE_UP, 16, HOPPER, 132, wrong, False) in candidates(GATE_UP, 16, HOPPER, False)
+    absent = {16: entry(kernel="cutlass", tile_rows=128, tile_tokens=256)}
+    assert pick(GATE_UP, 16, HOPPER, 132, absent, False).kernel == "sm90"  # type: ignore[union-attr]
+    assert pick(GATE_UP, 16, ADA, 132, {}, True) is None
+
+
+def test_dense_wins_by_the_mean_over_the_buckets() -> None:
+    assert dense_ratio({1: entry(us=10, dense_us=20), 2: entry(us=20, dense_us=10)}) == pytest.approx(1)
+    assert dense_ratio({1: entry(dense_us=None)}) is None
+    assert dense_ratio({}) is None
+
+
+def test_tables_are_read_from_the_users_directory_first(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SPENSE_TUNING_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "package")
+    for directory, us in (("user", 5.0), ("package", 9.0)):
+        table = TuningTable(device="X 1", torch="2", date="d", command="c", entries=(entry(us=us), entry(32)))
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "X_1.json").write_text(table.model_dump_json())
+    tuning.measured.cache_clear()
+    found = tuning.measured("X 1")[tuning.shape_of(GATE_UP)]
+    assert found[16].us == 5.0
+    assert sorted(found) == [16, 32]
+    assert tuning.measured("Y") == {}
+    assert table_path("X 1") == tmp_path / "user" / "X_1.json"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"device": 1}', "\xff"])
+def test_a_broken_table_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "X.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"X\.json is not a tuning table .* `spense tune`"):
+        tuning.read_table(path)
+
+
+def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "X.json"
+    raw = json.loads(TuningTable(device="X", torch="2", date="d", command="c").model_dump_json())
+    path.write_text(json.dumps(raw | {"speed": 1}))
+    with pytest.raises(ValueError, match="speed"):
+        tuning.read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "message"),
+    [
+        (GATE_UP, "cpu", "runs on CUDA devices"),
+        (LinearSpec("output", 64, 64, (32,), (32,), torch.bfloat16), "cuda", "FP8 weights"),
+        (LinearSpec("output", 64, 64, (0,), (64,), FP8_DTYPE), "cuda", "no 2:4 region"),
+        (LinearSpec("output", 64, 72, (32,), (32,), FP8_DTYPE), "cuda", "multiple of 16"),
+        (LinearSpec("output", 320, 64, (32,) * 5, (32,) * 5, FP8_DTYPE), "cuda", "at most 4"),
+    ],
+)
+def test_layers_the_cuda_back_end_cannot_run(spec: LinearSpec, device: str, message: str) -> None:
+    backend = next(b for b in available_backends() if b.name == "cuda")
+    assert message in (backend.why_not(spec, torch.device(device)) or "")
