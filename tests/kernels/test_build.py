@@ -88,3 +88,31 @@ def test_a_call_without_a_gpu_says_so() -> None:
 def test_shapes_that_are_not_compiled_are_refused(shape: tuple) -> None:
     with pytest.raises(RuntimeError, match="refused the call with status 1"):
         torch.ops.spense.sm90_clusters(*shape)
+
+
+def check_object(pattern: str) -> str:
+    """SASS of an object that `make kernels-check` or `make kernels` compiled."""
+    root = Path(vllm_spense.__file__).parents[1]
+    found = sorted(root.glob(f"build/temp*/spense/{pattern}.o"))
+    if not found:
+        pytest.skip(f"{pattern} is not built (make kernels-check)")
+    tools = str(Path(tool("nvdisasm")).parent)
+    command = [tool("cuobjdump"), "-sass", str(found[0])]
+    env = {"PATH": f"{tools}:/usr/bin:/bin"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
+
+@pytest.mark.parametrize(
+    ("pattern", "instructions"),
+    [
+        ("spense_linear_cutlass_90a_0", (r"QGMMA\.SP\.64x256x64\.F32\.E4M3\.E4M3",)),
+        # Blackwell's sparse MMA prints no suffix; only sparse ones copy metadata to tensor memory (UTCCP).
+        ("spense_linear_cutlass_100a_4", (r"\bUTCQMMA\b", r"\bUTCCP\b")),
+    ],
+)
+def test_the_cutlass_instances_use_sparse_tensor_cores(pattern: str, instructions: tuple[str, ...]) -> None:
+    sass = check_object(pattern)
+    for instruction in instructions:
+        assert re.search(instruction, sass), instruction
+    assert "ACQBULK" in sass, "no griddepcontrol.wait: a race under programmatic dependent launch"
+    assert not re.search(r"\b(STL|LDL)\b", sass), "spills registers"

@@ -51,6 +51,33 @@ def test_vllm_dense_fp8_agrees_with_the_definition(case, with_bias: bool) -> Non
     assert error < BOUND
 
 
+@pytest.mark.parametrize(
+    ("wanted", "chosen"), [(None, "cpu"), ("reference", "reference"), ("vllm-fp8", "vllm-fp8")]
+)
+def test_the_environment_may_name_the_back_end(case, monkeypatch, wanted: str | None, chosen: str) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_spense.serving.runtime import make_runtime
+
+    spec, tensors, _ = case
+    monkeypatch.delenv("SPENSE_BACKEND", raising=False)
+    if wanted:
+        monkeypatch.setenv("SPENSE_BACKEND", wanted)
+    layer = torch.nn.Module()
+    layer.orig_dtype = torch.bfloat16
+    with set_current_vllm_config(VllmConfig()):
+        assert make_runtime(spec, tensors, layer).name == chosen
+
+
+def test_a_back_end_that_cannot_run_is_refused(case, monkeypatch) -> None:
+    from vllm_spense.serving.runtime import make_runtime
+
+    spec, tensors, _ = case
+    monkeypatch.setenv("SPENSE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot run this layer: runs on CUDA devices"):
+        make_runtime(spec, tensors, torch.nn.Module())
+
+
 def test_leading_dimensions_are_kept(case) -> None:
     from vllm_spense.serving.runtime import SpenseRuntime
 

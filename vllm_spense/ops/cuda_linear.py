@@ -71,14 +71,16 @@ def cuda_linear(
         *(split, weight_scale.numel(), x.shape[1]),
         *(tuple(sparse_sizes), tuple(dense_sizes), torch.float8_e4m3fn),
     )
-    y = torch.empty((x.shape[0], spec.out_features), dtype=out_dtype, device=x.device)
+    config = choose(spec, max(x.shape[0], 1), x.device)
+    # The CUTLASS epilogues store bf16 only; another dtype is converted from it.
+    stored = torch.bfloat16 if config.kernel == "cutlass" else out_dtype
+    y = torch.empty((x.shape[0], spec.out_features), dtype=stored, device=x.device)
     if y.numel():
-        config = choose(spec, x.shape[0], x.device)
         if bias is not None:
-            bias = bias.to(out_dtype)
+            bias = bias.to(stored)
         run(
             config,
             *(x.contiguous(), x_scale, sparse_values, sparse_meta, dense_weight, weight_scale, bias),
             *(sparse_sizes, dense_sizes, output_split, y),
         )
-    return y
+    return y.to(out_dtype)

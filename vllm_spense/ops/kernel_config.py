@@ -71,8 +71,6 @@ def illegal(spec: LinearSpec, tokens: int, config: KernelConfig, capability: tup
         return "TMA cannot start reading x inside 16 bytes: the sparse columns must be a multiple of 16"
     if spec.out_features % 8 or any(size % 8 for size in spec.row_extents):
         return "the CUTLASS epilogue stores 16 bytes at a time: every region's rows must be a multiple of 8"
-    if any(width % 16 for width in spec.pitches):
-        return "the CUTLASS layouts need unpadded rows of a multiple of 16 bytes"
     return None
 
 

@@ -69,10 +69,3 @@ class LinearSpec:
     def row_extents(self) -> tuple[int, ...]:
         """Rows of y of every region, in any order."""
         return (*self.sparse_sizes, *self.dense_sizes) if self.split == "output" else (self.out_features,)
-
-    @property
-    def pitches(self) -> tuple[int, ...]:
-        """Bytes per row of each non-empty stored matrix, unpadded."""
-        (sparse_rows, sparse_columns), (rows, columns) = self.sparse_shape, self.dense_shape
-        sparse = (sparse_columns // 2,) if sparse_rows * sparse_columns else ()
-        return sparse + ((columns,) if rows * columns else ())

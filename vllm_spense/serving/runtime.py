@@ -1,12 +1,14 @@
 """How a loaded layer runs inside vLLM: a Spense back end, or a dense kernel of vLLM's own.
 
 Preference, per layer: a kernel of ours for the device; else vLLM's dense kernel on the decompressed
-matrix (never slower than the dense model, no memory saved). bf16 checkpoints always run as vLLM's
+matrix (never slower than the dense model, no memory saved). ``SPENSE_BACKEND`` names one instead: a back
+end of the dispatcher, or ``vllm-fp8``. bf16 checkpoints always run as vLLM's
 unquantized layers, so they give exactly the tokens of the exported dense checkpoint.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -33,10 +35,13 @@ def make_runtime(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], layer: A
     device = next(iter(tensors.values())).device
     if not spec.quantize_activations:
         return DenseUnquantized(spec, layer.orig_dtype)
-    backend = select_backend(spec, device)
-    if backend.name == "reference":  # right everywhere, but it decompresses in every call
+    wanted = os.environ.get("SPENSE_BACKEND")
+    # Right everywhere, but the reference decompresses in every call, and Triton was never measured to win.
+    if wanted == DenseFp8.name or (
+        not wanted and select_backend(spec, device).name in ("triton", "reference")
+    ):
         return DenseFp8(spec, layer.orig_dtype)
-    return SpenseRuntime(spec, device)
+    return SpenseRuntime(spec, device, wanted)
 
 
 class SpenseRuntime:
