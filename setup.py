@@ -6,6 +6,7 @@ out with a message.
 
 Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no extension), ``SPENSE_CUTLASS`` (0 leaves out the
 CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
+``SPENSE_TRAP`` (1: kernels stop with a message where they would hang, for first runs on new hardware),
 ``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or ``CUDA_HOME``.
 """
 
@@ -82,6 +83,7 @@ class BuildCuda(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         device = [
             *(str(nvcc), "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"),
+            *(["-DSPENSE_TRAP=1"] if os.environ.get("SPENSE_TRAP") == "1" else []),
             *("-DCUTLASS_ENABLE_GDC_FOR_SM90=1", "-DCUTLASS_ENABLE_GDC_FOR_SM100=1"),
             *("-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"),
             *(f"-I{cutlass / 'source' / path}" for path in ("include", "tools/util/include")),

@@ -106,6 +106,8 @@ spense::LinearArgs check_args(Tensor const& x, Tensor const& x_scale, Tensor con
   }
   int64_t in_sparse = 0, in_dense = 0;
   for (int i = 0; i < a.shards; ++i) { in_sparse += a.sparse[i]; in_dense += a.dense[i]; }
+  for (Tensor const* t : {&x_scale, &weight_scale, &y, values.numel() ? &values : &x, dense.numel() ? &dense : &x})
+    STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "spense: all tensors must be on the device of x");
   STD_TORCH_CHECK((in_sparse == 0 || a.values) && (in_dense == 0 || a.dense_weight), "spense: a region of non-zero size has no tensor");
   return a;
 }
@@ -140,11 +142,11 @@ Tensor tile_plan(int64_t tokens, int64_t out_features, int64_t in_features, Ints
   STD_TORCH_CHECK(tile_rows > 0 && tile_tokens > 0 && group > 0 && sparse_k > 0 && clusters > 0, "spense: sizes must be positive");
   auto plan = spense::make_plan(sizes_of(tokens, out_features, in_features, sparse_sizes, dense_sizes, output_split), int(tile_rows),
                                 int(tile_tokens), int(group), int(sparse_k));
-  plan.lead = int(lead);
+  plan.schedule(int(clusters), int(lead));
   std::vector<int32_t> rows;
   for (int c = 0; c < clusters; ++c)
     for (int k = 0;; ++k) {
-      spense::Tile const t = plan.at(k, c, int(clusters));
+      spense::Tile const t = plan.at(k, c);
       if (t.index < 0) break;
       auto const& cls = plan.classes[t.index];
       int const first = t.row_tile * plan.tile_rows, last = first + plan.group * plan.tile_rows;

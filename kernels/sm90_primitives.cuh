@@ -8,6 +8,7 @@
 #include <cutlass/arch/grid_dependency_control.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cstdint>
+#include <cstdio>
 #include <utility>
 
 namespace spense::sm90 {
@@ -27,6 +28,21 @@ __device__ __forceinline__ void bulk_copy(void* dst, void const* src, uint32_t b
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :: "r"(smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy) : "memory");
+}
+
+// Waits for the phase of this parity to complete. With -DSPENSE_TRAP a wait that takes seconds says which and aborts
+// the kernel, where it would hang the device otherwise.
+template <class B>
+__device__ __forceinline__ void wait(B* barrier, uint32_t phase, [[maybe_unused]] char const* what) {
+#ifdef SPENSE_TRAP
+  for (uint32_t polls = 0; !barrier->try_wait(phase); ++polls)
+    if (polls > (1u << 24)) {
+      printf("spense: block %d thread %d waits for %s, phase %u\n", blockIdx.x, threadIdx.x, what, phase);
+      __trap();
+    }
+#else
+  barrier->wait(phase);
+#endif
 }
 
 // Partial sums written by ordinary stores are read by other CTAs of the cluster: release and acquire at cluster scope,

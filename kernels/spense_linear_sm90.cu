@@ -72,9 +72,11 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
   sm90::KernelParams p{make_plan(args, S::kRows, S::kTokens, S::kMulticast ? config.cluster : 1, S::kSparseK),
                        args.metadata, args.x_scale, args.weight_scale, args.bias, args.y,
                        args.metadata_rows, args.tokens, args.out_features, args.out_dtype};
-  p.plan.lead = S::kMulticast ? 2 : 1;     // light units in the time of a heavy one: 2 by operations, 1.6 by bytes
-  int const units = p.plan.units(), clusters = units < fits[device][config.cluster] ? units : fits[device][config.cluster];
-  if (clusters < 1) return kOk;
+  int64_t const units = p.plan.units();
+  if (units == 0) return kOk;
+  if (units > (1 << 30)) return kUnsupported;
+  int const clusters = units < fits[device][config.cluster] ? int(units) : fits[device][config.cluster];
+  p.plan.schedule(clusters, S::kMulticast ? 2 : 1);   // a heavy unit takes 2 light ones by operations, 1.6 by bytes
 
   if (!encode_tiled()) return kNoDriver;
   CUtensorMap values, dense, x;

@@ -51,7 +51,7 @@ struct Shape {
   static constexpr int kChunk = kMulticast ? 32 : kTokens;   // tokens per pass of the epilogue
   static constexpr int kStageBytes = kRows * 128 + kBlocks * (kTokens * 128 + kRows * 16);
   static constexpr int kSumBytes = kChunk * (kRows + 4) * 4;
-  static constexpr int kFit = (kSmemLimit - 1024 - 512 - kSumBytes) / kStageBytes;
+  static constexpr int kFit = (kSmemLimit - 1024 - 512 - kSumBytes - kWarpgroups * kTokens * 4) / kStageBytes;
   static constexpr int kStages = kFit < 12 ? kFit : 12;
   static_assert(kStages >= 3);
 
@@ -60,16 +60,21 @@ struct Shape {
     uint8_t x[kStages][kBlocks][kTokens * 128];
     uint8_t metadata[kStages][kBlocks][kRows * 16];
     float sums[kChunk][kRows + 4];          // a stride of 4 banks: the accumulator layout stores without conflicts
+    float x_scale[kWarpgroups][kTokens];
     uint64_t full[kStages], empty[kStages], sums_full, sums_empty;
   };
   static constexpr int kSmemBytes = sizeof(Smem) + 1024;     // room to align
   static_assert(kSmemBytes <= kSmemLimit);
 };
 
-__device__ __forceinline__ float load_as_float(void const* p, int i, int dtype) {
-  if (dtype == kBfloat16) return __bfloat162float(static_cast<__nv_bfloat16 const*>(p)[i]);
-  if (dtype == kFloat16) return __half2float(static_cast<__half const*>(p)[i]);
-  return static_cast<float const*>(p)[i];
+// The first `count` of 8 consecutive elements as fp32, zeros for the others; all loads before the first conversion.
+template <class T, class Convert>
+__device__ __forceinline__ void load_row(float (&v)[8], T const* src, int count, Convert convert) {
+  T raw[8] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) if (i < count) raw[i] = src[i];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = convert(raw[i]);
 }
 
 // The first `count` of 8 values to consecutive elements.
@@ -87,6 +92,11 @@ __device__ __forceinline__ void store_row(T* dst, float const (&v)[8], int count
   }
 }
 
+__device__ __forceinline__ void add(float (&v)[8], float4 const& lo, float4 const& hi) {
+  v[0] += lo.x; v[1] += lo.y; v[2] += lo.z; v[3] += lo.w;
+  v[4] += hi.x; v[5] += hi.y; v[6] += hi.z; v[7] += hi.w;
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
 linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_constant__ CUtensorMap dense_map,
@@ -102,7 +112,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
   int const warp = __shfl_sync(0xffffffffu, tid >> 5, 0);     // uniform for the compiler: wgmma may not diverge
   uint32_t const rank = cute::block_rank_in_cluster();
   uint32_t const ctas = cute::cluster_shape().x;
-  int const cluster = blockIdx.x / ctas, clusters = gridDim.x / ctas;
+  int const cluster = blockIdx.x / ctas;
   uint32_t const parts = S::kMulticast ? 1 : ctas, part = S::kMulticast ? 0 : rank;   // of the K split
 
   if (tid == 0) {
@@ -115,13 +125,12 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  cute::cluster_arrive();
+  cute::cluster_arrive_relaxed();
   cute::cluster_wait();
-  cutlass::arch::launch_dependent_grids();
 
   struct Work { TileClass c; int row_tile, token, begin, end; };
   auto work_at = [&](int k, Work& w) {
-    Tile const t = p.plan.at(k, cluster, clusters);
+    Tile const t = p.plan.at(k, cluster);
     if (t.index < 0) return false;
     w.c = p.plan.classes[t.index];
     w.row_tile = t.row_tile + (S::kMulticast ? rank : 0);
@@ -137,8 +146,13 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
 
   if (warp >= 4 * S::kWarpgroups) {                            // ---- producer ----
     if constexpr (S::kShiftRegisters) cutlass::arch::warpgroup_reg_dealloc<56>();
-    if (warp == 4 * S::kWarpgroups && lane == 0) {
+    if (warp == 4 * S::kWarpgroups && cute::elect_one_sync()) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&values_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&dense_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&x_map));
+      // One token tile: weights are read once, x by every tile. More: both are read again and share L2.
       uint64_t const weight_policy = p.plan.token_tiles > 1 ? kEvictNormal : kEvictFirst;
+      uint64_t const x_policy = p.plan.token_tiles > 1 ? kEvictNormal : kEvictLast;
       auto load_weights = [&](Work const& w, int stage, int slot) {
         bool const sparse = stage < w.c.sparse_stages;
         int const blocks = sparse ? S::kBlocks : 1;
@@ -162,12 +176,12 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         bool const sparse = stage < w.c.sparse_stages;
         int const column = sparse ? stage * S::kSparseK : w.c.x_dense + (stage - w.c.sparse_stages) * 128;
         for (int b = 0; b < (sparse ? S::kBlocks : 1); ++b) {
-          if constexpr (S::kMulticast) {
+          if (S::kMulticast && ctas > 1) {
             int const share = S::kTokens / ctas;
-            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&x_map, &smem.full[slot], uint16_t((1 << ctas) - 1), kEvictLast,
+            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&x_map, &smem.full[slot], uint16_t((1 << ctas) - 1), x_policy,
                                                    smem.x[slot][b] + rank * share * 128, column, w.token + rank * share);
           } else {
-            cute::SM90_TMA_LOAD_2D::copy(&x_map, &smem.full[slot], kEvictLast, smem.x[slot][b], column + b * 128, w.token);
+            cute::SM90_TMA_LOAD_2D::copy(&x_map, &smem.full[slot], x_policy, smem.x[slot][b], column + b * 128, w.token);
           }
         }
       };
@@ -190,7 +204,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         }
 #pragma unroll 1
         for (; stage < w.end; ++stage) {
-          empty(slot)->wait(phase ^ 1);                        // a fresh barrier lets the first round through
+          wait(empty(slot), phase ^ 1, "a free slot");         // a fresh barrier lets the first round through
           load_weights(w, stage, slot);
           load_x(w, stage, slot);
           if (++slot == S::kStages) { slot = 0; phase ^= 1; }
@@ -209,7 +223,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
     float acc[S::kTokens / 2], total[S::kPromote ? S::kTokens / 2 : 1];
 
     auto release = [&](int s) {
-      if constexpr (S::kMulticast) empty(s)->arrive(uint32_t(t) % ctas, uint32_t(t) < ctas);
+      if constexpr (S::kMulticast) empty(s)->arrive(uint32_t(t), uint32_t(t) < ctas);
       else if (t == 0) empty(s)->arrive();
     };
     auto retire = [&] {                                        // commit this stage; the one before is finished now
@@ -234,7 +248,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
     // other set) stays alive until its wgmmas are done.
     constexpr int kWords = S::kSparseK / 64;
     auto sparse_stage = [&](uint32_t (&e)[kWords], uint32_t (&busy)[kWords]) {
-      full(slot)->wait(phase);
+      wait(full(slot), phase, "a stage");
       uint64_t const a = tile_descriptor<S::kValueBytes>(smem.weights[slot] + wg * 64 * S::kValueBytes);
       uint64_t const b = tile_descriptor<128>(smem.x[slot][0]);
 #pragma unroll
@@ -249,7 +263,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
       for (int j = 0; j < kWords; ++j) asm volatile("" :: "r"(busy[j]));
     };
     auto dense_stage = [&] {
-      full(slot)->wait(phase);
+      wait(full(slot), phase, "a stage");
       uint64_t const a = tile_descriptor<128>(smem.weights[slot] + wg * 64 * 128);
       uint64_t const b = tile_descriptor<128>(smem.x[slot][0]);
       cute::warpgroup_arrive();
@@ -259,10 +273,21 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
     };
     constexpr int kRun = S::kPromote ? S::kPromote : 1 << 28;   // stages between drains
 
-    cutlass::arch::wait_on_dependent_grids();                  // x_scale and y may belong to the kernel before
+    // x_scale and y may belong to the kernel before. Only now may the one after start: what it reads before its own
+    // wait can then come from anything but this kernel.
+    cutlass::arch::wait_on_dependent_grids();
+    cutlass::arch::launch_dependent_grids();
     Work w;
 #pragma unroll 1
     for (int k = 0; work_at(k, w); ++k) {
+      // The epilogue's thread takes 8 rows of one token per step. Its scales are asked for before the main loop.
+      int const row8 = wg * 64 + (t & 7) * 8, row = w.row_tile * S::kRows + row8;
+      int const rows = min(8, w.c.rows - row), o = w.c.y_row + row;
+      float scale[8], x_scale[(S::kTokens + 127) / 128];
+      load_row(scale, p.weight_scale + o, rows, [](float f) { return f; });
+#pragma unroll
+      for (int i = 0; i < S::kTokens; i += 128)
+        x_scale[i / 128] = i + t < S::kTokens && w.token + i + t < p.tokens ? p.x_scale[w.token + i + t] : 0.f;
 #pragma unroll
       for (int i = 0; i < S::kTokens / 2; ++i) {
         acc[i] = 0.f;
@@ -289,18 +314,19 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         drain();
       }
 
-      // ---- epilogue: through shared memory, 8 rows of one token per thread and step ----
-      int const row8 = wg * 64 + (t & 7) * 8, row = w.row_tile * S::kRows + row8;
-      int const rows = min(8, w.c.rows - row), o = w.c.y_row + row;
-      float scale[8], bias[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        scale[i] = i < rows ? p.weight_scale[o + i] : 0.f;
-        bias[i] = i < rows && p.bias ? load_as_float(p.bias, o + i, p.out_dtype) : 0.f;
+      // ---- epilogue: through shared memory, so that y is written in rows ----
+      float bias[8] = {};
+      if (p.bias) {
+        if (p.out_dtype == kBfloat16) load_row(bias, static_cast<__nv_bfloat16 const*>(p.bias) + o, rows, [](__nv_bfloat16 f) { return __bfloat162float(f); });
+        else if (p.out_dtype == kFloat16) load_row(bias, static_cast<__half const*>(p.bias) + o, rows, [](__half f) { return __half2float(f); });
+        else load_row(bias, static_cast<float const*>(p.bias) + o, rows, [](float f) { return f; });
       }
 #pragma unroll
+      for (int i = 0; i < S::kTokens; i += 128)
+        if (i + t < S::kTokens) smem.x_scale[wg][i + t] = x_scale[i / 128];
+#pragma unroll
       for (int chunk = 0; chunk < S::kTokens; chunk += S::kChunk, ++round) {
-        if (!S::kMulticast && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1);   // my last sums were read
+        if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1);   // my last sums were read
         int const r = wg * 64 + (warp & 3) * 16 + (lane >> 2);
 #pragma unroll
         for (int j = 0; j < S::kChunk / 8; ++j)
@@ -310,8 +336,8 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
             smem.sums[j * 8 + (lane & 3) * 2 + (q & 1)][r + (q >> 1) * 8] = S::kPromote ? total[S::kPromote ? i : 0] : acc[i];
           }
         cutlass::arch::NamedBarrier::sync(128, wg);
-        if (!S::kMulticast) {
-          if (t == 0) for (uint32_t c = 0; c < ctas; ++c) arrive_release_cluster(sums_full, c);
+        if (parts > 1) {
+          if (uint32_t(t) < ctas) arrive_release_cluster(sums_full, t);
           wait_acquire_cluster(sums_full, round & 1);
         }
 #pragma unroll 1
@@ -319,15 +345,20 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
           int const token = w.token + chunk + n;
           if (rows <= 0 || token >= p.tokens) break;
           float v[8] = {};
-#pragma unroll 1
-          for (uint32_t c = 0; c < parts; ++c) {                                 // the order of parts is fixed
-            float const* src = &smem.sums[n][row8];
-            float4 const lo = parts == 1 ? *reinterpret_cast<float4 const*>(src) : load_cluster(src, c);
-            float4 const hi = parts == 1 ? *reinterpret_cast<float4 const*>(src + 4) : load_cluster(src + 4, c);
-            v[0] += lo.x; v[1] += lo.y; v[2] += lo.z; v[3] += lo.w;
-            v[4] += hi.x; v[5] += hi.y; v[6] += hi.z; v[7] += hi.w;
+          float const* const src = &smem.sums[n][row8];
+          if (parts == 1) add(v, *reinterpret_cast<float4 const*>(src), *reinterpret_cast<float4 const*>(src + 4));
+          else {
+            constexpr int kBatch = S::kTokens <= 64 ? 8 : 2;                     // remote loads in flight, by registers
+            for (uint32_t c = 0; c < parts; c += kBatch) {
+              float4 lo[kBatch] = {}, hi[kBatch] = {};
+#pragma unroll
+              for (int j = 0; j < kBatch; ++j)
+                if (c + j < parts) { lo[j] = load_cluster(src, c + j); hi[j] = load_cluster(src + 4, c + j); }
+#pragma unroll
+              for (int j = 0; j < kBatch; ++j) add(v, lo[j], hi[j]);             // the order of parts is fixed
+            }
           }
-          float const xs = p.x_scale[token];
+          float const xs = smem.x_scale[wg][chunk + n];
 #pragma unroll
           for (int i = 0; i < 8; ++i) v[i] = v[i] * xs * scale[i] + bias[i];
           size_t const at = size_t(token) * p.out_features + o;
@@ -336,8 +367,8 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
           else store_row(static_cast<float*>(p.y) + at, v, rows, [](float f) { return f; });
         }
         cutlass::arch::NamedBarrier::sync(128, wg);
-        if (!S::kMulticast && t == 0)
-          for (uint32_t c = 0; c < ctas; ++c) arrive_release_cluster(sums_empty, c);
+        // Nothing is published here, the sums are only given free: no release at cluster scope, which is slow.
+        if (parts > 1 && uint32_t(t) < ctas) sums_empty->arrive(t, 1u);
       }
     }
   }

@@ -3,8 +3,8 @@
 // Rows of y fall into classes (gate's dense rows, up's dense rows, gate's sparse rows, ...). A tile is `tile_rows` rows of
 // one class by `tile_tokens` tokens; with x multicast, a *group* of neighbouring row tiles is the unit of scheduling.
 // Groups of dense classes cost more than those of sparse ones, so they go first (longest processing time first):
-// cluster c takes heavy units c, c + C, ...; clusters that got one heavy unit fewer take `lead` light units before the
-// others join. Two costs are all there are, so this closed form replaces a schedule in memory.
+// cluster c takes heavy units c, c + C, ...; clusters that got one heavy unit fewer take `lead` light units (as many as
+// fit into the time of a heavy one) before the others join. Two costs are all there are, so this closed form replaces a schedule in memory.
 #pragma once
 #include "spense_linear.h"
 
@@ -37,46 +37,61 @@ struct TilePlan {
   int count, heavy;               // classes; the first `heavy` of them are the expensive ones
   int tile_rows, token_tiles;
   int group;                      // row tiles per unit: the cluster's CTAs under multicast, else 1
-  int lead;
 
-  SPENSE_HD int groups(int c) const {
-    return ((classes[c].rows + tile_rows - 1) / tile_rows + group - 1) / group;
-  }
-  SPENSE_HD int groups(int first, int last) const {
-    int n = 0;
-    SPENSE_ROLLED for (int c = first; c < last; ++c) n += groups(c);
-    return n;
-  }
-  SPENSE_HD int units() const { return groups(0, count) * token_tiles; }
+  // Filled by schedule(); the kernel divides as little as it can before its first load.
+  int clusters, lead;
+  int group_end[kMaxClasses];     // groups of the heavy (light) classes up to and with this one
+  int heavy_groups, light_groups;
+  int turns, late;                // heavy units of every cluster; clusters that have one more
 
-  // The k-th unit of cluster `cluster` of `clusters`; row_tile is the group's first.
-  SPENSE_HD Tile at(int k, int cluster, int clusters) const {
-    int const heavy_groups = groups(0, heavy), heavy_units = heavy_groups * token_tiles;
-    int const mine = heavy_units > cluster ? (heavy_units - cluster + clusters - 1) / clusters : 0;
+  int64_t units() const {
+    int64_t n = 0;
+    for (int c = 0; c < count; ++c) n += groups(c);
+    return n * token_tiles;
+  }
+
+  void schedule(int cluster_count, int light_in_heavy) {
+    clusters = cluster_count;
+    for (int c = 0; c < count; ++c) group_end[c] = groups(c) + (c && c != heavy ? group_end[c - 1] : 0);
+    heavy_groups = heavy ? group_end[heavy - 1] : 0;
+    light_groups = count > heavy ? group_end[count - 1] : 0;
+    turns = heavy_groups * token_tiles / clusters;
+    late = heavy_groups * token_tiles % clusters;
+    lead = late ? light_in_heavy : 0;
+  }
+
+  // The k-th unit of a cluster; row_tile is the group's first.
+  SPENSE_HD Tile at(int k, int cluster) const {
+    int const mine = turns + (cluster < late);
     if (k < mine) return unit(cluster + k * clusters, 0, heavy_groups);
     k -= mine;
-    int const late = heavy_units % clusters, early = clusters - late;  // late clusters have one heavy unit more
-    int const ahead = late ? lead : 0;
+    int const early = clusters - late;
     int id;
-    if (cluster < late) id = ahead * early + k * clusters + early + cluster;
-    else if (k < ahead) id = k * early + cluster - late;
-    else id = ahead * early + (k - ahead) * clusters + cluster - late;
-    int const light_groups = groups(heavy, count);
+    if (cluster < late) id = lead * early + k * clusters + early + cluster;
+    else if (k < lead) id = k * early + cluster - late;
+    else id = lead * early + (k - lead) * clusters + cluster - late;
     if (id >= light_groups * token_tiles) return {-1, 0, 0};
     return unit(id, heavy, light_groups);
   }
 
  private:
+  int groups(int c) const { return ((classes[c].rows + tile_rows - 1) / tile_rows + group - 1) / group; }
+
   SPENSE_HD Tile unit(int id, int first, int row_groups) const {
-    int const block = id / (row_groups * kTokenBlock), rest = id - block * row_groups * kTokenBlock;
-    int const left = token_tiles - block * kTokenBlock, width = left < kTokenBlock ? left : kTokenBlock;
-    int group_index = rest / width, c = first;
-    SPENSE_ROLLED for (int n; group_index >= (n = groups(c)); ++c) group_index -= n;
-    return {c, group_index * group, block * kTokenBlock + rest % width};
+    int index = id, token_tile = 0;
+    if (token_tiles > 1) {
+      int const block = id / (row_groups * kTokenBlock), rest = id - block * row_groups * kTokenBlock;
+      int const left = token_tiles - block * kTokenBlock, width = left < kTokenBlock ? left : kTokenBlock;
+      index = rest / width;
+      token_tile = block * kTokenBlock + rest % width;
+    }
+    int c = first, before = 0;
+    SPENSE_ROLLED for (; index >= group_end[c]; ++c) before = group_end[c];
+    return {c, (index - before) * group, token_tile};
   }
 };
 
-// `sparse_k`: columns of W in one sparse stage (a dense stage has 128); the caller sets `lead`.
+// `sparse_k`: columns of W in one sparse stage (a dense stage has 128); schedule() completes it.
 inline TilePlan make_plan(LinearArgs const& a, int tile_rows, int tile_tokens, int group, int sparse_k) {
   TilePlan p{};
   p.tile_rows = tile_rows;

@@ -24,22 +24,23 @@ def run(
     dense_sizes: list[int],
     output_split: bool,
     y: torch.Tensor,
+    overlap: bool = True,
 ) -> None:
     """Run one kernel configuration into ``y [M, N]``. Arguments as in :func:`linear`, block layout.
 
-    Weights may be read before the kernel in front of this one has ended (programmatic dependent launch),
-    so another kernel must stand between whatever writes weights and this call: in a model, the one that
-    makes x.
+    With ``overlap`` weights may be read before the kernel in front of this one has ended (programmatic
+    dependent launch), so another kernel must stand between whatever writes weights and this call: in a
+    model, the one that makes x.
     """
     layer = (x, x_scale, sparse_values, sparse_meta, dense_weight, weight_scale, bias)
     sizes = (sparse_sizes, dense_sizes, output_split)
     if config.kernel == "sm90":
         shape = (config.tile_rows, config.tile_tokens, config.cluster, config.multicast)
-        torch.ops.spense.linear_sm90(*layer, *sizes, *shape, True, y)
+        torch.ops.spense.linear_sm90(*layer, *sizes, *shape, overlap, y)
     else:
         major, minor = torch.cuda.get_device_capability(x.device)
         large = int(config.tile_rows * config.tile_tokens >= 128 * 256)
-        torch.ops.spense.linear_cutlass(*layer, *sizes, 10 * major + minor, large, True, y)
+        torch.ops.spense.linear_cutlass(*layer, *sizes, 10 * major + minor, large, overlap, y)
 
 
 @linear.register_kernel("cuda")
