@@ -62,12 +62,12 @@ spense::LinearArgs sizes_of(int64_t tokens, int64_t out_features, int64_t in_fea
 
 spense::LinearArgs check_args(Tensor const& x, Tensor const& x_scale, Tensor const& values, Tensor const& metadata, Tensor const& dense,
                               Tensor const& weight_scale, std::optional<Tensor> const& bias, Ints const& sparse_sizes,
-                              Ints const& dense_sizes, bool output_split, Tensor const& y) {
+                              Ints const& dense_sizes, bool output_split, Tensor const& y, int64_t y_shards = 1) {
   check_matrix(x, "x", ScalarType::Float8_e4m3fn, 2);
   check_matrix(y, "y", y.scalar_type(), 2);
   int64_t const tokens = x.size(0), k = x.size(1), n = weight_scale.numel();
   STD_TORCH_CHECK(k % 16 == 0, "spense: in_features ", k, " must be a multiple of 16 (TMA row pitch)");
-  STD_TORCH_CHECK(y.size(0) == tokens && y.size(1) == n, "spense: y must be [", tokens, ", ", n, "]");
+  STD_TORCH_CHECK(y.size(0) == tokens && y.size(1) * y_shards == n, "spense: y must be [", tokens, ", ", n / y_shards, "]");
   STD_TORCH_CHECK(x_scale.is_cuda() && x_scale.scalar_type() == ScalarType::Float && x_scale.numel() == tokens && x_scale.is_contiguous(),
                   "spense: x_scale must be fp32 [", tokens, ", 1]");
   STD_TORCH_CHECK(weight_scale.is_cuda() && weight_scale.scalar_type() == ScalarType::Float && weight_scale.is_contiguous(),
@@ -128,6 +128,23 @@ void linear_sm90(Tensor x, Tensor x_scale, Tensor values, Tensor metadata, Tenso
   check_status(spense::linear_sm90(args, config, stream_of(x)), "linear_sm90");
 }
 
+// silu(gate) * up of a layer of two equal shards, and the largest absolute value of each token.
+void linear_silu_mul_sm90(Tensor x, Tensor x_scale, Tensor values, Tensor metadata, Tensor dense, Tensor weight_scale,
+                          std::optional<Tensor> bias, Ints sparse_sizes, Ints dense_sizes, int64_t tile_tokens, int64_t cluster,
+                          bool multicast, bool overlap, Tensor y, Tensor amax) {
+  auto args = check_args(x, x_scale, values, metadata, dense, weight_scale, bias, sparse_sizes, dense_sizes, true, y, 2);
+  STD_TORCH_CHECK(args.shards == 2 && args.sparse[0] == args.sparse[1] && args.dense[0] == args.dense[1],
+                  "spense: silu(gate) * up needs two shards of equal regions");
+  STD_TORCH_CHECK(amax.is_cuda() && amax.scalar_type() == ScalarType::Float && amax.is_contiguous() && amax.numel() == args.tokens &&
+                      amax.get_device_index() == x.get_device_index(),
+                  "spense: amax must be fp32 [", args.tokens, ", 1]");
+  if (!args.tokens) return;
+  args.amax = static_cast<float*>(amax.data_ptr());
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  spense::Sm90Config const config{128, int(tile_tokens), int(cluster), multicast, overlap};
+  check_status(spense::linear_sm90(args, config, stream_of(x)), "linear_silu_mul_sm90");
+}
+
 // How many clusters of this shape the current device runs at once.
 int64_t sm90_clusters(int64_t tile_rows, int64_t tile_tokens, int64_t cluster, bool multicast) {
   int n = 0;
@@ -138,9 +155,9 @@ int64_t sm90_clusters(int64_t tile_rows, int64_t tile_tokens, int64_t cluster, b
 // The kernel's own schedule, for tests: int32 [units, 7] of cluster, turn, first row and end of the tile group in y,
 // first token, sparse and dense stages. Runs anywhere.
 Tensor tile_plan(int64_t tokens, int64_t out_features, int64_t in_features, Ints sparse_sizes, Ints dense_sizes, bool output_split,
-                 int64_t tile_rows, int64_t tile_tokens, int64_t group, int64_t sparse_k, int64_t lead, int64_t clusters) {
+                 int64_t tile_rows, int64_t tile_tokens, int64_t group, int64_t sparse_k, int64_t lead, int64_t clusters, bool paired) {
   STD_TORCH_CHECK(tile_rows > 0 && tile_tokens > 0 && group > 0 && sparse_k > 0 && clusters > 0, "spense: sizes must be positive");
-  auto plan = spense::make_plan(sizes_of(tokens, out_features, in_features, sparse_sizes, dense_sizes, output_split), int(tile_rows),
+  auto plan = (paired ? spense::make_paired_plan : spense::make_plan)(sizes_of(tokens, out_features, in_features, sparse_sizes, dense_sizes, output_split), int(tile_rows),
                                 int(tile_tokens), int(group), int(sparse_k));
   plan.schedule(int(clusters), int(lead));
   std::vector<int32_t> rows;
@@ -177,15 +194,19 @@ void linear_cutlass(Tensor x, Tensor x_scale, Tensor values, Tensor metadata, Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
   m.def("linear_sm90(" SPENSE_LAYER "int tile_rows, int tile_tokens, int cluster, bool multicast, bool overlap, Tensor(a!) y) -> ()");
+  m.def("linear_silu_mul_sm90(Tensor x, Tensor x_scale, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, "
+        "Tensor weight_scale, Tensor? bias, int[] sparse_sizes, int[] dense_sizes, int tile_tokens, int cluster, bool multicast, "
+        "bool overlap, Tensor(a!) y, Tensor(b!) amax) -> ()");
   m.def("sm90_clusters(int tile_rows, int tile_tokens, int cluster, bool multicast) -> int");
   m.def("tile_plan(int tokens, int out_features, int in_features, int[] sparse_sizes, int[] dense_sizes, bool output_split, "
-        "int tile_rows, int tile_tokens, int group, int sparse_k, int lead, int clusters) -> Tensor");
+        "int tile_rows, int tile_tokens, int group, int sparse_k, int lead, int clusters, bool paired=False) -> Tensor");
 #ifdef SPENSE_WITH_CUTLASS
   m.def("linear_cutlass(" SPENSE_LAYER "int arch, int tile, bool overlap, Tensor(a!) y) -> ()");
 #endif
 }
 STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) {
   m.impl("linear_sm90", TORCH_BOX(&linear_sm90));
+  m.impl("linear_silu_mul_sm90", TORCH_BOX(&linear_silu_mul_sm90));
 #ifdef SPENSE_WITH_CUTLASS
   m.impl("linear_cutlass", TORCH_BOX(&linear_cutlass));
 #endif

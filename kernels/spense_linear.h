@@ -28,7 +28,9 @@ struct LinearArgs {
   int64_t dense_pitch;                         // bytes, a multiple of 16; bytes beyond the columns are zero
   float const* weight_scale;                   // [N], output order
   void const* bias;                            // [N] in the output dtype, or null
-  void* y;                                     // [M, N] contiguous
+  void* y;                                     // [M, N] contiguous; with amax [M, N / 2]
+  float* amax;                                 // null, or [M], zeroed: y becomes silu(gate) * up of two equal shards, and
+                                               // amax the largest |y| of each token
   int out_dtype;                               // OutDtype
 
   // Extents of the two stored matrices.

@@ -69,9 +69,10 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
     return kOk;
   }
 
-  sm90::KernelParams p{make_plan(args, S::kRows, S::kTokens, S::kMulticast ? config.cluster : 1, S::kSparseK),
-                       args.metadata, args.x_scale, args.weight_scale, args.bias, args.y,
-                       args.metadata_rows, args.tokens, args.out_features, args.out_dtype};
+  auto* const plan = S::kPaired ? make_paired_plan : make_plan;
+  sm90::KernelParams p{plan(args, S::kOutRows, S::kTokens, S::kMulticast ? config.cluster : 1, S::kSparseK),
+                       args.metadata, args.x_scale, args.weight_scale, args.bias, args.y, args.amax,
+                       args.metadata_rows, args.tokens, args.out_features / S::kBoxes, args.out_dtype};
   int64_t const units = p.plan.units();
   if (units == 0) return kOk;
   if (units > (1 << 30)) return kUnsupported;
@@ -83,9 +84,9 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
   int const share = S::kMulticast ? S::kTokens / config.cluster : S::kTokens;
   if (!make_map(&x, args.x, args.in_features, args.tokens, args.in_features, 128, share)) return kTensorMap;
   values = dense = x;                      // an empty region is never read
-  if (args.values && !make_map(&values, args.values, args.sparse_cols() / 2, args.sparse_rows(), args.values_pitch, S::kValueBytes, S::kRows))
+  if (args.values && !make_map(&values, args.values, args.sparse_cols() / 2, args.sparse_rows(), args.values_pitch, S::kValueBytes, S::kOutRows))
     return kTensorMap;
-  if (args.dense_weight && !make_map(&dense, args.dense_weight, args.dense_cols(), args.dense_rows(), args.dense_pitch, 128, S::kRows))
+  if (args.dense_weight && !make_map(&dense, args.dense_weight, args.dense_cols(), args.dense_rows(), args.dense_pitch, 128, S::kOutRows))
     return kTensorMap;
   launch.gridDim = dim3(clusters * config.cluster);
   launch.numAttrs = config.overlap ? 2 : 1;
@@ -99,9 +100,17 @@ int linear_sm90(LinearArgs const& args, Sm90Config const& config, cudaStream_t s
   bool const power = config.cluster > 0 && (config.cluster & (config.cluster - 1)) == 0;
   if (!power || config.cluster > (config.multicast ? 4 : 8)) return kBadConfig;
   constexpr int kPromote = 4;              // every 512 to 1024 columns of W
-#define SPENSE_INSTANCE(ROWS, TOKENS, MULTICAST, PROMOTE)                                                              \
+#define SPENSE_INSTANCE(ROWS, TOKENS, MULTICAST, PROMOTE, ...)                                                         \
   if (config.tile_rows == ROWS && config.tile_tokens == TOKENS && config.multicast == MULTICAST)                       \
-    return launch<sm90::Shape<ROWS / 64, TOKENS, MULTICAST, PROMOTE>>(args, config, stream, clusters);
+    return launch<sm90::Shape<ROWS / 64, TOKENS, MULTICAST, PROMOTE __VA_OPT__(, ) __VA_ARGS__>>(args, config, stream, clusters);
+  if (args.amax) {
+    SPENSE_INSTANCE(128, 8, false, kPromote, true)
+    SPENSE_INSTANCE(128, 16, false, kPromote, true)
+    SPENSE_INSTANCE(128, 32, false, kPromote, true)
+    SPENSE_INSTANCE(128, 64, false, kPromote, true)
+    SPENSE_INSTANCE(128, 128, true, 2 * kPromote, true)
+    return kBadConfig;
+  }
   SPENSE_INSTANCE(64, 8, false, kPromote)
   SPENSE_INSTANCE(64, 16, false, kPromote)
   SPENSE_INSTANCE(64, 32, false, kPromote)

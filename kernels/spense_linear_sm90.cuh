@@ -27,6 +27,7 @@ struct KernelParams {
   float const* weight_scale;
   void const* bias;
   void* y;
+  float* amax;
   int metadata_rows, tokens, out_features, out_dtype;
 };
 
@@ -34,14 +35,20 @@ constexpr int kSmemLimit = 227 * 1024;
 
 // kPromote > 0: every so many stages the accumulators are added to a second set in full fp32, because FP8 wgmma sums
 // with fewer mantissa bits than fp32 and the error grows with K.
-template <int kWarpgroups_, int kTokens_, bool kMulticast_, int kPromote_>
+//
+// kPaired: y = silu(gate) * up. One warpgroup has 64 rows of gate, the other the same rows of up, and the epilogue joins
+// them. The largest |y| of each token comes along, so that quantising y for the next layer needs one pass, not two.
+template <int kWarpgroups_, int kTokens_, bool kMulticast_, int kPromote_, bool kPaired_ = false>
 struct Shape {
+  static constexpr bool kPaired = kPaired_;
+  static_assert(!kPaired || kWarpgroups_ == 2);
   static constexpr int kWarpgroups = kWarpgroups_, kTokens = kTokens_, kPromote = kPromote_;
   static constexpr bool kMulticast = kMulticast_;
-  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kRows = 64 * kWarpgroups;             // of weights
+  static constexpr int kBoxes = kPaired ? 2 : 1, kOutRows = kRows / kBoxes;
   // Consumers, then the producer warp. Registers are handed out by warpgroup: where the accumulators need more than an
   // even share, the producer is a warpgroup that gives its own away.
-  static constexpr bool kShiftRegisters = kTokens > 128;
+  static constexpr bool kShiftRegisters = kTokens > 128 || (kMulticast && kPaired);
   static constexpr int kThreads = 128 * kWarpgroups + (kShiftRegisters ? 128 : 32);
   // Columns of W per sparse stage. 256 give decode the same 128-byte rows for both regions (one TMA shape, fewer
   // barriers); 128 give prefill twice as many stages in flight, each of which is mostly x.
@@ -90,6 +97,12 @@ __device__ __forceinline__ void store_row(T* dst, float const (&v)[8], int count
 #pragma unroll
     for (int i = 0; i < 8; ++i) if (i < count) dst[i] = u.out[i];
   }
+}
+
+// The value as a load from y would give it.
+__device__ __forceinline__ float rounded(float v, int dtype) {
+  if (dtype == kBfloat16) return __bfloat162float(__float2bfloat16(v));
+  return dtype == kFloat16 ? __half2float(__float2half(v)) : v;
 }
 
 __device__ __forceinline__ void add(float (&v)[8], float4 const& lo, float4 const& hi) {
@@ -157,20 +170,24 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         bool const sparse = stage < w.c.sparse_stages;
         int const blocks = sparse ? S::kBlocks : 1;
         // A group may reach past its class: such a CTA computes the last tile once more and stores nothing.
-        int const row = min(w.row_tile, (w.c.rows - 1) / S::kRows) * S::kRows;
+        int const row = min(w.row_tile, (w.c.rows - 1) / S::kOutRows) * S::kOutRows;
         full(slot)->arrive_and_expect_tx(S::kRows * (sparse ? S::kValueBytes + S::kBlocks * 16 : 128) + blocks * S::kTokens * 128);
-        if (!sparse) {
-          cute::SM90_TMA_LOAD_2D::copy(&dense_map, &smem.full[slot], weight_policy, smem.weights[slot],
-                                       (stage - w.c.sparse_stages) * 128, w.c.dense_row + row);
-          return;
-        }
-        cute::SM90_TMA_LOAD_2D::copy(&values_map, &smem.full[slot], weight_policy, smem.weights[slot],
-                                     stage * S::kValueBytes, w.c.sparse_row + row);
 #pragma unroll
-        for (int b = 0; b < S::kBlocks; ++b)
-          bulk_copy(smem.metadata[slot][b],
-                    p.metadata + (size_t(stage * S::kBlocks + b) * p.metadata_rows + w.c.sparse_row + row) * 16,
-                    S::kRows * 16, full(slot), weight_policy);
+        for (int box = 0; box < S::kBoxes; ++box) {            // gate, up
+          int const first = row + box * w.c.pair, place = box * S::kOutRows;
+          if (!sparse) {
+            cute::SM90_TMA_LOAD_2D::copy(&dense_map, &smem.full[slot], weight_policy, smem.weights[slot] + place * 128,
+                                         (stage - w.c.sparse_stages) * 128, w.c.dense_row + first);
+            continue;
+          }
+          cute::SM90_TMA_LOAD_2D::copy(&values_map, &smem.full[slot], weight_policy, smem.weights[slot] + place * S::kValueBytes,
+                                       stage * S::kValueBytes, w.c.sparse_row + first);
+#pragma unroll
+          for (int b = 0; b < S::kBlocks; ++b)
+            bulk_copy(smem.metadata[slot][b] + place * 16,
+                      p.metadata + (size_t(stage * S::kBlocks + b) * p.metadata_rows + w.c.sparse_row + first) * 16,
+                      S::kOutRows * 16, full(slot), weight_policy);
+        }
       };
       auto load_x = [&](Work const& w, int stage, int slot) {
         bool const sparse = stage < w.c.sparse_stages;
@@ -281,10 +298,12 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
 #pragma unroll 1
     for (int k = 0; work_at(k, w); ++k) {
       // The epilogue's thread takes 8 rows of one token per step. Its scales are asked for before the main loop.
-      int const row8 = wg * 64 + (t & 7) * 8, row = w.row_tile * S::kRows + row8;
+      int const row8 = (S::kPaired ? 0 : wg * 64) + (t & 7) * 8, row = w.row_tile * S::kOutRows + row8;
       int const rows = min(8, w.c.rows - row), o = w.c.y_row + row;
-      float scale[8], x_scale[(S::kTokens + 127) / 128];
-      load_row(scale, p.weight_scale + o, rows, [](float f) { return f; });
+      float scale[S::kBoxes][8], x_scale[(S::kTokens + 127) / 128];
+#pragma unroll
+      for (int box = 0; box < S::kBoxes; ++box)
+        load_row(scale[box], p.weight_scale + box * p.out_features + o, rows, [](float f) { return f; });
 #pragma unroll
       for (int i = 0; i < S::kTokens; i += 128)
         x_scale[i / 128] = i + t < S::kTokens && w.token + i + t < p.tokens ? p.x_scale[w.token + i + t] : 0.f;
@@ -315,15 +334,21 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
       }
 
       // ---- epilogue: through shared memory, so that y is written in rows ----
-      float bias[8] = {};
+      float bias[S::kBoxes][8] = {};
       if (p.bias) {
-        if (p.out_dtype == kBfloat16) load_row(bias, static_cast<__nv_bfloat16 const*>(p.bias) + o, rows, [](__nv_bfloat16 f) { return __bfloat162float(f); });
-        else if (p.out_dtype == kFloat16) load_row(bias, static_cast<__half const*>(p.bias) + o, rows, [](__half f) { return __half2float(f); });
-        else load_row(bias, static_cast<float const*>(p.bias) + o, rows, [](float f) { return f; });
+#pragma unroll
+        for (int box = 0; box < S::kBoxes; ++box) {
+          int const at = box * p.out_features + o;
+          if (p.out_dtype == kBfloat16) load_row(bias[box], static_cast<__nv_bfloat16 const*>(p.bias) + at, rows, [](__nv_bfloat16 f) { return __bfloat162float(f); });
+          else if (p.out_dtype == kFloat16) load_row(bias[box], static_cast<__half const*>(p.bias) + at, rows, [](__half f) { return __half2float(f); });
+          else load_row(bias[box], static_cast<float const*>(p.bias) + at, rows, [](float f) { return f; });
+        }
       }
 #pragma unroll
       for (int i = 0; i < S::kTokens; i += 128)
         if (i + t < S::kTokens) smem.x_scale[wg][i + t] = x_scale[i / 128];
+      int const join_thread = S::kPaired ? tid : t;
+      constexpr int kStep = S::kPaired ? 32 : 16;              // tokens at a time
 #pragma unroll
       for (int chunk = 0; chunk < S::kTokens; chunk += S::kChunk, ++round) {
         if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1);   // my last sums were read
@@ -335,38 +360,59 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
             int const i = chunk / 2 + j * 4 + q;
             smem.sums[j * 8 + (lane & 3) * 2 + (q & 1)][r + (q >> 1) * 8] = S::kPromote ? total[S::kPromote ? i : 0] : acc[i];
           }
-        cutlass::arch::NamedBarrier::sync(128, wg);
+        auto const join = [&] {                                // those who share sums: a warpgroup, or a pair
+          cutlass::arch::NamedBarrier::sync(S::kPaired ? 256 : 128, S::kPaired ? 0 : wg);
+        };
+        join();
         if (parts > 1) {
           if (uint32_t(t) < ctas) arrive_release_cluster(sums_full, t);
           wait_acquire_cluster(sums_full, round & 1);
         }
 #pragma unroll 1
-        for (int n = part + parts * (t >> 3); n < S::kChunk; n += parts * 16) {   // tokens dealt out to the parts
+        for (int n = part + parts * (join_thread >> 3); n < S::kChunk; n += parts * kStep) {   // dealt out to the parts
           int const token = w.token + chunk + n;
-          if (rows <= 0 || token >= p.tokens) break;
-          float v[8] = {};
-          float const* const src = &smem.sums[n][row8];
-          if (parts == 1) add(v, *reinterpret_cast<float4 const*>(src), *reinterpret_cast<float4 const*>(src + 4));
-          else {
-            constexpr int kBatch = S::kTokens <= 64 ? 8 : 2;                     // remote loads in flight, by registers
-            for (uint32_t c = 0; c < parts; c += kBatch) {
-              float4 lo[kBatch] = {}, hi[kBatch] = {};
-#pragma unroll
-              for (int j = 0; j < kBatch; ++j)
-                if (c + j < parts) { lo[j] = load_cluster(src, c + j); hi[j] = load_cluster(src + 4, c + j); }
-#pragma unroll
-              for (int j = 0; j < kBatch; ++j) add(v, lo[j], hi[j]);             // the order of parts is fixed
-            }
-          }
+          if (token >= p.tokens || (!S::kPaired && rows <= 0)) break;
           float const xs = smem.x_scale[wg][chunk + n];
+          float value[S::kBoxes][8] = {};
 #pragma unroll
-          for (int i = 0; i < 8; ++i) v[i] = v[i] * xs * scale[i] + bias[i];
+          for (int box = 0; box < S::kBoxes; ++box) {
+            float(&v)[8] = value[box];
+            float const* const src = &smem.sums[n][row8 + box * S::kOutRows];
+            if (parts == 1) add(v, *reinterpret_cast<float4 const*>(src), *reinterpret_cast<float4 const*>(src + 4));
+            else {
+              constexpr int kBatch = S::kTokens <= 64 ? 8 : 2;                   // remote loads in flight, by registers
+              for (uint32_t c = 0; c < parts; c += kBatch) {
+                float4 lo[kBatch] = {}, hi[kBatch] = {};
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j)
+                  if (c + j < parts) { lo[j] = load_cluster(src, c + j); hi[j] = load_cluster(src + 4, c + j); }
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) add(v, lo[j], hi[j]);           // the order of parts is fixed
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] = v[i] * xs * scale[box][i] + bias[box][i];
+          }
+          float(&v)[8] = value[0];
+          if constexpr (S::kPaired) {
+            float largest = 0.f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              v[i] = rounded(v[i] / (1.f + __expf(-v[i])) * value[S::kBoxes - 1][i], p.out_dtype);
+              if (i < rows) largest = fmaxf(largest, fabsf(v[i]));
+            }
+#pragma unroll
+            for (int d = 1; d < 8; d *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffu << (lane & 24), largest, d));
+            // Not negative, so ordered like the integers of its bits; a maximum does not depend on the order.
+            if ((t & 7) == 0) atomicMax(reinterpret_cast<int*>(p.amax) + token, __float_as_int(largest));
+            if (rows <= 0) continue;
+          }
           size_t const at = size_t(token) * p.out_features + o;
           if (p.out_dtype == kBfloat16) store_row(static_cast<__nv_bfloat16*>(p.y) + at, v, rows, [](float f) { return __float2bfloat16(f); });
           else if (p.out_dtype == kFloat16) store_row(static_cast<__half*>(p.y) + at, v, rows, [](float f) { return __float2half(f); });
           else store_row(static_cast<float*>(p.y) + at, v, rows, [](float f) { return f; });
         }
-        cutlass::arch::NamedBarrier::sync(128, wg);
+        join();
         // Nothing is published here, the sums are only given free: no release at cluster scope, which is slow.
         if (parts > 1 && uint32_t(t) < ctas) sums_empty->arrive(t, 1u);
       }

@@ -26,6 +26,7 @@ struct TileClass {
   int sparse_row, dense_row;      // first row in the stored matrices
   int sparse_stages, dense_stages;
   int x_dense;                    // first column of x that dense stages read (sparse ones start at 0)
+  int pair;                       // paired tiles: from a row of gate to the row of up in the stored matrix
 };
 
 struct Tile {
@@ -91,6 +92,19 @@ struct TilePlan {
   }
 };
 
+// Tiles of silu(gate) * up: `tile_rows` rows of gate and the same rows of up, which are the second shard.
+inline TilePlan make_paired_plan(LinearArgs const& a, int tile_rows, int tile_tokens, int group, int sparse_k) {
+  TilePlan p{};
+  p.tile_rows = tile_rows;
+  p.token_tiles = (a.tokens + tile_tokens - 1) / tile_tokens;
+  p.group = group;
+  int const sparse_stages = (a.in_features + sparse_k - 1) / sparse_k, dense_stages = (a.in_features + 127) / 128;
+  if (a.dense[0]) p.classes[p.count++] = {a.dense[0], a.sparse[0], 0, 0, 0, dense_stages, 0, a.dense[0]};
+  p.heavy = p.count;
+  if (a.sparse[0]) p.classes[p.count++] = {a.sparse[0], 0, 0, 0, sparse_stages, 0, 0, a.sparse[0]};
+  return p;
+}
+
 // `sparse_k`: columns of W in one sparse stage (a dense stage has 128); schedule() completes it.
 inline TilePlan make_plan(LinearArgs const& a, int tile_rows, int tile_tokens, int group, int sparse_k) {
   TilePlan p{};
@@ -99,7 +113,7 @@ inline TilePlan make_plan(LinearArgs const& a, int tile_rows, int tile_tokens, i
   p.group = group;
   int const sparse_stages = (a.sparse_cols() + sparse_k - 1) / sparse_k, dense_stages = (a.dense_cols() + 127) / 128;
   if (!a.output_split) {
-    p.classes[p.count++] = {a.out_features, 0, 0, 0, sparse_stages, dense_stages, a.sparse[0]};
+    p.classes[p.count++] = {a.out_features, 0, 0, 0, sparse_stages, dense_stages, a.sparse[0], 0};
     p.heavy = 1;
     return p;
   }
@@ -107,8 +121,8 @@ inline TilePlan make_plan(LinearArgs const& a, int tile_rows, int tile_tokens, i
     int y_row = 0, region_row = 0;
     for (int i = 0; i < a.shards; ++i) {
       int const rows = is_sparse ? a.sparse[i] : a.dense[i], first = y_row + (is_sparse ? 0 : a.sparse[i]);
-      if (rows && is_sparse) p.classes[p.count++] = {rows, first, region_row, 0, sparse_stages, 0, 0};
-      else if (rows) p.classes[p.count++] = {rows, first, 0, region_row, 0, dense_stages, 0};
+      if (rows && is_sparse) p.classes[p.count++] = {rows, first, region_row, 0, sparse_stages, 0, 0, 0};
+      else if (rows) p.classes[p.count++] = {rows, first, 0, region_row, 0, dense_stages, 0, 0};
       region_row += rows;
       y_row += a.sparse[i] + a.dense[i];
     }

@@ -29,7 +29,7 @@ def tool(name: str) -> str:
 
 @functools.cache
 def disassembly() -> dict[str, str]:
-    """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion."""
+    """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion, pair."""
     path = str(Path(tool("nvdisasm")).parent)
     run = subprocess.run(
         [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(LIBRARY)],
@@ -48,9 +48,11 @@ def disassembly() -> dict[str, str]:
 
 
 def test_every_configuration_is_compiled() -> None:
-    tiles = {tuple(map(int, re.findall(r"L[ib](\d+)E", name + "E")[:3])) for name in disassembly()}
-    decode = {(groups, tokens, 0) for groups in (1, 2) for tokens in (8, 16, 32, 64, 128)}
-    assert tiles == decode | {(2, 128, 1), (2, 256, 1)}
+    numbers = [list(map(int, re.findall(r"L[ib](\d+)E", name + "E"))) for name in disassembly()]
+    tiles = {(groups, tokens, multicast, pair) for groups, tokens, multicast, _, pair in numbers}
+    decode = {(groups, tokens, 0, 0) for groups in (1, 2) for tokens in (8, 16, 32, 64, 128)}
+    paired = {(2, tokens, 0, 1) for tokens in (8, 16, 32, 64)} | {(2, 128, 1, 1)}
+    assert tiles == decode | paired | {(2, 128, 1, 0), (2, 256, 1, 0)}
 
 
 def test_the_tensor_cores_run_sparse_and_dense_fp8() -> None:

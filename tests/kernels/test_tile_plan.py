@@ -99,6 +99,26 @@ def test_a_real_layer_is_balanced(sparse, dense, lead, tokens, tile_tokens, grou
     assert load.max() <= load.mean() + heavy
 
 
+@SETTINGS
+@given(
+    sparse=st.integers(0, 700),
+    dense=st.integers(0, 700),
+    tokens=st.integers(1, 300),
+    group=st.sampled_from([1, 2]),
+    clusters=st.integers(1, 140),
+)
+def test_pairs_of_gate_and_up_cover_the_activation_once(sparse, dense, tokens, group, clusters) -> None:
+    """Tiles of 64 rows of gate (and of up): y is [tokens, sparse + dense]."""
+    sizes = ([sparse] * 2, [dense] * 2, True)
+    shape = (64, 16, group, 256, 1, clusters, True)
+    units = torch.ops.spense.tile_plan(tokens, 2 * (sparse + dense), 512, *sizes, *shape)
+    seen = torch.zeros(sparse + dense, -(-tokens // 16), dtype=torch.int32)
+    for _, _, first, end, token, sparse_stages, dense_stages in units.tolist():
+        seen[first:end, token // 16] += 1
+        assert (sparse_stages, dense_stages) == ((2, 0) if first < sparse else (0, 4))
+    assert seen.eq(1).all()
+
+
 def test_heavy_units_go_first_and_clusters_work_in_turns() -> None:
     units = plan(16, [1280, 1280], [640, 640], clusters=7)
     for cluster in range(7):

@@ -16,8 +16,12 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns ``(x_fp8 [M, K], scale [M, 1] fp32)``. Plain torch code and no opaque operator, so that
     Inductor can fuse it with the normalisation or activation in front.
     """
-    wide = x.float()
     if not x.shape[-1]:  # a region that is empty on this rank
-        return x.to(FP8_DTYPE), wide.new_full((x.shape[0], 1), MIN_SCALE)
-    scale = (wide.abs().amax(dim=-1, keepdim=True) / FP8_MAX).clamp_min(MIN_SCALE)
-    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale
+        return x.to(FP8_DTYPE), x.new_full((x.shape[0], 1), MIN_SCALE, dtype=torch.float32)
+    return quantize_with_amax(x, x.float().abs().amax(dim=-1, keepdim=True))
+
+
+def quantize_with_amax(x: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_per_token` where the largest absolute value ``amax [M, 1]`` of each token is known."""
+    scale = (amax / FP8_MAX).clamp_min(MIN_SCALE)
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale
