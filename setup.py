@@ -7,7 +7,7 @@ out with a message.
 Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no extension), ``SPENSE_CUTLASS`` (0 leaves out the
 CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
 ``SPENSE_TRAP`` (1: kernels stop with a message where they would hang, for first runs on new hardware),
-``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or ``CUDA_HOME``.
+``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or ``CUDA_HOME``, ``CUTLASS_HOME``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ def find_package(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def find_cutlass() -> Path | None:
+    """A tree with CUTLASS's ``include``: ``CUTLASS_HOME``, or what the package nvidia-cutlass carries."""
+    if home := os.environ.get("CUTLASS_HOME"):
+        return Path(home) if (Path(home) / "include/cutlass/cutlass.h").is_file() else None
+    package = find_package("cutlass_library")
+    return package / "source" if package else None
+
+
 def why_not() -> str | None:
     """Why the extension cannot be built here, in one line."""
     if not ARCHS:
@@ -66,8 +74,8 @@ def why_not() -> str | None:
         return "no nvcc found (set CUDA_HOME)"
     if not find_package("torch"):
         return "torch is not importable in the build environment (use --no-build-isolation)"
-    if not find_package("cutlass_library"):
-        return "the CUTLASS headers are missing (pip install --no-deps nvidia-cutlass==4.2.0.0)"
+    if not find_cutlass():
+        return "no CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME)"
     return None
 
 
@@ -75,7 +83,7 @@ class BuildCuda(build_ext):
     """Compiles each translation unit in parallel, skipping objects newer than all sources, and links them."""
 
     def build_extension(self, ext: Extension) -> None:
-        nvcc, torch, cutlass = find_nvcc(), find_package("torch"), find_package("cutlass_library")
+        nvcc, torch, cutlass = find_nvcc(), find_package("torch"), find_cutlass()
         if not (nvcc and torch and cutlass):
             raise SystemExit(why_not())
         cuda = toolkit_of(nvcc)
@@ -86,7 +94,7 @@ class BuildCuda(build_ext):
             *(["-DSPENSE_TRAP=1"] if os.environ.get("SPENSE_TRAP") == "1" else []),
             *("-DCUTLASS_ENABLE_GDC_FOR_SM90=1", "-DCUTLASS_ENABLE_GDC_FOR_SM100=1"),
             *("-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"),
-            *(f"-I{cutlass / 'source' / path}" for path in ("include", "tools/util/include")),
+            *(f"-I{cutlass / path}" for path in ("include", "tools/util/include")),
         ]
         host = [
             *("g++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"),
