@@ -9,7 +9,15 @@ PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 PY = $(VENV)/bin/python
 EXTENSION = vllm_spense/_C.abi3.so
 
-.PHONY: help setup kernels kernels-check test test-fast lint format demo accuracy clean
+# GPU machines bring their own Python with a CUDA build of torch; elsewhere (gpu-plan) the virtual environment does.
+HAS_CUDA = python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+GPU_PY ?= $(shell $(HAS_CUDA) && echo python3 || echo $(PY))
+GPU_BUDGET ?= 1440
+GPU_STAGE_BUDGET ?= 520
+GPU_STAGES = gpu-build gpu-test gpu-tune gpu-kernels gpu-cutlass
+
+.PHONY: help setup kernels kernels-check test test-fast lint format demo accuracy clean gpu gpu-plan gpu-report \
+	$(GPU_STAGES)
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
@@ -19,6 +27,9 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
+	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
+	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
+	@echo "make gpu-build | gpu-test | gpu-tune | gpu-kernels | gpu-cutlass | gpu-report   one stage, under 9 minutes"
 
 setup: $(VENV)/.ready $(ASSETS)/.ready
 
@@ -63,6 +74,18 @@ demo: setup
 
 accuracy: setup
 	SPENSE_ASSETS=$(ASSETS) $(PY) benchmarks/accuracy_smollm2.py
+
+gpu:
+	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET)
+
+$(GPU_STAGES):
+	$(GPU_PY) benchmarks/gpu.py $(@:gpu-%=%) --budget $(GPU_STAGE_BUDGET)
+
+gpu-plan:
+	$(GPU_PY) benchmarks/gpu.py --plan
+
+gpu-report:
+	$(GPU_PY) benchmarks/kernel_spense_linear.py --report
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -12,7 +12,7 @@ import torch
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.layout import Axis
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import candidates, estimate
+from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
 from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import TuningEntry, TuningTable, measured, read_table, shape_of, table_path
@@ -28,12 +28,14 @@ def tune(
     directory: Path | None = None,
     command: str = "vllm_spense.ops.tune.tune",
     budget: float = float("inf"),
+    skip: Callable[[LinearSpec, KernelConfig], bool] = lambda spec, config: False,
     progress: Callable[[str], None] = print,
 ) -> Path:
     """Time all configurations of each layer and bucket, best first in the table; returns the table's path.
 
     The file is rewritten after every layer; shapes and buckets that are not measured now keep their entries.
-    Stops before the next layer once ``budget`` seconds are gone. ``RuntimeError`` without GPU or extension.
+    Stops before the next layer once ``budget`` seconds are gone; leaves out what ``skip`` names.
+    ``RuntimeError`` without GPU or extension.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("tuning measures kernels and needs a CUDA device")
@@ -47,7 +49,7 @@ def tune(
         if time.monotonic() - start > budget:
             progress(f"stopped: the {budget:.0f} s are over, {path} holds what was measured")
             break
-        entries = measure_layer(spec, tokens, device, progress)
+        entries = measure_layer(spec, tokens, device, skip, progress)
         old = read_table(path)
         kept = {(e.shape, e.tokens): e for e in (old.entries if old else ())}
         kept |= {(e.shape, e.tokens): e for e in entries}
@@ -99,7 +101,11 @@ def plan(specs: Iterable[LinearSpec], tokens: Iterable[int]) -> Iterator[tuple[s
 
 
 def measure_layer(
-    spec: LinearSpec, tokens: Iterable[int], device: torch.device, progress: Callable[[str], None]
+    spec: LinearSpec,
+    tokens: Iterable[int],
+    device: torch.device,
+    skip: Callable[[LinearSpec, KernelConfig], bool],
+    progress: Callable[[str], None],
 ) -> list[TuningEntry]:
     """The fastest configuration per bucket, with the time of dense FP8 beside it."""
     capability = torch.cuda.get_device_capability(device)
@@ -108,6 +114,7 @@ def measure_layer(
         times = {
             config: time_graph(layer.calls(config, count), 10)
             for config in candidates(spec, count, capability, extension.has_cutlass())
+            if not skip(spec, config)
         }
         if not times:
             continue

@@ -1,0 +1,181 @@
+"""The layers that the kernel benchmark measures, in which order, and what bounds their speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_spense.ops import LinearSpec, extension, online_layout
+from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
+DECODE = 64
+RATIOS = (0.5, 0.25, 0.0)
+PROCESSORS = 132
+CAPABILITY = (9, 0)
+
+FP8_PEAK = {"H200": 1979e12, "H100": 1979e12, "GH200": 1979e12, "B200": 4500e12}
+"""Dense FP8 operations/s by data sheet, by a part of the device's name; 2:4 counts as half the operations."""
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int = 128
+
+    def layers(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Split, rows of each fused shard and columns of every kind of linear layer."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "gate_up": ("output", (self.intermediate, self.intermediate), self.hidden),
+            "down": ("input", (self.hidden,), self.intermediate),
+            "qkv": ("output", (q, kv, kv), self.hidden),
+            "o": ("output", (self.hidden,), q),
+        }
+
+
+MODELS = (
+    Model("Qwen3-32B", 5120, 25600, 64, 8),
+    Model("Seed-OSS-36B", 5120, 27648, 80, 8),
+    Model("Llama-3.1-8B", 4096, 14336, 32, 8),
+    Model("Llama-3.1-70B", 8192, 28672, 64, 8),
+)
+LAYERS = ("gate_up", "down", "qkv", "o")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results: a layer of a model at one dense ratio and number of tokens."""
+
+    model: str
+    layer: str
+    ratio: float
+    tokens: int
+    spec: LinearSpec
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}/{self.layer}/{self.ratio:g}/{self.tokens}"
+
+
+def layer_spec(model: Model, layer: str, ratio: float) -> LinearSpec:
+    """The layer with the last ``ratio`` of each shard's split axis dense."""
+    split, shards, columns = model.layers()[layer]
+    parts = [online_layout(split, rows, columns, ratio) for rows in shards]  # type: ignore[arg-type]
+    return LinearSpec(
+        *(split, sum(shards), columns),
+        *(tuple(p.sparse for p in parts), tuple(p.dense for p in parts), torch.float8_e4m3fn),
+    )
+
+
+def rows() -> list[Row]:
+    """Every row, most wanted first: the MLP of Qwen3-32B at decode, then its prefill, then the rest."""
+    everything = [
+        Row(model.name, layer, ratio, tokens, layer_spec(model, layer, ratio))
+        for model in MODELS
+        for layer in LAYERS
+        for ratio in RATIOS
+        for tokens in TOKENS
+    ]
+    return sorted(everything, key=_priority)
+
+
+def _priority(row: Row) -> tuple:
+    """Sort key. Rows of one layer and ratio stay together: making weights costs more than timing them."""
+    first, mlp = row.model == MODELS[0].name, row.layer in ("gate_up", "down")
+    pruned, decode, huge = row.ratio > 0, row.tokens <= DECODE, row.tokens > 8192
+    if first and mlp and pruned and not huge:
+        rank = 0 if decode else 1
+    elif mlp and pruned and not huge:
+        rank = 2 if row.model == MODELS[1].name else 4
+    elif mlp and not huge:
+        rank = 3 if first else 5
+    else:
+        rank = 7 if huge else 6
+    order = [m.name for m in MODELS].index(row.model), RATIOS.index(row.ratio), LAYERS.index(row.layer)
+    return rank, *order, row.tokens
+
+
+def layer_specs() -> Iterator[LinearSpec]:
+    """Every layer once, in the order of :func:`rows`."""
+    yield from dict.fromkeys(row.spec for row in rows())
+
+
+def configs(
+    row: Row,
+    capability: tuple[int, int] = CAPABILITY,
+    processors: int = PROCESSORS,
+    cutlass: bool = False,
+    all_up_to: int = 128,
+    best: int = 3,
+) -> list[KernelConfig]:
+    """Configurations worth timing: all for few tokens, else those with the lowest estimate."""
+    legal = candidates(row.spec, row.tokens, capability, cutlass)
+    if row.tokens <= all_up_to:
+        return legal
+    ordered = sorted(legal, key=lambda c: (estimate(row.spec, row.tokens, c, processors), c))
+    others = [c for c in ordered[best:] if c.kernel != "sm90"]  # the estimate does not know them well
+    return ordered[:best] + others
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that one call must move (inputs and outputs once) and operations it must do (2:4 skips half)."""
+
+    bytes: float
+    operations: float
+
+    def bound(self, bandwidth: float, peak: float | None) -> tuple[float, str]:
+        """The roofline in µs, and what sets it."""
+        memory = self.bytes / bandwidth * 1e6
+        compute = self.operations / peak * 1e6 if peak else 0.0
+        return max(memory, compute), "memory" if memory >= compute else "compute"
+
+
+def spense_work(spec: LinearSpec, tokens: int) -> Work:
+    (sparse_rows, sparse_columns), (dense_rows, dense_columns) = spec.sparse_shape, spec.dense_shape
+    weights = sparse_rows * sparse_columns / 2 + dense_rows * dense_columns
+    return Work(spec.weight_bytes + _activation_bytes(spec, tokens), 2 * tokens * weights)
+
+
+def dense_work(spec: LinearSpec, tokens: int) -> Work:
+    weights = spec.out_features * spec.in_features
+    return Work(weights + _activation_bytes(spec, tokens), 2 * tokens * weights)
+
+
+def _activation_bytes(spec: LinearSpec, tokens: int) -> float:
+    """FP8 x, bf16 y and both scales."""
+    return tokens * (spec.in_features + 2 * spec.out_features + 4) + 4 * spec.out_features
+
+
+def fp8_peak(device: str) -> float | None:
+    return next((peak for part, peak in FP8_PEAK.items() if part in device), None)
+
+
+def label(config: KernelConfig) -> str:
+    cluster = f"{'m' if config.multicast else 'c'}{config.cluster}"
+    return f"{config.kernel}-{config.tile_rows}x{config.tile_tokens}-{cluster}"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan depends on; an H200 where there is no GPU."""
+
+    name: str = "NVIDIA H200"
+    capability: tuple[int, int] = CAPABILITY
+    processors: int = PROCESSORS
+    cutlass: bool = False
+
+    @classmethod
+    def here(cls) -> Device:
+        if not torch.cuda.is_available():
+            return cls(cutlass=extension.has_cutlass())
+        properties = torch.cuda.get_device_properties(0)
+        capability = (properties.major, properties.minor)
+        return cls(properties.name, capability, properties.multi_processor_count, extension.has_cutlass())

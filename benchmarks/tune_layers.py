@@ -1,0 +1,56 @@
+"""Tune the layers of the kernel benchmark on this GPU, most wanted first, and write the dispatch table.
+
+usage: python benchmarks/tune_layers.py --directory DIR [--budget SECONDS] [--tests test.json]
+
+Layers that the table already holds are left alone; configurations that failed the GPU tests are not tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.gpu_tests import blocked
+from benchmarks.kernel_shapes import layer_specs
+from benchmarks.results_file import RESULTS, read
+from vllm_spense.ops import LinearSpec, tune
+from vllm_spense.ops.tuning import TuningTable, read_table, shape_of, table_path
+
+
+def missing(specs: list[LinearSpec], table: TuningTable | None) -> list[LinearSpec]:
+    """Layers of which the table lacks a bucket."""
+    known = {(e.shape, e.tokens) for e in (table.entries if table else ())}
+    return [s for s in specs if any((shape_of(s), tokens) not in known for tokens in tune.TOKENS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--directory", type=Path, default=RESULTS)
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--tests", type=Path)
+    arguments = parser.parse_args()
+    tests = read(arguments.tests or arguments.directory / "test.json").get("groups", {})
+
+    device = torch.cuda.get_device_name()
+    specs = missing(list(layer_specs()), read_table(table_path(device, arguments.directory)))
+    print(f"{len(specs)} layers to tune on {device}", flush=True)
+    path = tune.tune(
+        specs,
+        directory=arguments.directory,
+        command="python benchmarks/tune_layers.py",
+        budget=arguments.budget,
+        skip=lambda spec, config: blocked(tests, spec, config) is not None,
+        progress=lambda line: print(line, flush=True),
+    )
+    print(f"{len(missing(specs, read_table(path)))} of them left; {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

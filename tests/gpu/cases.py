@@ -1,0 +1,147 @@
+"""Layers, configurations and the float64 reference that the GPU tests share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.ops import cuda_linear, extension
+from vllm_spense.ops.backend import Tensors, decompressed
+from vllm_spense.ops.cuda_backend import CudaBackend
+from vllm_spense.ops.kernel_config import KernelConfig, candidates
+from vllm_spense.ops.measure import random_layer
+from vllm_spense.ops.quantize import quantize_per_token
+from vllm_spense.ops.spec import LinearSpec
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+NAN = float("nan")
+
+
+def output_layer(features: int, *shards: tuple[int, int]) -> LinearSpec:
+    """Output split over ``features`` inputs; (sparse rows, dense rows) of each fused shard."""
+    sparse, dense = (tuple(shard[i] for shard in shards) for i in range(2))
+    return LinearSpec("output", sum(sparse) + sum(dense), features, sparse, dense, FP8_DTYPE)
+
+
+def input_layer(rows: int, sparse: int, dense: int) -> LinearSpec:
+    """Input split: the first ``sparse`` columns are 2:4."""
+    return LinearSpec("input", rows, sparse + dense, (sparse,), (dense,), FP8_DTYPE)
+
+
+def label(config: KernelConfig) -> str:
+    cluster = f"{'m' if config.multicast else 'c'}{config.cluster}"
+    return f"{config.kernel}-{config.tile_rows}x{config.tile_tokens}-{cluster}"
+
+
+def configs(spec: LinearSpec, tokens: int) -> list[KernelConfig]:
+    """Every configuration that is legal for the layer on this device (an H200's where there is none)."""
+    return candidates(spec, tokens, CAPABILITY, extension.has_cutlass())
+
+
+def grid(
+    layers: dict[str, LinearSpec],
+    tokens: Iterable[int],
+    keep: Callable[[KernelConfig], bool] = lambda config: True,
+) -> list:
+    """pytest parameters ``spec, tokens, config`` of all legal configurations that ``keep`` wants."""
+    return [
+        pytest.param(spec, count, config, id=f"{name}-t{count}-{label(config)}")
+        for name, spec in layers.items()
+        for count in tokens
+        for config in configs(spec, count)
+        if keep(config)
+    ]
+
+
+def one_cta(config: KernelConfig) -> bool:
+    return config.cluster == 1 and not config.multicast
+
+
+def splits_k(config: KernelConfig) -> bool:
+    return config.cluster > 1 and not config.multicast
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One random layer: its checkpoint tensors, what the kernels read, and the exact weights."""
+
+    spec: LinearSpec
+    checkpoint: Tensors
+    prepared: Tensors
+    weight: torch.Tensor
+    """Stored values, float64 ``[N, K]``, without the scale."""
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.prepared["weight_scale"]
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """Of the size of the outputs, so that a wrong one shows."""
+        generator = torch.Generator().manual_seed(5)
+        spread = 64 * 1e-4 * self.spec.in_features**0.5
+        return (torch.randn(self.spec.out_features, generator=generator) * spread).to(
+            self.scale.device, dtype
+        )
+
+    def inputs(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantised activations; tokens differ in scale by up to a factor of 16."""
+        generator = torch.Generator().manual_seed(100 + seed)
+        x = torch.randn(tokens, self.spec.in_features, generator=generator)
+        xq, xs = quantize_per_token(
+            (x * torch.exp2(4 * torch.rand(tokens, 1, generator=generator))).bfloat16()
+        )
+        return xq.to(self.scale.device), xs.to(self.scale.device)
+
+    def expected(
+        self, xq: torch.Tensor, xs: torch.Tensor, bias: torch.Tensor | None = None, scaled: bool = True
+    ) -> torch.Tensor:
+        y = xq.double() @ self.weight.T
+        if scaled:
+            y = y * xs.double() * self.scale.double()
+        return y if bias is None else y + bias.double()
+
+    def operands(
+        self, unit_scale: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values, metadata, dense weights and channel scales as the kernels take them."""
+        p = self.prepared
+        scale = torch.ones_like(self.scale) if unit_scale else self.scale
+        return p["sparse_values"], p["sparse_meta"], p["weight_packed"], scale
+
+    def sizes(self) -> tuple[list[int], list[int], bool]:
+        return list(self.spec.sparse_sizes), list(self.spec.dense_sizes), self.spec.split == "output"
+
+    def run(
+        self,
+        config: KernelConfig,
+        xq: torch.Tensor,
+        xs: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        y: torch.Tensor | None = None,
+        unit_scale: bool = False,
+    ) -> torch.Tensor:
+        """One configuration into an output of NaNs (or into ``y`` as it is)."""
+        if y is None:
+            y = torch.full((xq.shape[0], self.spec.out_features), NAN, dtype=dtype, device=xq.device)
+        cuda_linear.run(config, xq, xs, *self.operands(unit_scale), bias, *self.sizes(), y)
+        return y
+
+
+@functools.lru_cache(maxsize=64)
+def make_layer(spec: LinearSpec, device: torch.device, seed: int = 0) -> Layer:
+    checkpoint = random_layer(spec, torch.device("cpu"), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    checkpoint["weight_scale"] = (torch.rand(spec.out_features, generator=generator) + 0.5) * 1e-4
+    on_device = {name: tensor.to(device) for name, tensor in checkpoint.items()}
+    prepared = CudaBackend().prepare(spec, on_device)
+    layer = Layer(spec, checkpoint, prepared, decompressed(spec, checkpoint).to(device).double())
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # a kernel may read weights before the kernel in front has ended
+    return layer

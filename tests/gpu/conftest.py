@@ -1,0 +1,137 @@
+"""GPU tests run where there is a CUDA device, and rehearse without one.
+
+``SPENSE_GPU_REHEARSAL=1`` runs the numeric tests on the CPU with the definition in the kernel's place, so
+that mistakes in the tests show without a GPU; ``=skip-column`` gives it a wrong kernel, ``=crash`` one that
+kills the process in some configurations.
+``SPENSE_TEST_REPORT``: a file that gets one line of JSON when a test starts and when it ends.
+``SPENSE_SKIP_TESTS``: a JSON file of what to leave out, ``{"tests": [ids], "configs": [fields]}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_spense.ops import cuda_linear, extension
+from vllm_spense.ops.kernel_config import KernelConfig
+from vllm_spense.ops.linear import reference_linear
+
+REHEARSAL = os.environ.get("SPENSE_GPU_REHEARSAL", "")
+REPORT = os.environ.get("SPENSE_TEST_REPORT")
+CONTEXT_LOST = 86
+"""Exit code of pytest after an error that leaves every later CUDA call failing."""
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    if REHEARSAL:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def cuda(device: torch.device) -> torch.device:
+    """A device on which the real operators run: not in rehearsal."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    return device
+
+
+@pytest.fixture(scope="session")
+def kernels(device: torch.device) -> Iterator[None]:
+    """The compiled kernels, or the definition in their place."""
+    if REHEARSAL:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_linear, "run", _definition)
+            yield
+        return
+    if reason := extension.why_not_loaded():
+        pytest.fail(reason)
+    yield
+
+
+def _definition(config: KernelConfig, x: torch.Tensor, *rest: Any, overlap: bool = True) -> None:
+    *layer, y = rest
+    if REHEARSAL == "crash" and (config.tile_rows, config.tile_tokens, config.cluster) == (64, 16, 2):
+        os.abort()
+    if REHEARSAL == "skip-column":  # a kernel that never reads column 5
+        x = x.clone()
+        x.view(torch.uint8)[:, 5] = 0
+    arguments: list[Any] = [x, *layer, y.dtype]
+    y.copy_(reference_linear(*arguments))
+
+
+@pytest.fixture(autouse=True)
+def no_pending_errors() -> Iterator[None]:
+    """Kernels report late: a test that broke the device must be the one that fails."""
+    yield
+    if REHEARSAL or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"the CUDA context is lost: {error}", returncode=CONTEXT_LOST)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    listed = Path(os.environ.get("SPENSE_SKIP_TESTS") or os.devnull)
+    left_out = json.loads(listed.read_text() or "{}")
+
+    def unwanted(item: pytest.Item) -> bool:
+        return item.nodeid in left_out["tests"] or _config_of(item) in left_out["configs"]
+
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if unwanted(item)])
+        items[:] = [item for item in items if not unwanted(item)]
+
+
+def _config_of(item: pytest.Item) -> dict | None:
+    config = getattr(item, "callspec", None) and item.callspec.params.get("config")  # type: ignore[attr-defined]
+    return dataclasses.asdict(config) if isinstance(config, KernelConfig) else None
+
+
+def _write(**entry: Any) -> None:
+    if REPORT:
+        with open(REPORT, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    _write(event="start", test=item.nodeid, config=_config_of(item), time=time.time())
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        _write(
+            event="end",
+            test=item.nodeid,
+            config=_config_of(item),
+            outcome=report.outcome,
+            seconds=round(report.duration, 3),
+            message=_message(report),
+            **dict(item.user_properties),
+        )
+    return report
+
+
+def _message(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    return str(crash.message if crash else report.longrepr or "")[:6000]
