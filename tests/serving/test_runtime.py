@@ -69,6 +69,17 @@ def test_the_environment_may_name_the_back_end(case, monkeypatch, wanted: str | 
         assert make_runtime(spec, tensors, layer).name == chosen
 
 
+def test_layers_without_a_sparse_region_keep_the_default(monkeypatch) -> None:
+    from vllm_spense.serving.runtime import make_runtime
+
+    tensors = prune_and_pack(torch.randn(N, K), online_layout("output", N, K, 1.0))
+    tensors["sparse_values"] = torch.empty(0, K // 2, dtype=torch.float8_e4m3fn)
+    tensors["sparse_meta"] = torch.empty(0, K // 8, dtype=torch.uint8)
+    spec = LinearSpec("output", N, K, (0,), (N,), torch.float8_e4m3fn)
+    monkeypatch.setenv("SPENSE_BACKEND", "cuda")
+    assert make_runtime(spec, tensors, torch.nn.Module()).name == "cpu"
+
+
 def test_a_back_end_that_cannot_run_is_refused(case, monkeypatch) -> None:
     from vllm_spense.serving.runtime import make_runtime
 

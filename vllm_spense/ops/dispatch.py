@@ -10,6 +10,7 @@ from vllm_spense.ops.backend import Backend, Tensors, activations, decompressed,
 from vllm_spense.ops.cuda_backend import CudaBackend
 from vllm_spense.ops.linear import dense_linear, linear
 from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.triton_backend import TritonBackend
 
 
 class CpuBackend:
@@ -73,7 +74,7 @@ class ReferenceBackend:
         )
 
 
-_BACKENDS: list[Backend] = [CudaBackend(), CpuBackend(), ReferenceBackend()]
+_BACKENDS: list[Backend] = [CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend()]
 """Best first."""
 
 

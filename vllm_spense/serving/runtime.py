@@ -1,8 +1,8 @@
 """How a loaded layer runs inside vLLM: a Spense back end, or a dense kernel of vLLM's own.
 
 Preference, per layer: a kernel of ours for the device; else vLLM's dense kernel on the decompressed
-matrix (never slower than the dense model, no memory saved). ``SPENSE_BACKEND`` names one instead: a back
-end of the dispatcher, or ``vllm-fp8``. bf16 checkpoints always run as vLLM's
+matrix (never slower than the dense model, no memory saved). ``SPENSE_BACKEND`` names one for the layers with a
+2:4 region instead: a back end of the dispatcher, or ``vllm-fp8``. bf16 checkpoints always run as vLLM's
 unquantized layers, so they give exactly the tokens of the exported dense checkpoint.
 """
 
@@ -35,7 +35,7 @@ def make_runtime(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], layer: A
     device = next(iter(tensors.values())).device
     if not spec.quantize_activations:
         return DenseUnquantized(spec, layer.orig_dtype)
-    wanted = os.environ.get("SPENSE_BACKEND")
+    wanted = os.environ.get("SPENSE_BACKEND") if spec.hybrid else None
     # Right everywhere, but the reference decompresses in every call, and Triton was never measured to win.
     if wanted == DenseFp8.name or (
         not wanted and select_backend(spec, device).name in ("triton", "reference")
