@@ -1,9 +1,9 @@
 """How a loaded layer runs inside vLLM: a Spense back end, or a dense kernel of vLLM's own.
 
 Preference, per layer: a kernel of ours for the device; else vLLM's dense kernel on the decompressed
-matrix (never slower than the dense model, no memory saved). ``SPENSE_BACKEND`` names one for the layers with a
-2:4 region instead: a back end of the dispatcher, or ``vllm-fp8``. bf16 checkpoints always run as vLLM's
-unquantized layers, so they give exactly the tokens of the exported dense checkpoint.
+matrix (never slower than the dense model, no memory saved). ``SPENSE_BACKEND`` names one for the layers
+with a 2:4 region instead: a back end of the dispatcher, or ``vllm-fp8``. bf16 checkpoints always run as
+vLLM's unquantized layers, so they give exactly the tokens of the exported dense checkpoint.
 """
 
 from __future__ import annotations
