@@ -12,6 +12,7 @@ from vllm_spense.ops.dispatch import Tensors
 
 CPU = torch.device("cpu")
 RUNNABLE = [b for b in available_backends() if b.name in ("cpu", "reference")]
+CUDA = next(b for b in available_backends() if b.name == "cuda")
 LAYOUTS = [
     (Layout("output", 24, 48, 8), 2),
     (Layout("output", 24, 48, 0), 3),
@@ -98,7 +99,17 @@ def test_back_ends_agree_bit_for_bit(
             assert tokens == 0 or results[0].count_nonzero() > 0
 
 
-@pytest.mark.parametrize("backend", RUNNABLE, ids=lambda b: b.name)
+@pytest.mark.parametrize(("layout", "shards"), [case for case in LAYOUTS if case[0].sparse], ids=str)
+def test_the_kernels_layout_holds_the_same_layer(layout: Layout, shards: int) -> None:
+    """What the CUDA back end prepares, computed by the definition: on CPUs the operator takes it as well."""
+    spec, tensors = make(layout, shards)
+    x = torch.randn(7, layout.in_features)
+    reference = select_backend(spec, CPU, "reference")
+    expected = reference.apply(spec, reference.prepare(spec, tensors), x, None)
+    assert torch.equal(CUDA.apply(spec, CUDA.prepare(spec, tensors), x, None), expected)
+
+
+@pytest.mark.parametrize("backend", [*RUNNABLE, CUDA], ids=lambda b: b.name)
 @pytest.mark.parametrize(("layout", "shards"), LAYOUTS, ids=str)
 def test_prepared_shapes_depend_on_the_spec_only(backend, layout: Layout, shards: int) -> None:
     """Other weights, and weights of zeros only, give the same names, shapes and dtypes."""

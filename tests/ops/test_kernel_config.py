@@ -70,6 +70,16 @@ def test_the_estimate_knows_the_two_limits() -> None:
     assert estimate(dense, 16, KernelConfig("sm90", 128, 16), 132) > decode
 
 
+def test_one_processor_is_bound_by_the_bytes_it_loads() -> None:
+    """2:4 weights are 0.625 of dense ones, beside the same activations."""
+    config = KernelConfig("sm90", 128, 8)
+    sparse, dense = (
+        estimate(LinearSpec("output", 12800, 5120, (s,), (12800 - s,), FP8_DTYPE), 1, config, 1)
+        for s in (12800, 0)
+    )
+    assert sparse / dense == pytest.approx((128 * 0.625 + 8) / (128 + 8), rel=0.01)
+
+
 def test_few_tiles_want_a_split_of_k() -> None:
     """Down has 40 tiles of 128 rows for 132 multiprocessors: unsplit, most of them would idle."""
     best = min(candidates(DOWN, 16, HOPPER, False), key=lambda c: estimate(DOWN, 16, c, 132))
