@@ -1,0 +1,136 @@
+"""Builds the emulator: nvcc for the launcher and the PTX, the translation, and g++ for the machine.
+
+What is built lies under ``build/emulator``, in a folder named by a hash of the kernels, of the emulator and
+of the instances, so that it is never out of date; the machine itself is compiled once for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from .launcher import Emulator, Instance, host_source
+from .translate import translate
+
+HERE = Path(__file__).parent.resolve()
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "kernels"
+OUTPUT = ROOT / "build" / "emulator"
+OPTIMISE = "-O1"  # of the translated kernels: the compile time counts as much as the run
+
+
+def find_nvcc() -> Path | None:
+    """As setup.py does."""
+    home = os.environ.get("CUDA_HOME")
+    places = [
+        os.environ.get("NVCC"),
+        home and f"{home}/bin/nvcc",
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((Path(p).resolve() for p in places if p and Path(p).exists()), None)
+
+
+def find_cutlass() -> Path | None:
+    """As setup.py does."""
+    if home := os.environ.get("CUTLASS_HOME"):
+        tree = Path(home)
+    else:
+        spec = importlib.util.find_spec("cutlass_library")
+        if not spec or not spec.origin:
+            return None
+        tree = Path(spec.origin).parent / "source"
+    return tree if (tree / "include/cutlass/cutlass.h").is_file() else None
+
+
+def why_not() -> str | None:
+    """Why the emulator cannot be built here, in one line."""
+    if platform.machine() != "x86_64":
+        return "the emulator switches stacks in x86-64 assembly"
+    if not find_nvcc():
+        return "no nvcc found (set CUDA_HOME)"
+    if not shutil.which("g++"):
+        return "no g++ found"
+    if not find_cutlass():
+        return "no CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME)"
+    return None
+
+
+def digest(*paths: Path, extra: str = "") -> str:
+    total = hashlib.sha256(extra.encode())
+    for path in sorted(paths):
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
+
+
+def run(*command: str | Path) -> None:
+    """Run a compiler; its output is shown only if it fails."""
+    done = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"exit status {done.returncode}: {' '.join(map(str, command))}\n{done.stdout[-4000:]}"
+        )
+
+
+def build_machine() -> Path:
+    """The machine without kernels, as an object file."""
+    sources = [*HERE.glob("*.h"), HERE / "machine.cpp"]
+    target = OUTPUT / f"machine-{digest(*sources)}.o"
+    if not target.exists():
+        OUTPUT.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        run("g++", "-std=c++20", "-O2", "-fPIC", "-c", HERE / "machine.cpp", "-o", partial)
+        partial.replace(target)
+    return target
+
+
+def build(instances: tuple[Instance, ...], kernels: Path = KERNELS) -> Emulator:
+    """The emulator for these instances of the kernel sources in `kernels`."""
+    nvcc, cutlass = find_nvcc(), find_cutlass()
+    if not nvcc or not cutlass:
+        raise RuntimeError(why_not())
+    files = [p for p in (*kernels.iterdir(), *HERE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    files += [HERE / name for name in ("build.py", "launcher.py", "translate.py")]
+    folder = OUTPUT / digest(*files, extra=f"{instances} {nvcc} {cutlass}")
+    if folder.exists():
+        return Emulator(folder)
+    machine = build_machine()
+    partial = folder.with_suffix(f".{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    source = partial / "launcher.cu"
+    source.write_text(host_source(kernels, instances))
+    # PTX only, no machine code; --keep leaves it beside the library.
+    run(
+        *(
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-DNDEBUG",
+            "--expt-relaxed-constexpr",
+            "-DCUTLASS_ENABLE_GDC_FOR_SM90=1",
+        ),
+        *("-gencode=arch=compute_90a,code=compute_90a", "-shared", "-Xcompiler=-fPIC"),
+        *("--keep", f"--keep-dir={partial}", f"-I{HERE}", f"-I{kernels}", f"-I{cutlass / 'include'}"),
+        *(source, "-o", partial / "launcher.so"),
+    )
+    translated = translate((partial / "launcher.ptx").read_text())
+    names = sorted(translated)
+    code = ['#include "device.h"', *(translated[name] for name in names)]
+    entries = "".join(f'{{"{name}", {name}}}, ' for name in names)
+    code.append(f"extern KernelEntry const kernel_table[] = {{{entries}{{nullptr, nullptr}}}};\n")
+    (partial / "kernels.cpp").write_text("\n".join(code))
+    flags = ("-std=c++20", OPTIMISE, "-w", "-fPIC", "-shared", f"-I{HERE}")
+    run("g++", *flags, partial / "kernels.cpp", machine, "-o", partial / "kernels.so")
+    for kept in list(partial.iterdir()):
+        if kept.name not in ("launcher.so", "kernels.so", "kernels.cpp", "launcher.ptx"):
+            kept.unlink()
+    partial.replace(folder)
+    return Emulator(folder)
