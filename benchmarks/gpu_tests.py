@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_shapes import label
 from benchmarks.results_file import ROOT
 from benchmarks.supervise import Ended, stopping, supervise
 from vllm_spense.ops import LinearSpec
-from vllm_spense.ops.kernel_config import KernelConfig
+from vllm_spense.ops.kernel_config import KernelConfig, label
 
 LINEAR, TRITON = "tests/gpu/test_spense_linear.py", "tests/gpu/test_triton_linear.py"
 SILU_MUL = "tests/gpu/test_linear_silu_mul.py"

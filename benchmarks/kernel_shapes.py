@@ -9,12 +9,12 @@ import torch
 
 from vllm_spense.ops import LinearSpec, extension, online_layout
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
+from vllm_spense.ops.tune import H200 as CAPABILITY
+from vllm_spense.ops.tune import H200_PROCESSORS as PROCESSORS
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
 DECODE = 64
 RATIOS = (0.5, 0.25, 0.0)
-PROCESSORS = 132
-CAPABILITY = (9, 0)
 
 FP8_PEAK = {"H200": 1979e12, "H100": 1979e12, "GH200": 1979e12, "B200": 4500e12}
 """Dense FP8 operations/s by data sheet, by a part of the device's name; 2:4 counts as half the operations."""
@@ -156,11 +156,6 @@ def _activation_bytes(spec: LinearSpec, tokens: int) -> float:
 
 def fp8_peak(device: str) -> float | None:
     return next((peak for part, peak in FP8_PEAK.items() if part in device), None)
-
-
-def label(config: KernelConfig) -> str:
-    cluster = f"{'m' if config.multicast else 'c'}{config.cluster}"
-    return f"{config.kernel}-{config.tile_rows}x{config.tile_tokens}-{cluster}"
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ import torch
 from benchmarks import kernel_shapes as shapes
 from benchmarks.gpu_tests import blocked, untested
 from benchmarks.kernel_baselines import BASELINES, DENSE, copy_bandwidth
-from benchmarks.kernel_shapes import Device, Row, label
+from benchmarks.kernel_shapes import Device, Row
 from benchmarks.results_file import RESULTS, ClockLog, kernel_sources, provenance, read, write
 from benchmarks.supervise import Ended, supervise
 from vllm_spense.ops import LinearSpec, cuda_linear, extension
-from vllm_spense.ops.kernel_config import KernelConfig, estimate
+from vllm_spense.ops.kernel_config import KernelConfig, estimate, label
 from vllm_spense.ops.linear import reference_linear
 from vllm_spense.ops.measure import TimedLayer, time_graph
 from vllm_spense.ops.tuning import read_table, shape_of, table_path

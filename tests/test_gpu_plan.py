@@ -23,12 +23,12 @@ from gpu.diagnosis import probe_columns, wrong
 from benchmarks import gpu, gpu_tests, kernel_shapes, kernel_spense_linear, results_file
 from benchmarks.gpu_tests import GROUPS, Group, blocked, run_group, run_groups, untested
 from benchmarks.kernel_report import report
-from benchmarks.kernel_shapes import MODELS, Row, label, layer_spec
+from benchmarks.kernel_shapes import MODELS, Row, layer_spec
 from benchmarks.kernel_spense_linear import Device, Parts, Recorder, finished, measure_rows, parts_of
 from benchmarks.results_file import ROOT
 from benchmarks.supervise import supervise
 from benchmarks.tune_layers import missing
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
+from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
 
 ROWS = kernel_shapes.rows()
 H200 = Device()

@@ -13,7 +13,7 @@ from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.ops import cuda_linear, extension
 from vllm_spense.ops.backend import Tensors, decompressed
 from vllm_spense.ops.cuda_backend import CudaBackend
-from vllm_spense.ops.kernel_config import KernelConfig, candidates
+from vllm_spense.ops.kernel_config import KernelConfig, candidates, label
 from vllm_spense.ops.measure import random_layer
 from vllm_spense.ops.quantize import quantize_per_token
 from vllm_spense.ops.spec import LinearSpec
@@ -31,11 +31,6 @@ def output_layer(features: int, *shards: tuple[int, int]) -> LinearSpec:
 def input_layer(rows: int, sparse: int, dense: int) -> LinearSpec:
     """Input split: the first ``sparse`` columns are 2:4."""
     return LinearSpec("input", rows, sparse + dense, (sparse,), (dense,), FP8_DTYPE)
-
-
-def label(config: KernelConfig) -> str:
-    cluster = f"{'m' if config.multicast else 'c'}{config.cluster}"
-    return f"{config.kernel}-{config.tile_rows}x{config.tile_tokens}-{cluster}"
 
 
 def configs(spec: LinearSpec, tokens: int) -> list[KernelConfig]:

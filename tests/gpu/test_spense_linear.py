@@ -16,7 +16,7 @@ import torch
 from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.ops import cuda_linear, extension, linear, quantize_per_token, select_backend
 from vllm_spense.ops.backend import decompressed
-from vllm_spense.ops.kernel_config import KernelConfig
+from vllm_spense.ops.kernel_config import KernelConfig, label
 from vllm_spense.ops.spec import LinearSpec
 
 from .cases import (
@@ -25,7 +25,6 @@ from .cases import (
     configs,
     grid,
     input_layer,
-    label,
     make_layer,
     one_cta,
     output_layer,

@@ -41,6 +41,12 @@ class KernelConfig:
     multicast: bool = False
 
 
+def label(config: KernelConfig) -> str:
+    """Short name: ``sm90-128x16-c2`` (two CTAs split K), ``sm90-128x256-m4`` (four share x)."""
+    cluster = f"{'m' if config.multicast else 'c'}{config.cluster}"
+    return f"{config.kernel}-{config.tile_rows}x{config.tile_tokens}-{cluster}"
+
+
 def candidates(
     spec: LinearSpec, tokens: int, capability: tuple[int, int], cutlass: bool
 ) -> list[KernelConfig]:

@@ -7,6 +7,8 @@ value, so that quantising for the down layer is one pass (``quantize_with_amax``
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from vllm_spense.ops import extension
@@ -99,6 +101,7 @@ def _(
     return y, amax
 
 
+@functools.lru_cache(maxsize=4096)
 def paired_config(spec: LinearSpec, tokens: int, processors: int) -> KernelConfig:
     """The configuration with the lowest estimate among those that are compiled for pairs of gate and up."""
     legal = [
