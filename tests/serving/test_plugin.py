@@ -279,6 +279,14 @@ def test_names_are_mapped_to_vllm() -> None:
     ]
 
 
+def test_parts_of_a_layer_that_vllm_takes_for_fused_on_disk() -> None:
+    """Phi-3 maps gate_up_proj and qkv_proj to themselves, but a Spense checkpoint holds their parts."""
+    config = make_config()
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_up_proj"], "qkv_proj": ["qkv_proj"]}
+    assert config.shard_names(f"{MLP}.gate_up_proj") == [f"{MLP}.gate_proj", f"{MLP}.up_proj"]
+    assert config.shard_names(f"{MLP}.qkv_proj") == [f"{MLP}.qkv_proj"]  # plain tensors in a bf16 checkpoint
+
+
 @pytest.mark.parametrize("version", [2, True, "1"])
 def test_a_bad_config_is_refused(version: object) -> None:
     from vllm_spense.serving.config import SpenseConfig

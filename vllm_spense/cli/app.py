@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_spense.cli.plan import show_plan
 from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers
 
 app = typer.Typer(
@@ -46,6 +47,20 @@ def prune(
     max_tp: Annotated[int, typer.Option(help="Largest tensor-parallel size to allow for", min=1)] = 8,
     strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
+    cache_activations: Annotated[
+        Literal["host", "disk"], typer.Option(help="Where hidden states wait: memory, or files beside OUT")
+    ] = "host",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run into OUT, if there is one")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run into OUT")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run would need; reads headers only")
+    ] = False,
+    device_model: Annotated[
+        Literal["here", "h200", "b200"], typer.Option(help="Of --dry-run: the device to estimate for")
+    ] = "here",
+    as_json: Annotated[bool, typer.Option("--json", help="Of --dry-run: print JSON")] = False,
 ) -> None:
     """Prune MODEL into a Spense checkpoint that `vllm serve OUT` runs."""
     from vllm_spense.pruning import PruneConfig
@@ -63,10 +78,21 @@ def prune(
         max_tp=max_tp,
         strict=strict,
         overwrite=overwrite,
+        cache_activations=cache_activations,
+        resume=resume,
+        restart=restart,
     )
     quiet_transformers()
-    with pruning_progress(console) as progress:
-        run(model, out, config, progress)
+    if dry_run:
+        show_plan(model, config, device_model, as_json, console)
+        return
+    try:
+        with pruning_progress(console) as progress:
+            run(model, out, config, progress)
+    except KeyboardInterrupt as error:  # typer would end without a word
+        text = ". ".join(_notes(error)) or "nothing was left behind"
+        errors.print(f"[red]interrupted:[/] {text}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
 
 
@@ -79,27 +105,50 @@ def evaluate_(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Do not quantise activations (FP8 checkpoints)")
     ] = False,
+    reference: Annotated[
+        Path | None, typer.Option(help="Dense original: adds KL divergence and top-1 agreement with it")
+    ] = None,
+    with_continuation: Annotated[
+        bool, typer.Option("--continuation", help="Add the four-way continuation task made from the text")
+    ] = False,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm_eval, a,b,c (pip install vllm-spense[eval])")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Directory with task files of your own")] = None,
+    limit: Annotated[int | None, typer.Option(help="Of --tasks: items per task", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Perplexity on non-overlapping windows of a text file."""
+    """Perplexity on non-overlapping windows of a text file, and what else is asked for."""
     from vllm_spense.evaluation import evaluate
 
     quiet_transformers()
-    with module_progress(errors, "windows") as progress:
+    with module_progress(errors, "steps") as progress:
         result = evaluate(
             directory,
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
             activations="none" if weights_only else "checkpoint",
+            reference=reference,
+            with_continuation=with_continuation,
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            include_path=include_path,
+            limit=limit,
             progress=progress,
         )
     if as_json:
         print(json.dumps({"directory": str(directory), **asdict(result)}))
-    else:
+        return
+    console.print(
+        f"perplexity [bold]{result.perplexity:.3f}[/] over {result.tokens} tokens, {result.seconds:.0f} s"
+    )
+    if (a := result.agreement) is not None:
         console.print(
-            f"perplexity [bold]{result.perplexity:.3f}[/] over {result.tokens} tokens, {result.seconds:.0f} s"
+            f"reference {a.reference_perplexity:.3f}, KL divergence [bold]{a.kl:.4f}[/] nats, same first "
+            f"choice for [bold]{a.top1:.1%}[/] of the tokens"
         )
+    if (c := result.continuation) is not None:
+        console.print(f"continuation [bold]{c.accuracy:.1%}[/] ± {c.standard_error:.1%} of {c.items} items")
+    for task, scores in (result.tasks or {}).items():
+        console.print(f"{task} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 @app.command()
@@ -250,11 +299,13 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        errors.print(f"[red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
+        text = ". ".join([_one_line(error), *_notes(error)])
+        errors.print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("[red]interrupted[/]: no output was left behind")
-        sys.exit(130)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return [escape(note) for note in getattr(error, "__notes__", ())]
 
 
 def _one_line(error: Exception) -> str:

@@ -45,6 +45,7 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
 
     def step(event: PruneProgress) -> None:
         losses = "  ".join(f"{name.rpartition('.')[2]} {loss:.4f}" for name, loss in event.losses.items())
+        losses += "  [dim]done before[/]" if event.restored else ""
         console.print(
             f"layer {event.layer:>3}/{event.layers}  {losses}  "
             f"[dim]{event.elapsed:.0f} s, {event.remaining:.0f} s left[/]",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointError, unpack_linear
+from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.ops import dense_linear, quantize_per_token
@@ -96,39 +97,73 @@ def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activa
     config = copy.deepcopy(config)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    state = {name: checkpoint.load(name) for name in checkpoint.plain_tensors()}
-    # strict=False reports what is missing: exactly the packed linears and a tied head may be.
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    packed = {f"{module}.{short}" for module in quantization.modules for short in ("weight", "bias")}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    lost = sorted(set(missing) - packed - tied) + sorted(unexpected)
-    if lost:
-        raise CheckpointError(
-            "the tensor is missing or unknown to the model",
-            file=checkpoint.directory,
-            tensor=lost[0],
-            fix=REPRUNE,
-        )
+    modules = fused_groups(quantization.modules, config.model_type)
+    _load_plain(checkpoint, model, set(modules))
     quantize = activations == "checkpoint" and quantization.activation_scheme != "none"
-    for name, spec in quantization.modules.items():
-        parent, _, child = name.rpartition(".")
-        try:
-            owner = model.get_submodule(parent)
-            shape = tuple(owner.get_submodule(child).weight.shape)
-        except AttributeError:
-            shape = ()
-        if shape != (spec.out_features, spec.in_features):
+    for name, parts in modules.items():
+        owner, child, found = _shape(model, name)
+        specs = [quantization.modules[part] for part in parts]
+        expected = (sum(spec.out_features for spec in specs), specs[0].in_features)
+        if found != expected:
             raise CheckpointError(
-                f"the model's layer has shape {list(shape)}, the config says "
-                f"[{spec.out_features}, {spec.in_features}]",
+                f"the model's layer has shape {list(found)}, the config says {list(expected)}",
                 file=checkpoint.directory,
                 module=name,
                 fix=REPRUNE,
             )
-        tensors = checkpoint.module_tensors(name)
-        check_values(tensors, module=name, file=checkpoint.directory)
-        weight = unpack_linear(tensors, spec.layout())
-        scale, bias = tensors.get("weight_scale"), tensors.get("bias")
-        setattr(owner, child, StoredLinear(weight, scale, bias, quantize))
+        setattr(owner, child, _stored_linear(checkpoint, parts, quantize))
     model.tie_weights()
     return model
+
+
+def _load_plain(checkpoint: Checkpoint, model: nn.Module, packed: set[str]) -> None:
+    """Everything but the ``packed`` linears, from the tensors that belong to no Spense module."""
+    plain = set(checkpoint.plain_tensors())
+    unused = set(plain)
+
+    def load(name: str) -> torch.Tensor:
+        unused.discard(name)
+        return checkpoint.load(name)
+
+    state: dict[str, torch.Tensor] = {}
+    lost = set()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name in model.state_dict():
+        if name.rpartition(".")[0] in packed:
+            continue
+        value = model_parameter(name, plain, load)
+        if value is not None:
+            state[name] = value
+        elif name not in tied:
+            lost.add(name)
+    if lost | unused:
+        raise CheckpointError(
+            "the tensor is missing or unknown to the model",
+            file=checkpoint.directory,
+            tensor=sorted(lost | unused)[0],
+            fix=REPRUNE,
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _shape(model: nn.Module, name: str) -> tuple[nn.Module | None, str, tuple[int, ...]]:
+    """Owner, attribute and weight shape of a linear; the shape is () where the model has none."""
+    parent, _, child = name.rpartition(".")
+    try:
+        owner: Any = model.get_submodule(parent)
+        return owner, child, tuple(owner.get_submodule(child).weight.shape)
+    except AttributeError:
+        return None, child, ()
+
+
+def _stored_linear(checkpoint: Checkpoint, parts: list[str], quantize: bool) -> StoredLinear:
+    """The rows of all ``parts`` as one layer: scales are per row, so fusing them changes no value."""
+    weights, scales, biases = [], [], []
+    for name in parts:
+        tensors = checkpoint.module_tensors(name)
+        check_values(tensors, module=name, file=checkpoint.directory)
+        weights.append(unpack_linear(tensors, checkpoint.layout(name)))
+        scales += [tensors["weight_scale"]] if "weight_scale" in tensors else []
+        biases += [tensors["bias"]] if "bias" in tensors else []
+    scale, bias = (torch.cat(found) if found else None for found in (scales, biases))
+    return StoredLinear(torch.cat(weights), scale, bias, quantize)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.manifest import check_manifest, write_manifest
 from vllm_spense.format.validate import check_checkpoint
@@ -67,16 +68,22 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
             f"transformers cannot build the model ({type(error).__name__}: {error})", file=path, fix=REPRUNE
         ) from None
     modules = checkpoint.require_spense().modules
+    linears = fused_groups(modules, str(raw.get("model_type")))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+
+    def header(name: str) -> torch.Tensor:
+        return torch.empty(checkpoint.tensors[name].shape, device="meta")
+
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, kind = name.rpartition(".")
-        if module in modules:
+        if module in linears:
+            parts = linears[module]
             if kind == "weight":
-                _same(module, "weight", tuple(parameter.shape), _extents(checkpoint, module), path)
-            elif kind == "bias" and not modules[module].bias:
+                _same(module, "weight", tuple(parameter.shape), _extents(checkpoint, parts), path)
+            elif kind == "bias" and not all(modules[part].bias for part in parts):
                 raise CheckpointError("the model has a bias, the checkpoint none", module=module, fix=REPRUNE)
-        elif name in checkpoint.tensors:
-            _same(module, kind, tuple(parameter.shape), checkpoint.tensors[name].shape, path)
+        elif (stored := model_parameter(name, checkpoint.tensors, header)) is not None:
+            _same(module, kind, tuple(parameter.shape), tuple(stored.shape), path)
         elif name not in tied:
             raise CheckpointError(
                 "the model needs this tensor, the checkpoint does not hold it",
@@ -86,15 +93,15 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
                 fix=REPRUNE,
             )
     known = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-    for module in modules:
+    for module in linears:
         if module not in known:
             raise CheckpointError("the model has no such module", file=path, module=module, fix=REPRUNE)
     return True
 
 
-def _extents(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
-    layout = checkpoint.layout(module)
-    return layout.out_features, layout.in_features
+def _extents(checkpoint: Checkpoint, parts: list[str]) -> tuple[int, int]:
+    layouts = [checkpoint.layout(part) for part in parts]
+    return sum(layout.out_features for layout in layouts), layouts[0].in_features
 
 
 def _same(module: str, tensor: str, model: tuple, stored: tuple, path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.conversion import fused_groups
 from vllm_spense.format.fp8 import dequantize
-from vllm_spense.format.layout import TENSOR_NAMES, Layout
+from vllm_spense.format.layout import Layout
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
@@ -41,13 +42,14 @@ def export(
         raise ValueError(f"{directory} holds {config.weight_dtype} weights: export it as bfloat16")
     check_headers(checkpoint)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        for name in checkpoint.tensors:
-            module, _, short = name.rpartition(".")
-            if not (module in config.modules and short in TENSOR_NAMES):
-                writer.add(name, checkpoint.load(name))
-        for module in config.modules:
-            _export_module(checkpoint, module, format, writer)
-            progress(module)
+        # Other engines want the architecture's own linears; the twin stays a Spense checkpoint.
+        model_type = "" if format == "spense-dense" else str(checkpoint.config.get("model_type"))
+        for name, parts in fused_groups(checkpoint.plain_tensors(), model_type).items():
+            writer.add(name, _joined([checkpoint.load(part) for part in parts]))
+        for module, parts in fused_groups(config.modules, model_type).items():
+            _export_module(checkpoint, module, parts, format, writer)
+            for part in parts:
+                progress(part)
         writer.write_config(_dense_config(checkpoint, format))
         writer.copy_side_files(checkpoint.directory)
         writer.write_text("README.md", _card(checkpoint, format))
@@ -55,23 +57,31 @@ def export(
 
 
 def _export_module(
-    checkpoint: Checkpoint, module: str, format: ExportFormat, writer: CheckpointWriter
+    checkpoint: Checkpoint, module: str, parts: list[str], format: ExportFormat, writer: CheckpointWriter
 ) -> None:
+    exported = [_dense_tensors(checkpoint, part, format) for part in parts]
+    for short in exported[0]:
+        writer.add(f"{module}.{short}", _joined([tensors[short] for tensors in exported]))
+
+
+def _dense_tensors(checkpoint: Checkpoint, module: str, format: ExportFormat) -> dict[str, torch.Tensor]:
+    """The tensors of one module by short name; outputs are the first dimension of each."""
     tensors = checkpoint.module_tensors(module)
     check_values(tensors, module=module, file=checkpoint.directory)
     weight, scale = checkpoint.module_weight(module)
     if format == "spense-dense":
-        twin = {"dense_weight": weight} | ({} if scale is None else {"weight_scale": scale})
-        for short, tensor in twin.items():
-            writer.add(f"{module}.{short}", tensor)
+        dense = {"dense_weight": weight} | ({} if scale is None else {"weight_scale": scale})
     elif format == "fp8":
         assert scale is not None
-        writer.add(f"{module}.weight", weight)
-        writer.add(f"{module}.weight_scale", scale[:, None])
+        dense = {"weight": weight, "weight_scale": scale[:, None]}
     else:
-        writer.add(f"{module}.weight", dequantize(weight, scale).to(getattr(torch, format)))
-    if "bias" in tensors:
-        writer.add(f"{module}.bias", tensors["bias"])
+        dense = {"weight": dequantize(weight, scale).to(getattr(torch, format))}
+    return dense | ({"bias": tensors["bias"]} if "bias" in tensors else {})
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts of a fused linear stacked along the outputs."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Write a checkpoint directory so that it is either complete or not there.
 
-Everything goes to a temporary directory beside the target, which is renamed at the end; shards are
-flushed as soon as they are full, so memory holds one shard at most.
+Everything goes to a temporary directory beside the target (or in a work directory that is there
+already), which is renamed at the end; shards are flushed as soon as they are full, so memory holds one
+shard at most.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
@@ -27,6 +30,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h
 class CheckpointWriter:
     """Context manager that collects tensors and files and renames them into place on success.
 
+    ``work``: an existing directory on the target's file system to write in, instead of a temporary one
+    beside the target. ``check`` sees the whole directory before it is renamed and may raise.
     Raises ``FileExistsError`` when ``directory`` exists and is not empty (``overwrite`` replaces it).
     """
 
@@ -36,20 +41,24 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        work: Path | None = None,
+        check: Callable[[Path], object] = lambda directory: None,
     ) -> None:
         self.directory = Path(directory).absolute()
+        self.work = work
+        self.check = check
         self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
         check_target(self.directory, overwrite)
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._total_bytes = 0
+        self._names: set[str] = set()
         self._shards: list[list[str]] = []
 
     def __enter__(self) -> CheckpointWriter:
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=self.directory.parent))
-        self.temporary.chmod(0o755)
+        self.temporary = self._new_directory("")
         return self
 
     def __exit__(
@@ -66,8 +75,7 @@ class CheckpointWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Queue one tensor; a full shard is written at once. ``ValueError`` if the name was used before."""
-        if name in self._pending or any(name in shard for shard in self._shards):
-            raise ValueError(f"tensor {name} was added twice")
+        self._claim(name)
         tensor = tensor.detach().cpu().contiguous()
         size = tensor.numel() * tensor.element_size()
         if tensor.untyped_storage().nbytes() != size:  # a slice would keep the whole storage alive
@@ -77,6 +85,20 @@ class CheckpointWriter:
         self._pending[name] = tensor
         self._pending_bytes += size
         self._total_bytes += size
+
+    def adopt(self, shard: Path) -> None:
+        """Take a finished safetensors file as the next shard, without reading it into memory.
+
+        It is linked, so the file itself stays where it is (copied, where links cannot be made).
+        """
+        self._flush()
+        with safe_open(shard, framework="pt") as stream:
+            names = list(stream.keys())
+        for name in names:
+            self._claim(name)
+        _link_or_copy(shard, self._shard(len(self._shards)))
+        self._shards.append(names)
+        self._total_bytes += _payload_bytes(shard)
 
     def write_text(self, name: str, text: str) -> None:
         (self.temporary / name).write_text(text)
@@ -96,12 +118,30 @@ class CheckpointWriter:
             ):
                 shutil.copy2(path, self.temporary / path.name)
 
+    def _claim(self, name: str) -> None:
+        if name in self._names:
+            raise ValueError(f"tensor {name} was added twice")
+        self._names.add(name)
+
+    def _shard(self, index: int) -> Path:
+        return self.temporary / f"shard-{index:05d}.safetensors"
+
+    def _new_directory(self, suffix: str) -> Path:
+        """Empty, hidden, beside the target or in the work directory; what a killed run left there goes."""
+        if self.work is not None:
+            path = self.work / f"checkpoint{suffix}"
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        else:
+            parent = self.directory.parent
+            path = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}{suffix}.", dir=parent))
+        path.chmod(0o755)
+        return path
+
     def _flush(self) -> None:
         if not self._pending:
             return
-        path = self.temporary / f"shard-{len(self._shards):05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes it private, but a server may run as another user
+        save_shard(self._pending, self._shard(len(self._shards)))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -111,7 +151,7 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             final = SINGLE_NAME if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            (self.temporary / f"shard-{i:05d}.safetensors").rename(self.temporary / final)
+            self._shard(i).rename(self.temporary / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
             index = {
@@ -120,15 +160,22 @@ class CheckpointWriter:
             }
             self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
         write_manifest(self.temporary)
-        _sync_tree(self.temporary)
+        for path in self.temporary.iterdir():
+            sync(path)
+        sync(self.temporary)
+        self.check(self.temporary)
         check_target(self.directory, self.overwrite)
+        self._publish()
+
+    def _publish(self) -> None:
+        old = None
         if self.directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.old.", dir=self.directory.parent))
+            old = self._new_directory(".old")
             self.directory.rename(old / "old")
-            self.temporary.rename(self.directory)
+        self.temporary.rename(self.directory)
+        sync(self.directory.parent)
+        if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            self.temporary.rename(self.directory)
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
@@ -141,8 +188,31 @@ def check_target(directory: Path, overwrite: bool) -> None:
         )
 
 
-def _sync_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """One safetensors file of contiguous CPU tensors."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it private, but a server may run as another user
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a directory's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; where the file system has none, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _payload_bytes(shard: Path) -> int:
+    """Bytes of tensors: the file without the length of the header and the header."""
+    with shard.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return shard.stat().st_size - 8 - header

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,27 +15,66 @@ from torch import nn
 from vllm_spense.pruning.adapters import decoder, decoder_layers
 
 Hook = Callable[[torch.Tensor], None]
+Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+
+def in_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in host memory."""
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
+def on_disk(directory: Path) -> Allocate:
+    """An allocator of tensors that are mapped files in ``directory``.
+
+    The files have no name, so their space is free again when the tensor is gone, even after a SIGKILL.
+    """
+
+    def allocate(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        handle, path = tempfile.mkstemp(prefix="activations-", dir=directory)
+        try:
+            # Real blocks now: a hole that cannot be filled later is a SIGBUS, not an error message.
+            os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
+            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(*shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)
+
+    return allocate
 
 
 class LayerInputs:
-    """Hidden states [samples, seq, hidden] fp32 in front of the current layer.
+    """Hidden states [samples, seq, hidden] bf16 on the host, in front of the current layer.
 
     The model's own forward prepares each layer's other arguments (masks, rotary embeddings), once;
     after that the layers run singly. Samples go one at a time, so results do not depend on a batch.
+    ``windows``: token ids [samples, seq]; only the embedding has to be there, the layers do not run.
+    ``allocate`` says where the states are kept (:func:`in_memory`, :func:`on_disk`).
     """
 
-    def __init__(self, model: nn.Module, windows: torch.Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: torch.Tensor,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        allocate: Allocate = in_memory,
+    ) -> None:
         self.device = device
+        self._allocate = allocate
         base = decoder(model)
         layers = [layer.module for layer in decoder_layers(model)]
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        embedded = []
-        for window in windows:
+        for i, window in enumerate(windows):
             self._arguments = []
             with _recording(layers, self._record):
                 base(input_ids=window[None].to(device), use_cache=False)
-            embedded.append(self._first.float().cpu())
-        self.hidden = torch.cat(embedded)
+            if i == 0:
+                self._compute_dtype = self._first.dtype
+                self.hidden = allocate((len(windows), *self._first.shape[1:]), dtype)
+            self.hidden[i] = self._first[0]
+        del self._first
 
     def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if not self._arguments:
@@ -40,6 +82,18 @@ class LayerInputs:
         kept = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
         self._arguments.append((args[1:], kept))
         return args[0]
+
+    def fork(self) -> LayerInputs:
+        """A second stream from the same hidden states on; the arguments are shared."""
+        twin = object.__new__(LayerInputs)
+        twin.__dict__ |= self.__dict__
+        twin.hidden = self.keep(self.hidden)
+        return twin
+
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy of ``x`` in x's dtype where the hidden states are kept."""
+        kept = self._allocate(x.shape, x.dtype)
+        return kept.copy_(x)
 
     def feed(self, index: int, layer: nn.Module) -> None:
         """Run layer ``index`` on every sample for what watchers see; :class:`Stop` ends a sample."""
@@ -50,11 +104,12 @@ class LayerInputs:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states by the outputs of layer ``index``."""
         for i in range(len(self.hidden)):
-            self.hidden[i] = self._run(i, index, layer)[0].cpu()
+            self.hidden[i] = self._run(i, index, layer)[0]
 
     def _run(self, sample: int, index: int, layer: nn.Module) -> torch.Tensor:
         args, kwargs = self._arguments[index]
-        output = layer(self.hidden[sample, None].to(self.device), *args, **kwargs)
+        states = self.hidden[sample, None].to(self.device, self._compute_dtype)
+        output = layer(states, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -90,28 +145,17 @@ class Stop(Exception):
     """Raised by a watcher to leave a forward whose rest is not needed."""
 
 
-def inputs_of_last(block: nn.Module, last: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What ``block(x)`` feeds to its submodule ``last``, without running ``last``."""
-    seen: list[torch.Tensor] = []
-
-    def stop(value: torch.Tensor) -> None:
-        seen.append(value)
-        raise Stop
-
-    with watching(last, stop), suppress(Stop):
-        block(x)
-    return seen[0]
-
-
 @contextmanager
-def recording_outputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """While open, the (first) output of every call of ``module`` is appended to the list, on the CPU."""
+def recording_outputs(
+    module: nn.Module, keep: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu
+) -> Iterator[list[torch.Tensor]]:
+    """While open, ``keep`` of the (first) output of every call of ``module`` is appended to the list."""
     outputs: list[torch.Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
+    def record(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(keep(output[0] if isinstance(output, tuple) else output))
 
-    handle = module.register_forward_hook(keep)
+    handle = module.register_forward_hook(record)
     try:
         yield outputs
     finally:

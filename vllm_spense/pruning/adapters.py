@@ -1,17 +1,33 @@
 """Find the parts of a transformers model that pruning touches.
 
-Works for decoders built like Llama: ``layers[i].mlp`` computes ``down(act(gate(x)) · up(x))`` from three
-``nn.Linear`` (Llama, Mistral, Qwen2, Qwen3, SmolLM, Gemma …). Everything else is refused by name.
+An MLP is one or two *inner* linears that read the same input, something elementwise, and *down*: a GLU
+with gate and up (Llama, Mistral, Qwen, Seed-OSS, Gemma, Phi-3 …) or a plain MLP (Phi, Starcoder2, Nemotron,
+OPT). Routed experts stay as they are. Everything else is refused by name.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
-_SUPPORTED = "supported are Llama-style models (Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma)"
+from vllm_spense.pruning.conversion import checkpoint_name
+
+_FORMS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("fc1",), "fc2"),
+    (("c_fc",), "c_proj"),
+)
+_MOE_TYPES = ("qwen2_moe", "qwen3_moe")
+_SUPPORTED = (
+    "supported are Llama, Mistral, Qwen2, Qwen3, SmolLM, Seed-OSS, Gemma (text) and models built like them, "
+    "Phi-3, Phi, Starcoder2, Nemotron, OPT, and the shared experts and ordinary MLPs of Qwen2-MoE and "
+    "Qwen3-MoE"
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -19,30 +35,47 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class DecoderLayer:
-    """One decoder layer: its module, its name in the checkpoint, its two blocks and linear layers.
+class Mlp:
+    """One prunable MLP. ``inner``: full checkpoint name to linear [I, K], gate before up; ``down`` [K, I].
 
-    ``attention`` maps full names to the linears outside of the MLP.
+    The intermediate dimension I may be permuted: nothing but these linears holds parameters along it.
+    """
+
+    name: str
+    inner: dict[str, nn.Linear]
+    down_name: str
+    down: nn.Linear
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.in_features
+
+    @property
+    def reader(self) -> nn.Linear:
+        """The inner linear that is called first; all of them read its input."""
+        return next(iter(self.inner.values()))
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer: its module, its name in the checkpoint, and the linears to prune or to round.
+
+    ``mlp`` is None where nothing is prunable (routed experts alone). ``dense`` maps full names to the
+    linears outside of MLP and experts. ``experts``: the module of the routed experts, if any.
     """
 
     name: str
     module: nn.Module
     attention_block: nn.Module
-    mlp: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    attention: dict[str, nn.Linear]
-
-    def mlp_names(self) -> tuple[str, str, str]:
-        """Full checkpoint names of gate, up and down."""
-        gate, up, down = (f"{self.name}.mlp.{short}" for short in MLP_NAMES)
-        return gate, up, down
+    mlp: Mlp | None
+    dense: dict[str, nn.Linear]
+    experts: nn.Module | None = None
 
 
 def decoder(model: nn.Module) -> nn.Module:
     """The part of a causal language model that embeds tokens and runs the layers, without the head."""
     base = getattr(model, "base_model", model)
+    base = getattr(base, "decoder", base)  # OPT nests it once more
     if not isinstance(getattr(base, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers; {_SUPPORTED}")
     return base
@@ -53,31 +86,79 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     layers = decoder(model).layers
     assert isinstance(layers, nn.ModuleList)
     names = {module: name for name, module in model.named_modules()}
-    found = [_layer(names[module], module) for module in layers]
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    found = [_layer(names[module], module, kind) for module in layers]
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder layers")
+    if all(layer.mlp is None for layer in found):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: every layer is a mixture of experts without a shared expert, and "
+            "routed experts are not pruned, so there is nothing to prune"
+        )
     return found
 
 
-def _layer(name: str, module: nn.Module) -> DecoderLayer:
-    mlp, attention_block = getattr(module, "mlp", None), getattr(module, "self_attn", None)
-    if mlp is None or attention_block is None:
+def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
+    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
+    blocks = [layer.experts for layer in layers if layer.experts is not None]
+    if not blocks:
+        return
+    parameters = [p for block in blocks for p in block.parameters()]
+    size = sum(p.numel() for p in parameters) * stored.itemsize
+    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
+    warnings.warn(
+        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
+        "dense and not in FP8; only shared experts and ordinary MLPs are pruned",
+        stacklevel=3,
+    )
+
+
+def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:
+    attention_block = getattr(module, "self_attn", None)
+    holder, path = getattr(module, "mlp", None), f"{name}.mlp"
+    if holder is None and kind == "opt":
+        holder, path = module, name  # fc1 and fc2 are the layer's own
+    if holder is None or attention_block is None:
         raise UnsupportedModelError(f"{name} has no mlp or no self_attn; {_SUPPORTED}")
-    if hasattr(mlp, "experts"):
-        raise UnsupportedModelError(f"{name}.mlp is a mixture of experts; {_SUPPORTED}")
-    linears = []
-    for short in MLP_NAMES:
-        linear = getattr(mlp, short, None)
-        if type(linear) is not nn.Linear:
-            has = ", ".join(child for child, _ in mlp.named_children())
-            raise UnsupportedModelError(
-                f"{name}.mlp has no plain linear {short} (it has: {has}); {_SUPPORTED}"
-            )
-        linears.append(linear)
-    attention = {
-        f"{name}.{child}": linear
-        for child, linear in module.named_modules()
-        if type(linear) is nn.Linear and not child.startswith("mlp.")
+    experts = getattr(holder, "experts", None)
+    mlp: Mlp | None
+    if experts is None:
+        mlp = _mlp(path, holder, alone=holder is not module)
+    elif kind not in _MOE_TYPES:
+        raise UnsupportedModelError(f"{path} is a mixture of experts ({kind}); {_SUPPORTED}")
+    else:
+        shared = getattr(holder, "shared_expert", None)
+        mlp = None if shared is None else _mlp(f"{path}.shared_expert", shared)
+    inside = () if mlp is None else (*mlp.inner, mlp.down_name)
+    dense = {
+        full: linear
+        for full, linear in _linears(name, module).items()
+        if full not in inside and not full.startswith(f"{name}.mlp.")
     }
-    gate, up, down = linears
-    return DecoderLayer(name, module, attention_block, mlp, gate, up, down, attention)
+    return DecoderLayer(name, module, attention_block, mlp, dense, experts)
+
+
+def _mlp(name: str, block: nn.Module, alone: bool = True) -> Mlp:
+    """The MLP that ``block`` is (``alone``) or has among its children."""
+    linears = _linears(name, block)
+    for inner, last in _FORMS:
+        names = [f"{name}.{short}" for short in (*inner, last)]
+        if not all(full in linears for full in names):
+            continue
+        parameters = {p for full in names for p in linears[full].parameters()}
+        if alone and set(block.parameters()) != parameters:  # a norm would have to be permuted too
+            break
+        return Mlp(name, {full: linears[full] for full in names[:-1]}, names[-1], linears[names[-1]])
+    has = ", ".join(child for child, _ in block.named_children())
+    raise UnsupportedModelError(
+        f"{name} is no MLP of plain linears in a known form (it has: {has}); {_SUPPORTED}"
+    )
+
+
+def _linears(name: str, module: nn.Module) -> dict[str, nn.Linear]:
+    """Full checkpoint names of all plain linears in ``module``."""
+    return {
+        checkpoint_name(f"{name}.{child}"): linear
+        for child, linear in module.named_modules()
+        if type(linear) is nn.Linear
+    }

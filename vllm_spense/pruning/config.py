@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,9 @@ class PruneConfig(BaseModel):
     ``damping``: part of the Hessian's mean diagonal that is added to it. ``alignment``: the dense count
     is a multiple of it. ``max_tp``: the largest tensor-parallel size to promise if the extents allow
     it. ``strict``: an ill-conditioned Hessian is an error, not a warning.
+
+    ``cache_activations``: where hidden states wait for their layer, in host memory or in mapped files.
+    ``resume`` continues an unfinished run into the same directory if there is one, ``restart`` discards it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +41,9 @@ class PruneConfig(BaseModel):
     max_tp: Annotated[int, Field(ge=1, le=1024)] = 8
     strict: bool = False
     overwrite: bool = False
+    cache_activations: Literal["host", "disk"] = "host"
+    resume: bool = False
+    restart: bool = False
 
     @model_validator(mode="after")
     def _calibrated(self) -> PruneConfig:
@@ -48,6 +54,17 @@ class PruneConfig(BaseModel):
                 "--selection spensegpt works without"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_way_on(self) -> PruneConfig:
+        if self.resume and self.restart:
+            raise ValueError("--resume continues an unfinished run and --restart discards it: choose one")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the result: not where text and files are or how a run is carried out."""
+        aside = {"calibration", "overwrite", "cache_activations", "resume", "restart"}
+        return self.model_dump(exclude=aside)
 
     @property
     def needs_calibration(self) -> bool:

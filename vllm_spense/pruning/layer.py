@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
 from vllm_spense.pruning.activations import (
     LayerInputs,
     Stop,
-    inputs_of_last,
     recording_outputs,
     replaying,
     watching,
 )
-from vllm_spense.pruning.adapters import DecoderLayer
+from vllm_spense.pruning.adapters import DecoderLayer, Mlp
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.conversion import checkpoint_name
 from vllm_spense.pruning.hessian import Hessian, output_error
 from vllm_spense.pruning.selection import dense_count, index_scores, permutation
 from vllm_spense.pruning.solvers import (
@@ -30,7 +31,7 @@ from vllm_spense.pruning.solvers import (
     prune_wanda,
 )
 
-_KEEP_BYTES = 2 << 30
+KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""
 
 
@@ -52,11 +53,10 @@ class PrunedLayer:
 
 @dataclass
 class _Observed:
-    """What the unpruned layer showed: per sample the MLP's input and attention's output (on the CPU),
-    the Hessian in front of gate and up, and the sums of squares in front of down if indices are scored.
+    """What the unpruned layer showed: attention's outputs per sample (on the CPU), the Hessian in front
+    of the inner linears, and the sums of squares in front of down if indices are scored.
     """
 
-    mlp_inputs: list[torch.Tensor]
     attention: list[torch.Tensor]
     h_in: torch.Tensor
     down_squares: torch.Tensor | None
@@ -74,152 +74,167 @@ class LayerPruner:
         self.inputs = inputs
 
     def prune(self, index: int, layer: DecoderLayer) -> PrunedLayer:
-        """Prune MLP and round all linears of ``layer`` (on its device, fp32), then advance the inputs.
+        """Prune MLP and round all linears of ``layer`` where it is, then advance the inputs.
+
+        The layer runs in its own dtype; statistics, solvers and the resulting weights are fp32.
 
         Raises :class:`CheckpointError` for NaN or infinity in weights or inputs, ``ValueError`` for
         sizes that no layout fits, :class:`SolverError` when OBS fails.
         """
-        layouts = self._layouts(layer)
-        gate_name, up_name, down_name = layer.mlp_names()
-        result = PrunedLayer({}, layouts)
+        result = PrunedLayer({}, self.layouts(layer))
         self._check_weights(layer)
         if self.config.weight_dtype == "fp8":
-            for name, linear in layer.attention.items():
-                self._store(result, name, linear, linear.weight)
-
-        seen = self._observe(index, layer, layouts[gate_name].dense)
-        h_in = None if seen is None else seen.h_in
-        order = self._permute(layer, layouts[gate_name].dense, seen)
-        result.row_order = {gate_name: order, up_name: order}
-        solve_in = self._solver(h_in, f"{gate_name} and up_proj", result)
-        for name, linear in ((gate_name, layer.gate), (up_name, layer.up)):
-            original = linear.weight.clone()
-            self._store(result, name, linear, solve_in(original, layouts[name]))
-            result.losses[name] = output_error(linear.weight - original, original, h_in)
-        # Gate and up are pruned now, so down sees other inputs than before.
-        h_down, down_inputs = (None, []) if seen is None else self._observe_down(layer, seen)
-        original = layer.down.weight.clone()
-        pruned = self._solver(h_down, down_name, result)(original, layouts[down_name])
-        self._store(result, down_name, layer.down, pruned)
-        result.losses[down_name] = output_error(layer.down.weight - original, original, h_down)
-        if seen is not None:
-            self._advance(index, layer, seen, down_inputs)
+            for name, linear in layer.dense.items():
+                self._store(result, name, linear, linear.weight.float())
+        if layer.mlp is not None:
+            self._prune_mlp(index, layer, layer.mlp, result)
+        elif self.inputs is not None:
+            self.inputs.advance(index, layer.module)
         return result
 
-    def _layouts(self, layer: DecoderLayer) -> dict[str, Layout]:
-        intermediate = layer.gate.out_features
-        hidden = layer.gate.in_features
-        dense = dense_count(intermediate, self.config.dense_ratio, self.config.alignment)
-        sparse = intermediate - dense
-        gate, up, down = layer.mlp_names()
-        try:
-            rows = Layout("output", intermediate, hidden, sparse)
-            cols = Layout("input", hidden, intermediate, sparse)
-        except ValueError as error:
-            raise ValueError(f"{layer.name}.mlp: {error}") from None
-        if not sparse:
-            cols = Layout("output", hidden, intermediate, 0)  # the one spelling of a dense layer
-        layouts = {gate: rows, up: rows, down: cols}
+    def _prune_mlp(self, index: int, layer: DecoderLayer, mlp: Mlp, result: PrunedLayer) -> None:
+        dense = result.layouts[next(iter(mlp.inner))].dense
+        seen = self._observe(index, layer, mlp, dense)
+        h_in = None if seen is None else seen.h_in
+        order = self._permute(mlp, dense, seen)
+        result.row_order = dict.fromkeys(mlp.inner, order)
+        solve_in = self._solver(h_in, " and ".join(mlp.inner), result)
+        for name, linear in mlp.inner.items():
+            original = linear.weight.to(torch.float32, copy=True)
+            self._store(result, name, linear, solve_in(original, result.layouts[name]))
+            result.losses[name] = output_error(linear.weight - original, original, h_in)
+        # The inner linears are pruned now, so down sees other inputs than before.
+        h_down, kept = (None, []) if seen is None else self._observe_down(index, layer, mlp, seen)
+        name, original = mlp.down_name, mlp.down.weight.to(torch.float32, copy=True)
+        pruned = self._solver(h_down, name, result)(original, result.layouts[name])
+        self._store(result, name, mlp.down, pruned)
+        result.losses[name] = output_error(mlp.down.weight - original, original, h_down)
+        if seen is not None:
+            self._advance(index, layer, mlp, seen, kept)
+
+    def layouts(self, layer: DecoderLayer) -> dict[str, Layout]:
+        """Regions of every packed linear of ``layer``; ``ValueError`` for sizes that no layout fits."""
+        layouts = {} if layer.mlp is None else self._mlp_layouts(layer.mlp)
         if self.config.weight_dtype == "fp8":
             layouts |= {
                 name: Layout("output", linear.out_features, linear.in_features, 0)
-                for name, linear in layer.attention.items()
+                for name, linear in layer.dense.items()
             }
         return layouts
+
+    def _mlp_layouts(self, mlp: Mlp) -> dict[str, Layout]:
+        intermediate, hidden = mlp.intermediate, mlp.reader.in_features
+        dense = dense_count(intermediate, self.config.dense_ratio, self.config.alignment)
+        sparse = intermediate - dense
+        try:
+            rows = Layout("output", intermediate, hidden, sparse)
+            cols = Layout("input", mlp.down.out_features, intermediate, sparse)
+        except ValueError as error:
+            raise ValueError(f"{mlp.name}: {error}") from None
+        if not sparse:  # the one spelling of a dense layer
+            cols = Layout("output", mlp.down.out_features, intermediate, 0)
+        return dict.fromkeys(mlp.inner, rows) | {mlp.down_name: cols}
 
     def _check_weights(self, layer: DecoderLayer) -> None:
         for child, tensor in layer.module.named_parameters():
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(
                     "the source model's weight holds NaN or infinity",
-                    tensor=f"{layer.name}.{child}",
+                    tensor=checkpoint_name(f"{layer.name}.{child}"),
                     fix="get an intact copy of the source model",
                 )
 
     # -- statistics ------------------------------------------------------------------------------
 
-    def _observe(self, index: int, layer: DecoderLayer, dense: int) -> _Observed | None:
+    def _observe(self, index: int, layer: DecoderLayer, mlp: Mlp, dense: int) -> _Observed | None:
         """Run the layer up to the MLP (up to down, if indices are scored) on all samples."""
         if self.inputs is None:
             return None
-        gate, _, down = layer.mlp_names()
-        device = layer.gate.weight.device
-        scored = self.config.selection == "spensegpt+" and 0 < dense < layer.down.in_features
-        mlp_inputs: list[torch.Tensor] = []
-        h_in = Hessian(layer.gate.in_features, device)
-        squares = torch.zeros(layer.down.in_features, device=device)
+        device = mlp.down.weight.device
+        scored = self.config.selection == "spensegpt+" and 0 < dense < mlp.intermediate
+        h_in = Hessian(mlp.reader.in_features, device)
+        squares = torch.zeros(mlp.intermediate, device=device)
 
-        def see_mlp(x: torch.Tensor) -> None:
+        def see_inner(x: torch.Tensor) -> None:
             h_in.add(x)
-            mlp_inputs.append(x.cpu())
             if not scored:
                 raise Stop
 
         def see_down(x: torch.Tensor) -> None:
-            squares.add_(x.reshape(-1, x.shape[-1]).square().sum(0))
+            squares.add_(x.reshape(-1, x.shape[-1]).float().square().sum(0))
             raise Stop
 
         with (
-            recording_outputs(layer.attention_block) as attention,
-            watching(layer.gate, see_mlp),
-            watching(layer.down, see_down),
+            recording_outputs(layer.attention_block, self.inputs.keep) as attention,
+            watching(mlp.reader, see_inner),
+            watching(mlp.down, see_down),
         ):
             self.inputs.feed(index, layer.module)
         if not torch.isfinite(squares).all():
-            raise CheckpointError("the calibration inputs of this layer hold NaN or infinity", module=down)
-        return _Observed(mlp_inputs, attention, h_in.matrix(gate), squares if scored else None)
+            raise CheckpointError(
+                "the calibration inputs of this layer hold NaN or infinity", module=mlp.down_name
+            )
+        return _Observed(attention, h_in.matrix(next(iter(mlp.inner))), squares if scored else None)
 
-    def _observe_down(self, layer: DecoderLayer, seen: _Observed) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _observe_down(
+        self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Hessian of down's inputs, and these inputs themselves if they are small enough to keep."""
-        device = layer.down.weight.device
-        h = Hessian(layer.down.in_features, device)
-        tokens = sum(x.numel() // x.shape[-1] for x in seen.mlp_inputs)
-        keep = tokens * layer.down.in_features * 4 <= _KEEP_BYTES
-        kept = []
-        for x in seen.mlp_inputs:
-            inner = inputs_of_last(layer.mlp, layer.down, x.to(device))
-            h.add(inner)
+        assert self.inputs is not None
+        h = Hessian(mlp.intermediate, mlp.down.weight.device)
+        tokens = sum(x.numel() // x.shape[-1] for x in seen.attention)
+        keep = tokens * mlp.intermediate * mlp.down.weight.element_size() <= KEEP_BYTES
+        kept: list[torch.Tensor] = []
+
+        def see_down(x: torch.Tensor) -> None:
+            h.add(x)
             if keep:
-                kept.append(inner.cpu())
-        return h.matrix(layer.mlp_names()[2]), kept
+                kept.append(x.cpu())
+            raise Stop
+
+        with self._replaying_attention(layer, seen), watching(mlp.down, see_down):
+            self.inputs.feed(index, layer.module)
+        return h.matrix(mlp.down_name), kept
 
     def _advance(
-        self, index: int, layer: DecoderLayer, seen: _Observed, down_inputs: list[torch.Tensor]
+        self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed, kept: list[torch.Tensor]
     ) -> None:
         """Outputs of the finished layer; attention and, where kept, down's inputs are known already."""
         assert self.inputs is not None
-        device = layer.down.weight.device
-        outputs: Iterator[torch.Tensor]
-        if down_inputs:
-            outputs = (layer.down(x.to(device)) for x in down_inputs)
-        else:  # a list, for the MLP cannot compute while it is replayed
-            outputs = iter([layer.mlp(x.to(device)).cpu() for x in seen.mlp_inputs])
-        with (
-            replaying(layer.attention_block, seen.attention, lambda x: (x.to(device), None)),
-            replaying(layer.mlp, outputs, lambda x: x.to(device)),
-        ):
+        down, device = mlp.down, mlp.down.weight.device
+        with ExitStack() as stack:
+            stack.enter_context(self._replaying_attention(layer, seen))
+            if kept:  # what lies between the inner linears and down runs on zeros, and is ignored
+                for linear in mlp.inner.values():
+                    zeros = replaying(linear, kept, lambda x: torch.zeros_like(x, device=device))
+                    stack.enter_context(zeros)
+                outputs = replaying(
+                    down, kept, lambda x: functional.linear(x.to(device), down.weight, down.bias)
+                )
+                stack.enter_context(outputs)
             self.inputs.advance(index, layer.module)
+
+    def _replaying_attention(self, layer: DecoderLayer, seen: _Observed) -> AbstractContextManager[None]:
+        """Attention is done with before the MLP changes, so that its outputs stay right."""
+        device = next(layer.attention_block.parameters()).device
+        return replaying(layer.attention_block, seen.attention, lambda x: (x.to(device), None))
 
     # -- changes ---------------------------------------------------------------------------------
 
-    def _permute(
-        self,
-        layer: DecoderLayer,
-        dense: int,
-        seen: _Observed | None,
-    ) -> torch.Tensor:
-        """Move the dense indices to the end in gate, up and down; returns the order [I] on the CPU."""
+    def _permute(self, mlp: Mlp, dense: int, seen: _Observed | None) -> torch.Tensor:
+        """Move the dense indices to the end in all linears; returns the order [I] on the CPU."""
         scores = None
+        inner = list(mlp.inner.values())
         if seen is not None and seen.down_squares is not None:
-            weights = (layer.gate.weight, layer.up.weight, layer.down.weight)
-            scores = index_scores(*weights, seen.h_in, seen.down_squares)
-        on_cpu = permutation(scores, layer.gate.out_features, dense)
-        order = on_cpu.to(layer.gate.weight.device)
-        for linear in (layer.gate, layer.up):
+            weights = [linear.weight.float() for linear in inner]
+            scores = index_scores(weights, mlp.down.weight.float(), seen.h_in, seen.down_squares)
+        on_cpu = permutation(scores, mlp.intermediate, dense)
+        order = on_cpu.to(mlp.down.weight.device)
+        for linear in inner:
             linear.weight.copy_(linear.weight[order])
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias[order])
-        layer.down.weight.copy_(layer.down.weight[:, order])
+        mlp.down.weight.copy_(mlp.down.weight[:, order])
         return on_cpu
 
     def _solver(self, h: torch.Tensor | None, name: str, result: PrunedLayer):

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from vllm_spense.format import (
     FP8_DTYPE,
-    Checkpoint,
-    CheckpointError,
     CheckpointWriter,
     Layout,
     ModuleSpec,
     SpenseCheckpointConfig,
+    dequantize,
     pack_linear,
+    unpack_linear,
 )
+from vllm_spense.pruning.adapters import DecoderLayer
 from vllm_spense.pruning.calibration import CalibrationText
 from vllm_spense.pruning.card import model_card
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import PrunedLayer
+from vllm_spense.pruning.resume import LayerRecord
+from vllm_spense.pruning.source import SourceModel
+
+REST_SHARD_BYTES = 1 << 30
+"""Embeddings and head go through memory one by one; smaller tensors share a file."""
 
 
 @dataclass(frozen=True)
@@ -32,107 +41,102 @@ class Written:
     tensor_parallel_sizes: list[int]
 
 
-class OutputBuilder:
-    """Collects pruned layers into a writer, then adds everything else of the source."""
+def pack_layer(
+    pruned: PrunedLayer, layer: DecoderLayer, source: SourceModel, config: PruneConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, ModuleSpec]]:
+    """All tensors of one decoder layer's file (packed linears and what stays as it is), and the linears."""
+    dtype = FP8_DTYPE if config.weight_dtype == "fp8" else torch.bfloat16
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, ModuleSpec] = {}
+    linears = linears_of(layer)
+    for name, layout in pruned.layouts.items():
+        bias = None
+        if linears[name].bias is not None:
+            bias = source.checkpoint.load(f"{name}.bias")
+            order = pruned.row_order.get(name)
+            bias = bias if order is None else bias[order]
+        parts = pack_linear(pruned.weights[name], layout, weight_dtype=dtype, bias=bias)  # on its device
+        tensors |= {f"{name}.{short}": tensor.cpu() for short, tensor in parts.items()}
+        modules[name] = ModuleSpec.of(layout, bias is not None)
+    packed = {f"{name}.{short}" for name in modules for short in ("weight", "bias")}
+    for name in sorted(source.checkpoint.tensors):
+        if name.startswith(f"{layer.name}.") and name not in packed:
+            tensors[name] = source.checkpoint.load(name)
+    return tensors, modules
 
-    def __init__(self, writer: CheckpointWriter, source: Checkpoint, config: PruneConfig) -> None:
-        self.writer = writer
-        self.source = source
-        self.config = config
-        self.dtype = FP8_DTYPE if config.weight_dtype == "fp8" else torch.bfloat16
-        self.modules: dict[str, ModuleSpec] = {}
-        self._mlp_weights = 0
-        self._mlp_zeros = 0
 
-    def add_layer(self, layer: PrunedLayer) -> None:
-        """Pack and queue the linears of one layer."""
-        for name, layout in layer.layouts.items():
-            weight = layer.weights[name].cpu()
-            self._require(f"{name}.weight", tuple(weight.shape))
-            bias = self._bias(name, layout, layer)
-            tensors = pack_linear(weight, layout, weight_dtype=self.dtype, bias=bias)
-            for short, tensor in tensors.items():
-                self.writer.add(f"{name}.{short}", tensor)
-            self.modules[name] = ModuleSpec.of(layout, bias is not None)
-            if name in layer.losses:
-                self._mlp_weights += weight.numel()
-                self._mlp_zeros += layout.sparse_shape[0] * layout.sparse_shape[1] // 2
+@torch.no_grad()
+def restore_layer(layer: DecoderLayer, modules: dict[str, ModuleSpec], shard: Path) -> None:
+    """Put the packed linears of a finished layer back into it, as the pruner left them."""
+    linears = linears_of(layer)
+    with safe_open(shard, framework="pt") as stream:
+        names = set(stream.keys())
+        for module, spec in modules.items():
+            shorts: list[str] = [*spec.layout().regions(), "weight_scale", "bias"]
+            tensors = {s: stream.get_tensor(f"{module}.{s}") for s in shorts if f"{module}.{s}" in names}
+            weight = dequantize(unpack_linear(tensors, spec.layout()), tensors.get("weight_scale"))
+            linears[module].weight.copy_(weight)
+            if spec.bias:
+                linears[module].bias.copy_(tensors["bias"])
 
-    def finish(
-        self,
-        base_model: str,
-        text: CalibrationText | None,
-        losses: dict[str, float],
-        damping: dict[str, float],
-    ) -> Written:
-        """Add the remaining tensors and all files."""
-        self._copy_rest()
-        sizes = tensor_parallel_sizes([spec.layout() for spec in self.modules.values()], self.config.max_tp)
-        fp8 = self.config.weight_dtype == "fp8"
-        provenance = self._provenance(base_model, text, losses, damping)
-        quantization = SpenseCheckpointConfig(
-            weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
-            activation_scheme="dynamic_per_token" if fp8 else "none",
-            tensor_parallel_sizes=sizes,
-            ignore=self._ignored(),
-            modules=self.modules,
-            provenance=provenance,
-        )
-        dumped = quantization.model_dump(mode="json")
-        self.writer.write_config(self.source.config | {"quantization_config": dumped})
-        self.writer.copy_side_files(self.source.directory)
-        sparsity = self._mlp_zeros / self._mlp_weights if self._mlp_weights else 0.0
-        card = model_card(base_model, self.config, sparsity, sizes, losses, provenance)
-        self.writer.write_text("README.md", card)
-        return Written(sparsity, sizes)
 
-    def _bias(self, name: str, layout: Layout, layer: PrunedLayer) -> torch.Tensor | None:
-        full = f"{name}.bias"
-        if full not in self.source.tensors:
-            return None
-        bias = self.source.load(full)
-        order = layer.row_order.get(name)
-        return bias if order is None else bias[order]
+def linears_of(layer: DecoderLayer) -> dict[str, nn.Linear]:
+    """The linears that pruning or rounding changes, by their names in the checkpoint."""
+    mlp = {} if layer.mlp is None else {**layer.mlp.inner, layer.mlp.down_name: layer.mlp.down}
+    return {**mlp, **layer.dense}
 
-    def _require(self, name: str, shape: tuple[int, ...]) -> None:
-        info = self.source.tensors.get(name)
-        if info is None or info.shape != shape:
-            found = "is not there" if info is None else f"has shape {list(info.shape)}"
-            raise CheckpointError(
-                f"the model needs this tensor with shape {list(shape)}, and in the file it {found}",
-                file=self.source.directory,
-                tensor=name,
-                fix="convert the model with transformers' save_pretrained first",
-            )
 
-    def _copy_rest(self) -> None:
-        packed = {f"{name}.{short}" for name in self.modules for short in ("weight", "bias")}
-        for name in sorted(set(self.source.tensors) - packed):
-            self.writer.add(name, self.source.load(name))
+def write_rest(
+    writer: CheckpointWriter,
+    source: SourceModel,
+    config: PruneConfig,
+    base_model: str,
+    text: CalibrationText | None,
+    records: list[LayerRecord],
+) -> None:
+    """Add to the finished layers everything else: embeddings, norms, head, and all files but weights."""
+    prefixes = tuple(f"{layer.name}." for layer in source.layers)
+    for name in sorted(source.checkpoint.tensors):
+        if not name.startswith(prefixes):
+            writer.add(name, source.checkpoint.load(name))
+    written = facts(records, config)
+    modules, losses = merged(records)
+    provenance = _provenance(config, base_model, text, records)
+    fp8 = config.weight_dtype == "fp8"
+    quantization = SpenseCheckpointConfig(
+        weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
+        activation_scheme="dynamic_per_token" if fp8 else "none",
+        tensor_parallel_sizes=written.tensor_parallel_sizes,
+        ignore=_ignored(source, modules),
+        modules=modules,
+        provenance=provenance,
+    )
+    dumped = quantization.model_dump(mode="json")
+    writer.write_config(source.checkpoint.config | {"quantization_config": dumped})
+    writer.copy_side_files(source.checkpoint.directory)
+    sizes = written.tensor_parallel_sizes
+    card = model_card(base_model, config, written.mlp_sparsity, sizes, losses, provenance)
+    writer.write_text("README.md", card)
 
-    def _ignored(self) -> list[str]:
-        """Modules with a matrix that stay as they are: the head, and attention of bf16 checkpoints."""
-        weights = (n for n, info in self.source.tensors.items() if len(info.shape) == 2)
-        names = {n.removesuffix(".weight") for n in weights if n.endswith(".weight")}
-        embeddings = {n for n in names if "embed" in n}
-        return sorted((names | {"lm_head"}) - embeddings - set(self.modules))
 
-    def _provenance(
-        self,
-        base_model: str,
-        text: CalibrationText | None,
-        losses: dict[str, float],
-        damping: dict[str, float],
-    ) -> dict[str, Any]:
-        options = self.config.model_dump(exclude={"overwrite", "calibration"})
-        return {
-            "base_model": base_model,
-            "options": options,
-            "calibration": None if text is None else {"source": text.source, "sha256": text.sha256},
-            "versions": _versions(),
-            "losses": {name: float(f"{loss:.6g}") for name, loss in losses.items()},
-            "raised_damping": damping,
-        }
+def facts(records: list[LayerRecord], config: PruneConfig) -> Written:
+    """Sparsity of the MLPs (modules with a loss) and the tensor-parallel sizes that can be promised."""
+    modules, losses = merged(records)
+    layouts = [modules[name].layout() for name in losses]
+    weights = sum(layout.out_features * layout.in_features for layout in layouts)
+    zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] // 2 for layout in layouts)
+    sizes = tensor_parallel_sizes([spec.layout() for spec in modules.values()], config.max_tp)
+    return Written(zeros / weights if weights else 0.0, sizes)
+
+
+def merged(records: list[LayerRecord]) -> tuple[dict[str, ModuleSpec], dict[str, float]]:
+    """Modules and losses of all layers."""
+    modules: dict[str, ModuleSpec] = {}
+    losses: dict[str, float] = {}
+    for record in records:
+        modules |= record.modules
+        losses |= record.losses
+    return modules, losses
 
 
 def tensor_parallel_sizes(layouts: list[Layout], max_tp: int) -> list[int]:
@@ -144,11 +148,26 @@ def tensor_parallel_sizes(layouts: list[Layout], max_tp: int) -> list[int]:
     return sizes
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("vllm-spense", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+def _ignored(source: SourceModel, modules: dict[str, ModuleSpec]) -> list[str]:
+    """Modules with a matrix that stay as they are: the head, and attention of bf16 checkpoints."""
+    weights = (n for n, info in source.checkpoint.tensors.items() if len(info.shape) == 2)
+    names = {n.removesuffix(".weight") for n in weights if n.endswith(".weight")}
+    embeddings = {n for n in names if "embed" in n}
+    return sorted((names | {"lm_head"}) - embeddings - set(modules))
+
+
+def _provenance(
+    config: PruneConfig, base_model: str, text: CalibrationText | None, records: list[LayerRecord]
+) -> dict[str, Any]:
+    _, losses = merged(records)
+    damping: dict[str, float] = {}
+    for record in records:
+        damping |= record.damping
+    return {
+        "base_model": base_model,
+        "options": config.decisive(),
+        "calibration": None if text is None else {"source": text.source, "sha256": text.sha256},
+        "versions": versions("vllm-spense", "torch", "transformers"),
+        "losses": {name: float(f"{loss:.6g}") for name, loss in losses.items()},
+        "raised_damping": damping,
+    }

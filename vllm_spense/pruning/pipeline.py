@@ -1,41 +1,50 @@
-"""Prune a Hugging Face model layer by layer and write it as a Spense checkpoint."""
+"""The pruning run: read a dense model layer by layer, prune it, write it as a Spense checkpoint."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointWriter
+from vllm_spense.format.report import inspect
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.format.writer import check_target
-from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.adapters import DecoderLayer, decoder, decoder_layers
-from vllm_spense.pruning.calibration import (
-    CalibrationText,
-    read_calibration,
-    sample_windows,
-    tokenize,
-)
+from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
+from vllm_spense.pruning.adapters import DecoderLayer, warn_about_experts
+from vllm_spense.pruning.calibration import CalibrationText, read_calibration, sample_windows, tokenize
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
-from vllm_spense.pruning.output import OutputBuilder
+from vllm_spense.pruning.fingerprint import fingerprint
+from vllm_spense.pruning.layer import LayerPruner
+from vllm_spense.pruning.output import (
+    REST_SHARD_BYTES,
+    facts,
+    merged,
+    pack_layer,
+    restore_layer,
+    write_rest,
+)
+from vllm_spense.pruning.resume import LayerRecord, WorkDirectory
+from vllm_spense.pruning.source import SourceModel, source_directory
 
 
 @dataclass(frozen=True)
 class PruneProgress:
-    """State after one layer: 1-based ``layer`` of ``layers``, losses per MLP module, seconds."""
+    """State after one layer: 1-based ``layer`` of ``layers``, losses per MLP module, seconds.
+
+    ``restored``: the layer was finished by an earlier run and only the hidden states were computed.
+    """
 
     layer: int
     layers: int
     losses: dict[str, float]
     elapsed: float
     remaining: float
+    restored: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,6 @@ class PruneReport:
     seconds: float
 
 
-@dataclass
-class _Totals:
-    losses: dict[str, float] = field(default_factory=dict)
-    damping: dict[str, float] = field(default_factory=dict)
-
-
 @torch.no_grad()
 def prune(
     model: str | Path,
@@ -72,117 +75,152 @@ def prune(
     """Prune ``model`` (a local directory, or a hub name where there is network) into ``out``.
 
     The method is SpenseGPT (arXiv 2606.10445), true-sequential: down is calibrated behind the pruned
-    gate and up, every layer behind the pruned and rounded layers before it. Arithmetic is fp32, on
-    the GPU if there is one, one layer at a time. Equal inputs, seed and machine give bit-identical
-    directories. ``out`` is complete and checked, or not there at all.
+    gate and up, every layer behind the pruned and rounded layers before it. One layer at a time is in
+    memory: the model runs in fp32 on CPUs and in its stored dtype on a GPU if there is one; statistics
+    and solvers are fp32. Equal inputs, seed and machine give bit-identical directories. ``out`` is
+    complete and checked, or not there at all; finished layers of a run that did not end stay beside it
+    in ``.OUT.spense-work``, and ``config.resume`` continues from them to the same bytes.
 
     Raises :class:`~vllm_spense.format.CheckpointError` (a ``ValueError``) for unusable source files,
     :class:`~vllm_spense.pruning.adapters.UnsupportedModelError` (a ``ValueError``) for other
     architectures, ``ValueError`` for calibration text and sizes that do not fit, ``FileExistsError``
-    for an ``out`` that is in use, :class:`~vllm_spense.pruning.solvers.SolverError` for a Hessian that
-    cannot be factored.
+    for an ``out`` that is in use, :class:`~vllm_spense.pruning.resume.ResumeError` for an unfinished run
+    in the way, :class:`~vllm_spense.pruning.solvers.SolverError` for a Hessian that cannot be factored.
     """
     started = time.monotonic()
-    check_target(Path(out).absolute(), config.overwrite)
-    text = None if config.calibration is None else read_calibration(config.calibration)
-    directory = source_directory(model)
-    source = open_source(directory)
-    network = load_source(directory)
-    layers = decoder_layers(network)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
-    inputs = _calibrate(network, directory, text, config, device)
-
-    totals = _Totals()
-    with CheckpointWriter(out, overwrite=config.overwrite) as writer:
-        builder = OutputBuilder(writer, source, config)
-        pruner = LayerPruner(config, inputs)
-        layers_started = time.monotonic()
-        for index, layer in enumerate(layers):
-            pruned = _prune_layer(pruner, index, layer, device)
-            builder.add_layer(pruned)
-            totals.losses |= pruned.losses
-            totals.damping |= pruned.damping
-            if progress is not None:
-                spent = time.monotonic() - layers_started
-                left = spent / (index + 1) * (len(layers) - index - 1)
-                progress(
-                    PruneProgress(index + 1, len(layers), pruned.losses, time.monotonic() - started, left)
-                )
+    with WorkDirectory(out) as work:
+        if config.resume and work.published():  # killed behind the last step: only to be cleaned up
+            return _report_of(Path(out), config, time.monotonic() - started)
+        check_target(Path(out).absolute(), config.overwrite)
+        text = None if config.calibration is None else read_calibration(config.calibration)
+        directory = source_directory(model)
         name = str(model) if not Path(model).exists() else directory.name
-        written = builder.finish(name, text, totals.losses, totals.damping)
-    check_checkpoint(Checkpoint(out))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
+        source = SourceModel(directory, device)
+        warn_about_experts(source.layers, source.stored_dtype)
+        windows = None if text is None else _windows(directory, text, config)
+        made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
+        finished = work.begin(made_from, resume=config.resume, restart=config.restart)
+        inputs = None if windows is None else _embed(source, windows, config, work)
+        records = _LayerLoop(work, source, config, inputs, started, progress).run(finished)
+
+        def check(checkpoint: Path) -> None:
+            check_checkpoint(Checkpoint(checkpoint))
+            work.announce(checkpoint)
+
+        with CheckpointWriter(
+            out, overwrite=config.overwrite, max_shard_bytes=REST_SHARD_BYTES, work=work.path, check=check
+        ) as writer:
+            for index in range(len(records)):
+                writer.adopt(work.shard(index))
+            write_rest(writer, source, config, name, text, records)
+    written = facts(records, config)
     return PruneReport(
         directory=Path(out),
         config=config,
-        layers=len(layers),
+        layers=len(records),
         mlp_sparsity=written.mlp_sparsity,
-        losses=totals.losses,
-        damping=totals.damping,
+        losses=merged(records)[1],
+        damping={name: value for record in records for name, value in record.damping.items()},
         tensor_parallel_sizes=written.tensor_parallel_sizes,
         seconds=time.monotonic() - started,
     )
 
 
-def source_directory(model: str | Path) -> Path:
-    """The local directory of ``model``; a hub name is downloaded (safetensors and text files only)."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise ValueError(f"{model}: no such model directory")
-    from huggingface_hub import snapshot_download
+class _LayerLoop:
+    """Brings every layer into a state where its file and record are in the work directory."""
 
-    try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except Exception as error:
-        raise ValueError(
-            f"{model}: neither a local directory nor a model that can be downloaded ({error})"
-        ) from None
+    def __init__(
+        self,
+        work: WorkDirectory,
+        source: SourceModel,
+        config: PruneConfig,
+        inputs: LayerInputs | None,
+        started: float,
+        progress: Callable[[PruneProgress], None] | None,
+    ) -> None:
+        self.work = work
+        self.source = source
+        self.config = config
+        self.inputs = inputs
+        self.pruner = LayerPruner(config, inputs)
+        self.started = started
+        self.progress = progress
+
+    def run(self, finished: int) -> list[LayerRecord]:
+        """Prune all layers but the first ``finished``, which are only run."""
+        records = [self.work.read_layer(index) for index in range(finished)]
+        loop_started = time.monotonic()
+        for index, layer in enumerate(self.source.layers):
+            restored = index < finished
+            if restored:
+                self._restore(index, layer, records[index])
+            else:
+                records.append(self._prune(index, layer))
+            if self.progress is not None:
+                self.progress(self._progress(index, records, restored, time.monotonic() - loop_started))
+        return records
+
+    def _prune(self, index: int, layer: DecoderLayer) -> LayerRecord:
+        began = time.monotonic()
+        with self.source.resident(layer.module):
+            pruned = self.pruner.prune(index, layer)
+        tensors, modules = pack_layer(pruned, layer, self.source, self.config)
+        record = LayerRecord(modules, pruned.losses, pruned.damping, round(time.monotonic() - began, 3))
+        self.work.save_layer(index, tensors, record)
+        return record
+
+    def _restore(self, index: int, layer: DecoderLayer, record: LayerRecord) -> None:
+        if self.inputs is None:
+            return
+        with self.source.resident(layer.module):
+            restore_layer(layer, record.modules, self.work.shard(index))
+            self.inputs.advance(index, layer.module)
+
+    def _progress(
+        self, index: int, records: list[LayerRecord], restored: bool, spent: float
+    ) -> PruneProgress:
+        layers = len(self.source.layers)
+        left = layers - len(records)
+        if restored:  # what pruning took is on record; restoring goes on as it went so far
+            pruning = sum(record.seconds for record in records) / len(records) * left
+            remaining = pruning + spent / (index + 1) * (len(records) - index - 1)
+        else:
+            mine = [record.seconds for record in records]
+            remaining = sum(mine) / len(mine) * left
+        elapsed = time.monotonic() - self.started
+        return PruneProgress(index + 1, layers, records[index].losses, elapsed, remaining, restored)
 
 
-def open_source(directory: Path) -> Checkpoint:
-    """The source's files, refused when they are no plain dense safetensors checkpoint."""
-    checkpoint = Checkpoint(directory)
-    if checkpoint.quantization is not None:
-        raise ValueError(f"{directory} is a Spense checkpoint already; prune the dense model instead")
-    return checkpoint
-
-
-def load_source(directory: Path) -> nn.Module:
-    """The transformers model on the CPU in its stored dtype, without any code from the directory."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
-    return network.eval()
-
-
-def _calibrate(
-    network: nn.Module,
-    directory: Path,
-    text: CalibrationText | None,
-    config: PruneConfig,
-    device: torch.device,
-) -> LayerInputs | None:
-    if text is None:
-        return None
+def _windows(directory: Path, text: CalibrationText, config: PruneConfig) -> torch.Tensor:
+    """Token ids [samples, seq] int64 to calibrate on."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    ids = tokenize(tokenizer, text.text)
-    windows = sample_windows(ids, config.num_samples, config.seq_len, config.seed)
-    for name, child in decoder(network).named_children():
-        if name != "layers":  # embeddings and rotary tables; each layer gets its turn later
-            child.float().to(device)
-    return LayerInputs(network, windows, device)
+    return sample_windows(tokenize(tokenizer, text.text), config.num_samples, config.seq_len, config.seed)
 
 
-def _prune_layer(pruner: LayerPruner, index: int, layer: DecoderLayer, device: torch.device) -> PrunedLayer:
-    layer.module.float().to(device)
-    pruned = pruner.prune(index, layer)
-    layer.module.to("meta")  # frees it: the packed weights are with the writer
-    return pruned
+def _embed(
+    source: SourceModel, windows: torch.Tensor, config: PruneConfig, work: WorkDirectory
+) -> LayerInputs:
+    allocate = on_disk(work.path) if config.cache_activations == "disk" else in_memory
+    with source.resident(*source.embedding()):
+        return LayerInputs(source.network, windows, source.device, allocate=allocate)
+
+
+def _report_of(directory: Path, config: PruneConfig, seconds: float) -> PruneReport:
+    """The report of a run that another process ended, from what the checkpoint says of itself."""
+    report = inspect(directory)
+    said = report.provenance
+    return PruneReport(
+        directory=directory,
+        config=config,
+        layers=len({name.partition(".mlp.")[0] for name in said["losses"]}),
+        mlp_sparsity=report.mlp_sparsity,
+        losses=said["losses"],
+        damping=said["raised_damping"],
+        tensor_parallel_sizes=report.tensor_parallel_sizes,
+        seconds=seconds,
+    )

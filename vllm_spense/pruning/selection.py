@@ -1,12 +1,14 @@
 """Which intermediate indices of an MLP stay dense.
 
-One set D serves gate (rows), up (rows) and down (columns). The MLP's function does not depend on the
-order of the intermediate dimension (SpenseGPT, arXiv 2606.10445, equation 4), so D moves to the end.
+One set D serves gate (rows), up (rows) and down (columns), or fc1 and fc2 of a plain MLP. The MLP's
+function does not depend on the order of the intermediate dimension (SpenseGPT, arXiv 2606.10445,
+equation 4), so D moves to the end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -36,23 +38,19 @@ def dense_count(intermediate: int, dense_ratio: float, alignment: int) -> int:
 
 
 def index_scores(
-    gate: torch.Tensor,
-    up: torch.Tensor,
+    inner: Sequence[torch.Tensor],
     down: torch.Tensor,
     h_in: torch.Tensor,
     h_down: torch.Tensor,
 ) -> torch.Tensor:
     """SpenseGPT+ score [I] of each intermediate index (arXiv 2606.10445, section on SpenseGPT+).
 
-    Per projection the mean of |W_ij| · sqrt(H_jj) over the index's row (gate, up ``[I, K]``) or column
-    (down ``[K, I]``), divided by that vector's mean; then summed. ``h_in``, ``h_down``: Hessians of
-    the inputs of gate/up and of down, or their diagonals.
+    Per projection the mean of |W_ij| · sqrt(H_jj) over the index's row (``inner``: gate and up, or the one
+    before the activation, ``[I, K]``) or column (down ``[K, I]``), divided by that vector's mean; then
+    summed. ``h_in``, ``h_down``: Hessians of the inputs of inner and of down, or their diagonals.
     """
-    vectors = (
-        element_scores(gate, h_in).mean(1),
-        element_scores(up, h_in).mean(1),
-        element_scores(down, h_down).mean(0),
-    )
+    vectors = [element_scores(weight, h_in).mean(1) for weight in inner]
+    vectors.append(element_scores(down, h_down).mean(0))
     total = torch.zeros_like(vectors[0])
     for vector in vectors:
         total += vector / (vector.mean() + _EPSILON)

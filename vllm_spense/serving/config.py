@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_weight_file
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig, parse_config
@@ -132,7 +134,16 @@ class SpenseConfig(QuantizationConfig):
         return SpenseLinearMethod(prefix, specs, self.checkpoint)
 
     def shard_names(self, prefix: str) -> list[str]:
-        """Checkpoint names of the layers that vLLM fuses under ``prefix``."""
+        """Checkpoint names of the layers that vLLM fuses under ``prefix``.
+
+        Models that are fused on disk (Phi-3) map a layer to itself; a Spense checkpoint holds its parts.
+        """
         parent, _, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last, [last])
-        return [f"{parent}.{part}" if parent else part for part in parts]
+
+        def full(parts: Sequence[str]) -> list[str]:
+            return [f"{parent}.{part}" if parent else part for part in parts]
+
+        names = full(self.packed_modules_mapping.get(last, [last]))
+        parts = full(FUSED.get(last, ()))
+        separate = names == [prefix] and prefix not in self.modules and any(p in self.modules for p in parts)
+        return parts if separate else names

@@ -1,0 +1,226 @@
+"""Quality against size and speed: pruning methods on SmolLM2-135M-Instruct, over several calibration seeds.
+
+usage: python benchmarks/accuracy_frontier.py [--rows ROW …] [--seeds 0 1 2] [--split test]
+
+Each row is pruned for bf16 weights (so that rounding plays no part) on 64 windows of 512 tokens of the train
+split, and measured: perplexity, KL divergence and top-1 agreement with the dense model on 32 windows of 512
+tokens of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles; a four-way
+continuation task. Tune with `--split valid`; the documents are made from `--split test` only.
+
+Finished figures in benchmarks/results/accuracy_frontier.json are kept: run it again to go on, start it twice
+to share the work, `--again` to measure once more. A row takes about ten minutes per seed on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.accuracy_smollm2 import environment, report
+from benchmarks.frontier_cost import cost
+from benchmarks.frontier_report import write_documents
+from benchmarks.results_file import ROOT, provenance, read, write
+from vllm_spense.demo_assets import fetch_fiction, fetch_model, fetch_text
+from vllm_spense.evaluation import load_model, load_tokenizer
+from vllm_spense.evaluation.agreement import agreement
+from vllm_spense.evaluation.continuation import continuation, text_items
+from vllm_spense.evaluation.perplexity import mean_nll, text_windows
+from vllm_spense.pruning import PruneConfig, prune
+
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy_frontier.json"
+SEQ_LEN, MAX_TOKENS = 512, 16384
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``options`` go to PruneConfig over those of ``base``; None: the dense model."""
+
+    key: str
+    label: str
+    options: dict[str, Any] | None
+    base: Row | None = field(default=None, repr=False)
+
+    def settings(self) -> dict[str, Any] | None:
+        """What decides the pruned model besides the seed; figures made with other settings are stale."""
+        if self.options is None:
+            return None
+        inherited = (self.base.settings() if self.base else None) or {"weight_dtype": "bf16"}
+        return inherited | self.options
+
+    def config(self, seed: int, calibration: Path) -> PruneConfig:
+        return PruneConfig(seed=seed, calibration=str(calibration), **(self.settings() or {}))
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed changes anything: not without calibration."""
+        return self.options is not None and self.config(0, Path("any")).needs_calibration
+
+
+SPENSEGPT = {"method": "obs", "selection": "spensegpt"}
+SPENSEGPT_PLUS = {"method": "obs", "selection": "spensegpt+"}
+
+ROWS = [
+    Row("dense", "dense", None),
+    Row("magnitude", "magnitude, strict 2:4", SPENSEGPT | {"method": "magnitude", "dense_ratio": 0}),
+    Row("wanda", "Wanda, strict 2:4", SPENSEGPT_PLUS | {"method": "wanda", "dense_ratio": 0}),
+    Row("sparsegpt", "SparseGPT, strict 2:4", SPENSEGPT_PLUS | {"dense_ratio": 0}),
+    Row("spensegpt0.25", "SpenseGPT, dense ratio 0.25", SPENSEGPT | {"dense_ratio": 0.25}),
+    Row("spensegpt+0.25", "SpenseGPT+, dense ratio 0.25", SPENSEGPT_PLUS | {"dense_ratio": 0.25}),
+    Row("spensegpt0.5", "SpenseGPT, dense ratio 0.5", SPENSEGPT | {"dense_ratio": 0.5}),
+    Row("spensegpt+0.5", "SpenseGPT+, dense ratio 0.5", SPENSEGPT_PLUS | {"dense_ratio": 0.5}),
+]
+
+BASE = ROWS[-1]
+ABLATIONS = [
+    Row("samples-16", "16 calibration windows", {"num_samples": 16}, BASE),
+    Row("samples-256", "256 calibration windows", {"num_samples": 256}, BASE),
+    Row("damping-0.1", "damping 0.1", {"damping": 0.1}, BASE),
+]
+"""One option of ``BASE`` changed at a time. Measured only when named with ``--rows``."""
+
+
+class Bench:
+    """The texts, the dense model and the measurements on one split; everything is loaded on first use."""
+
+    def __init__(self, assets: Path, split: str) -> None:
+        self.model = fetch_model(assets, print)
+        self.text, self.fiction = fetch_text(assets, print), fetch_fiction(assets, print)
+        self.split = split
+        self.tokenizer = load_tokenizer(self.model)
+
+    @cached_property
+    def dense(self) -> torch.nn.Module:
+        return load_model(self.model)
+
+    def windows(self, folder: Path) -> torch.Tensor:
+        return text_windows(self.tokenizer, folder / f"{self.split}.txt", SEQ_LEN, MAX_TOKENS)
+
+    def wikipedia(self, model: torch.nn.Module) -> dict[str, float]:
+        windows = self.windows(self.text)
+        if model is self.dense:
+            nll = mean_nll(model, windows)
+            return {"nll": nll, "reference_nll": nll, "kl": 0.0, "top1": 1.0}
+        return asdict(agreement(model, self.dense, windows))
+
+    def novel(self, model: torch.nn.Module) -> dict[str, float]:
+        return {"nll": mean_nll(model, self.windows(self.fiction))}
+
+    def continuation(self, model: torch.nn.Module) -> dict[str, float]:
+        result = continuation(model, text_items(self.tokenizer, self.text / f"{self.split}.txt"))
+        return asdict(result) | {"standard_error": result.standard_error}
+
+
+METRICS: dict[str, Callable[[Bench, torch.nn.Module], dict[str, float]]] = {
+    "wikipedia": Bench.wikipedia,
+    "fiction": Bench.novel,
+    "continuation": Bench.continuation,
+}
+
+
+def main() -> None:
+    rows = {row.key: row for row in [*ROWS, *ABLATIONS]}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", default=[row.key for row in ROWS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
+    parser.add_argument("--split", choices=("valid", "test"), default="test")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--again", action="store_true", help="measure what is known already once more")
+    parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints in --work")
+    parser.add_argument("--plot-only", action="store_true", help="only make the documents")
+    parser.add_argument("--assets", type=Path, default=ROOT / ".cache" / "assets")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "frontier")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not arguments.plot_only:
+        bench = Bench(arguments.assets, arguments.split)
+        jobs = [(rows[key], seed) for seed in arguments.seeds for key in arguments.rows]
+        for row, seed in jobs:
+            if row.seeded or seed == arguments.seeds[0]:
+                measure(row, seed if row.seeded else 0, bench, arguments)
+    write_documents(read(arguments.results), ROWS, ABLATIONS, arguments.split)
+
+
+def measure(row: Row, seed: int, bench: Bench, arguments: argparse.Namespace) -> None:
+    """Prune once, then fill in the figures that are missing, saving after each."""
+    store = Store(arguments.results, f"{row.key}/{seed}", row.settings())
+    directory = arguments.work / f"{row.key}-{seed}"
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    with lock(arguments.work / f"{row.key}-{seed}.lock", wait=False) as mine:
+        if not mine:
+            print(f"{row.key}, seed {seed}: another process is at it")
+            return
+        known = () if arguments.again else store.entry()
+        wanted = [metric for metric in arguments.metrics if f"{bench.split}/{metric}" not in known]
+        if not wanted:
+            return
+        if row.options is None:
+            directory, model = bench.model, bench.dense
+            store.save("cost", asdict(cost(directory)))
+        else:
+            if arguments.again or not directory.is_dir() or "cost" not in store.entry():
+                shutil.rmtree(directory, ignore_errors=True)
+                done = prune(bench.model, directory, row.config(seed, bench.text / "train.txt"), report)
+                store.save("cost", asdict(cost(directory)) | {"prune_seconds": done.seconds})
+            model = load_model(directory)
+        for metric in wanted:
+            started = time.monotonic()
+            figures = METRICS[metric](bench, model)
+            store.save(f"{bench.split}/{metric}", figures | {"seconds": time.monotonic() - started})
+            print(f"{row.key}, seed {seed}, {metric} ({bench.split}): {figures}", flush=True)
+        if row.options is not None and not arguments.keep:
+            shutil.rmtree(directory)
+
+
+class Store:
+    """The figures of one row and seed in the results file, which several processes write."""
+
+    def __init__(self, path: Path, key: str, settings: dict[str, Any] | None) -> None:
+        self.path, self.key, self.settings = path, key, settings
+
+    def entry(self) -> dict[str, Any]:
+        """What is known so far; empty if it was made with other settings."""
+        return self._current(read(self.path))
+
+    def save(self, name: str, figures: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(self.path.with_name(f".{self.path.name}.lock"), wait=True):
+            results = read(self.path)
+            known = self._current(results) or {"settings": self.settings}
+            made = provenance() | {"environment": environment()}
+            results.setdefault("runs", {})[self.key] = known | {name: figures | {"made": made}}
+            write(self.path, results)
+
+    def _current(self, results: dict[str, Any]) -> dict[str, Any]:
+        entry = results.get("runs", {}).get(self.key, {})
+        return entry if entry.get("settings") == self.settings else {}
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a file as a lock; the system lets go of it when the process ends, however it ends."""
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+if __name__ == "__main__":
+    main()

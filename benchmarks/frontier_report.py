@@ -1,0 +1,183 @@
+"""docs/accuracy.md, README and the plot, from benchmarks/results/accuracy_frontier.json."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.results_file import ROOT
+
+DOCUMENT = ROOT / "docs" / "accuracy.md"
+README = ROOT / "README.md"
+PLOT = ROOT / "docs" / "img" / "accuracy_frontier.png"
+PLOT_LIMIT = 2.0  # nats; losses beyond it are marked at the edge
+
+
+class Line(Protocol):
+    """What of a row is shown."""
+
+    key: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and standard deviation over seeds; the deviation is None for a single run."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def text(self, form: str) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:{form}}"
+        return f"{self.mean:{form}}{spread}"
+
+
+Run = dict[str, Any]
+"""The figures of one row and seed, on one split: cost, wikipedia, fiction, continuation."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure: how it comes out of a run, and its format."""
+
+    title: str
+    value: Callable[[Run, Run], float]
+    form: str
+
+
+def loss(run: Run, dense: Run) -> float:
+    """ln(perplexity / dense perplexity), in nats."""
+    return run["wikipedia"]["nll"] - run["wikipedia"]["reference_nll"]
+
+
+COLUMNS = {
+    "sparsity": Column("MLP zeros", lambda run, dense: run["cost"]["mlp_sparsity"], ".1%"),
+    "perplexity": Column("perplexity", lambda run, dense: math.exp(run["wikipedia"]["nll"]), ".2f"),
+    "loss": Column("loss over dense, nats", loss, ".3f"),
+    "fiction": Column("perplexity, novel", lambda run, dense: math.exp(run["fiction"]["nll"]), ".2f"),
+    "kl": Column("KL, nats", lambda run, dense: run["wikipedia"]["kl"], ".3f"),
+    "top1": Column("top-1 agreement", lambda run, dense: run["wikipedia"]["top1"], ".1%"),
+    "continuation": Column("continuation", lambda run, dense: run["continuation"]["accuracy"], ".1%"),
+    "seconds": Column("pruning, s", lambda run, dense: run["cost"]["prune_seconds"], ".0f"),
+    "mib": Column("MiB", lambda run, dense: run["cost"]["weight_bytes"] / 2**20, ".1f"),
+    "bytes": Column(
+        "bytes", lambda run, dense: run["cost"]["weight_bytes"] / dense["cost"]["weight_bytes"], ".1%"
+    ),
+    "decode": Column(
+        "decode time",
+        lambda run, dense: run["cost"]["decode_seconds"] / dense["cost"]["decode_seconds"],
+        ".1%",
+    ),
+}
+README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
+
+
+class Figures:
+    """All figures of a results file on one split."""
+
+    def __init__(self, results: dict[str, Any], split: str) -> None:
+        self.runs: dict[str, list[Run]] = {}
+        for key, entry in results.get("runs", {}).items():
+            run = {
+                name.removeprefix(f"{split}/"): figures
+                for name, figures in entry.items()
+                if name == "cost" or name.startswith(f"{split}/")
+            }
+            self.runs.setdefault(key.rpartition("/")[0], []).append(run)
+        self.dense = next(iter(self.runs.get("dense", [])), {})
+
+    def get(self, row: str, column: str) -> Figure | None:
+        """None when no run of the row has what the column needs."""
+        values = []
+        for run in self.runs.get(row, []):
+            try:
+                values.append(COLUMNS[column].value(run, self.dense))
+            except KeyError:  # not measured yet, or not at all (the dense model's pruning)
+                continue
+        return Figure.of(values) if values else None
+
+    def table(self, rows: Sequence[Line], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+        """Markdown; rows without any measurement are left out."""
+        titles = [COLUMNS[column].title for column in columns]
+        lines = [f"| method | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
+        for row in rows:
+            if self.get(row.key, "perplexity"):
+                found = [(self.get(row.key, column), COLUMNS[column].form) for column in columns]
+                cells = ["–" if figure is None else figure.text(form) for figure, form in found]
+                lines.append(f"| {row.label} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def write_documents(
+    results: dict[str, Any], rows: Sequence[Line], ablations: Sequence[Line], split: str
+) -> None:
+    """Print the table; with the test split, put it into docs/ and README and draw the plot."""
+    figures = Figures(results, split)
+    print(figures.table([*rows, *ablations]))
+    if split == "test":
+        insert(DOCUMENT, "frontier", figures.table(rows))
+        insert(DOCUMENT, "ablations", figures.table(ablations))
+        insert(README, "frontier", figures.table(rows, README_COLUMNS))
+        write_plot(figures, rows)
+
+
+def insert(path: Path, name: str, block: str) -> None:
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``, if the file has them."""
+    text = path.read_text()
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin in text and end in text:
+        before, after = text.split(begin)[0], text.split(end)[1]
+        path.write_text(f"{before}{begin}\n{block}\n{end}{after}")
+
+
+def write_plot(figures: Figures, rows: Sequence[Line]) -> None:
+    """Loss over dense against bytes and against predicted decode time; the dense model is the origin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    picture, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    colours = dict(zip((row.key for row in rows), pyplot.get_cmap("tab10").colors, strict=False))
+    panels = {
+        "bytes": "bytes of the linear weights in FP8, relative to dense",
+        "decode": "predicted decode time of the linear layers, relative to dense FP8",
+    }
+    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        for row in rows:
+            x, y = figures.get(row.key, column), figures.get(row.key, "loss")
+            if x is None or y is None:
+                continue
+            beyond = y.mean > PLOT_LIMIT
+            axis.errorbar(
+                100 * x.mean,
+                min(y.mean, PLOT_LIMIT),
+                yerr=None if beyond else y.deviation,
+                marker="^" if beyond else "o",
+                markersize=5,
+                capsize=3,
+                linestyle="",
+                color=colours[row.key],
+                label=f"{row.label} ({y.mean:.2f})",
+                clip_on=False,
+            )
+        axis.set_xlabel(f"{title}, %", fontsize=8)
+        axis.set_ylim(0, PLOT_LIMIT)
+        axis.set_xlim(right=100)
+        axis.invert_xaxis()  # dense, at 100 % and without loss, is the origin
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("loss over dense, nats (lower is better)", fontsize=8)
+    axes[0].legend(fontsize=6.5, frameon=False, loc="upper left")
+    picture.tight_layout()
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(PLOT, dpi=130)
+    pyplot.close(picture)

@@ -1,0 +1,187 @@
+"""The accuracy benchmark: costs by hand, resuming, stale figures, the table."""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_llama
+from tiny_text import add_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import accuracy_frontier, frontier_report
+from benchmarks.accuracy_frontier import ABLATIONS, BASE, ROWS, Row, Store, lock, measure
+from benchmarks.frontier_cost import cost, enlarged, linear_layouts
+from benchmarks.frontier_report import Figure, Figures, insert
+from benchmarks.results_file import read
+from vllm_spense.format import Layout
+
+
+def test_cost_by_hand(tiny_llama: Path, tiny_spense: Path, tiny_spense_bf16: Path) -> None:
+    """Stored FP8 tensors are counted byte by byte; a bf16 checkpoint costs what it would in FP8."""
+    state = load_file(tiny_spense / "model.safetensors")
+    parts = ("sparse_values", "sparse_meta", "dense_weight", "weight_scale")
+    stored = sum(t.numel() * t.element_size() for name, t in state.items() if name.endswith(parts))
+    pruned = cost(tiny_spense)
+    assert pruned.weight_bytes == stored
+    assert pruned.mlp_sparsity == pytest.approx(0.5 * 112 / 208)
+    assert cost(tiny_spense_bf16) == pruned
+    dense = cost(tiny_llama)
+    weights = load_file(tiny_llama / "model.safetensors")
+    linear = [w for name, w in weights.items() if name.endswith("_proj.weight")]
+    assert dense.weight_bytes == sum(w.numel() + 4 * w.shape[0] for w in linear)
+    assert dense.mlp_sparsity == 0
+    assert pruned.decode_seconds < dense.decode_seconds
+
+
+def test_layers_keep_their_share_when_enlarged(tiny_spense: Path) -> None:
+    assert len(linear_layouts(tiny_spense)) == 14
+    assert enlarged("down_proj", Layout("input", 576, 1536, 768)) == Layout("input", 5120, 25600, 12800)
+    assert enlarged("gate_proj", Layout("output", 1536, 576, 1152)) == Layout("output", 25600, 5120, 19200)
+    assert enlarged("k_proj", Layout("output", 192, 576, 0)) == Layout("output", 1024, 5120, 0)
+
+
+def test_settings_of_a_row_are_its_own_over_its_base() -> None:
+    by_key = {row.key: row for row in [*ROWS, *ABLATIONS]}
+    assert len(by_key) == len(ROWS) + len(ABLATIONS)
+    changed = replace(ABLATIONS[0], base=replace(BASE, options={"dense_ratio": 0.25, "num_samples": 8}))
+    assert changed.settings() == {"weight_dtype": "bf16", "dense_ratio": 0.25, "num_samples": 16}
+    for row in by_key.values():
+        if row.options is not None:
+            config = row.config(3, Path("train.txt"))
+            assert config.weight_dtype == "bf16"
+            assert config.seed == 3
+    assert not by_key["dense"].seeded
+    assert not by_key["magnitude"].seeded
+    assert by_key["wanda"].seeded
+
+
+def test_figures_made_with_other_settings_are_stale(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    Store(path, "row/0", {"damping": 0.1}).save("cost", {"weight_bytes": 1})
+    Store(path, "row/1", {"damping": 0.1}).save("cost", {"weight_bytes": 2})
+    store = Store(path, "row/0", {"damping": 0.1})
+    assert store.entry()["cost"]["weight_bytes"] == 1
+    assert store.entry()["cost"]["made"]["versions"]
+    other = Store(path, "row/0", {"damping": 0.2})
+    assert other.entry() == {}
+    other.save("test/fiction", {"nll": 3.0})
+    assert set(read(path)["runs"]["row/0"]) == {"settings", "test/fiction"}
+    assert read(path)["runs"]["row/1"]["cost"]["weight_bytes"] == 2
+
+
+class FakeBench:
+    """Two metrics that count their calls; the second fails the first time."""
+
+    split = "valid"
+
+    def __init__(self, model: Path, text: Path) -> None:
+        self.model, self.text, self.calls = model, text, []
+
+    def first(self, model: torch.nn.Module) -> dict[str, float]:
+        self.calls.append("first")
+        return {"nll": 1.0}
+
+    def second(self, model: torch.nn.Module) -> dict[str, float]:
+        self.calls.append("second")
+        if self.calls.count("second") == 1:
+            raise KeyboardInterrupt
+        return {"nll": 2.0}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = {"first": FakeBench.first, "second": FakeBench.second}
+    monkeypatch.setattr(accuracy_frontier, "METRICS", metrics)
+    pruned: list[int] = []
+    real = accuracy_frontier.prune
+    monkeypatch.setattr(accuracy_frontier, "prune", lambda *a: pruned.append(1) or real(*a))
+    row = Row("magnitude", "magnitude", {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0})
+    arguments = Namespace(
+        results=tmp_path / "results.json",
+        work=tmp_path / "work",
+        metrics=list(metrics),
+        again=False,
+        keep=False,
+    )
+    (tmp_path / "train.txt").write_text("unused")
+    bench: Any = FakeBench(add_tokenizer(make_llama(tmp_path / "dense")), tmp_path)
+
+    def run() -> dict[str, Any]:
+        measure(row, 0, bench, arguments)
+        return read(arguments.results)["runs"]["magnitude/0"]
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    entry = run()
+    assert bench.calls == ["first", "second", "second"]
+    assert entry["cost"]["mlp_sparsity"] == 0.5
+    assert entry["cost"]["prune_seconds"] > 0
+    assert (entry["valid/first"]["nll"], entry["valid/second"]["nll"]) == (1.0, 2.0)
+    assert not (arguments.work / "magnitude-0").exists()
+    assert len(pruned) == 1  # the checkpoint of the interrupted run was used
+    run()
+    assert len(bench.calls) == 3
+    with lock(arguments.work / "magnitude-0.lock", wait=False):
+        arguments.again = True
+        run()
+        assert len(bench.calls) == 3  # another process is at it
+    run()
+    assert len(bench.calls) == 5
+
+
+def run_of(nll: float, accuracy: float, size: int = 80) -> dict[str, Any]:
+    return {
+        "settings": {},
+        "cost": {"mlp_sparsity": 0.25, "weight_bytes": size << 20, "decode_seconds": size / 10},
+        "test/wikipedia": {"nll": nll, "reference_nll": 2.5, "kl": 0.1, "top1": 0.7},
+        "test/continuation": {"accuracy": accuracy},
+        "valid/fiction": {"nll": 9.0},
+    }
+
+
+def test_table_has_means_and_deviations_over_seeds() -> None:
+    runs = {"dense/0": run_of(2.5, 0.8, 100), "a/0": run_of(2.6, 0.7), "a/1": run_of(2.8, 0.74)}
+    rows = [Row("dense", "dense", None), Row("a", "method a", {}), Row("missing", "missing", {})]
+    figures = Figures({"runs": runs}, "test")
+    loss = figures.get("a", "loss")
+    assert loss is not None
+    assert (loss.mean, loss.deviation) == (pytest.approx(0.2), pytest.approx(0.1 * math.sqrt(2)))
+    table = figures.table(rows, ("loss", "fiction", "continuation", "mib", "bytes", "decode")).splitlines()
+    assert len(table) == 4  # no line for a row without figures
+    assert table[2] == "| dense | 0.000 | – | 80.0% | 100.0 | 100.0% | 100.0% |"
+    assert table[3].startswith("| method a | 0.200 ± 0.141 | – | 72.0% ± 2.8% | 80.0 ± 0.0 | 80.0% ± 0.0%")
+
+
+def test_a_single_run_has_no_deviation() -> None:
+    assert Figure.of([1.5]).text(".2f") == "1.50"
+    assert Figure.of([1.0, 2.0]).text(".2f") == "1.50 ± 0.71"
+
+
+def test_documents_keep_their_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document, readme = tmp_path / "accuracy.md", tmp_path / "README.md"
+    document.write_text("Above\n<!-- frontier:begin -->\nold\n<!-- frontier:end -->\nBelow\n")
+    readme.write_text("no markers\n")
+    for name, path in (("DOCUMENT", document), ("README", readme), ("PLOT", tmp_path / "plot.png")):
+        monkeypatch.setattr(frontier_report, name, path)
+    results = {"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": run_of(5.0, 0.7)}}
+    rows = [Row("dense", "dense", None), Row("a", "method a", {})]
+    frontier_report.write_documents(results, rows, [], "valid")
+    assert "old" in document.read_text()  # only the test split is reported
+    frontier_report.write_documents(results, rows, [], "test")
+    text = document.read_text()
+    assert "old" not in text
+    assert text.startswith("Above\n<!-- frontier:begin -->\n| method |")
+    assert text.endswith("<!-- frontier:end -->\nBelow\n")
+    assert "| method a |" in text
+    assert readme.read_text() == "no markers\n"
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    insert(document, "frontier", "new")
+    assert document.read_text() == "Above\n<!-- frontier:begin -->\nnew\n<!-- frontier:end -->\nBelow\n"

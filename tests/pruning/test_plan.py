@@ -1,0 +1,120 @@
+"""The plan of a run against the run itself, and against the sizes of a 32B model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_llama
+from tiny_text import add_tokenizer
+
+from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.pruning.plan import Plan, plan
+
+QWEN3_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+PAPER = {"calibration": "s1K-1.1", "num_samples": 128, "seq_len": 16384}
+
+
+def config_only(directory: Path, **changes: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(QWEN3_32B | changes))
+    return directory
+
+
+def test_qwen3_32b_fits_one_gpu_and_a_modest_host(tmp_path: Path) -> None:
+    """The milestone: 40 GB of device and 32 GB of host memory plus activations, at the paper's sizes."""
+    found = plan(config_only(tmp_path / "model"), PruneConfig(**PAPER), "h200")
+    assert len(found.layers) == 64
+    assert 10e9 < found.device_bytes <= 40e9
+    assert 4e9 < found.host_bytes <= 32e9
+    hidden = 128 * 16384 * 5120
+    assert found.activation_bytes == 2 * 2 * hidden  # hidden states and attention's outputs in bf16
+    assert found.source_bytes == pytest.approx(2 * 32.76e9, rel=0.01)
+    mlp = 64 * 3 * 5120 * 25600
+    attention = 64 * 2 * 5120 * (8192 + 1024)
+    expected = mlp * (0.5 * 0.625 + 0.5) + attention + 2 * 2 * 5120 * 151936
+    assert found.output_bytes == pytest.approx(expected, rel=0.01)
+    layer = found.layers[7]
+    tokens = 128 * 16384
+    forwards = 2 * tokens * (2 * 2 + 2 + 1) * 5120 * 25600  # gate and up three times, down once
+    assert layer.flop > forwards
+    assert layer.flop == pytest.approx(forwards, rel=0.5)
+    assert layer.flop_fp32 > tokens * (5120**2 + 25600**2)
+    assert 0.2 * 3600 < found.seconds < 4 * 3600
+    assert found.seconds == pytest.approx(sum(layer.seconds for layer in found.layers))
+
+
+def test_what_makes_a_plan_larger(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+
+    def planned(config: dict[str, Any] | None = None, **changes: Any) -> Plan:
+        return plan(config_only(model, **(config or {})), PruneConfig(**(PAPER | changes)), "h200")
+
+    base = planned()
+    assert planned(num_samples=64).activation_bytes * 2 == base.activation_bytes
+    assert planned(num_samples=64).device_bytes == base.device_bytes
+    assert planned({"num_hidden_layers": 32}).device_bytes == base.device_bytes
+    assert planned({"num_hidden_layers": 32}).host_bytes == base.host_bytes, "one layer at a time"
+    assert planned({"num_hidden_layers": 32}).seconds == pytest.approx(base.seconds / 2)
+    assert planned({"intermediate_size": 51200}).device_bytes > 2 * base.device_bytes
+    assert planned(weight_dtype="bf16").output_bytes > 1.5 * base.output_bytes
+    assert planned(dense_ratio=0).output_bytes < base.output_bytes
+    assert planned(method="wanda").seconds < base.seconds
+    assert planned(method="magnitude", selection="spensegpt", calibration=None).activation_bytes == 0
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8", "bf16"])
+def test_output_bytes_are_those_of_the_run(
+    weight_dtype: str, dense_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    config = PruneConfig(calibration=str(text_file), num_samples=4, seq_len=64, weight_dtype=weight_dtype)
+    found = plan(dense_model, config)
+    prune(dense_model, tmp_path / "out", config)
+    tensors = Checkpoint(tmp_path / "out")
+    total = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert found.output_bytes == total["metadata"]["total_size"]
+    assert len(found.layers) == 2
+    assert tensors.quantization is not None
+    assert found.device_bytes == 0, "a CPU's memory is the host's"
+    assert found.dtype == "float32"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model = add_tokenizer(make_llama(tmp_path / "model"))
+    command = [sys.executable, "-m", "vllm_spense.cli.app", "prune", str(model), "-o", str(tmp_path / "out")]
+    command += ["--calibration", "text", "--dry-run"]
+    said = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    found = json.loads(said)
+    assert len(found["layers"]) == 2
+    assert found["host_bytes"] > 100e6
+    table = subprocess.run([*command, "--device-model", "b200"], capture_output=True, text=True, check=True)
+    assert "1 to 2, each" in table.stdout
+    assert "B200" in table.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["model"], "nothing was written"
+
+
+def test_headers_are_checked_where_there_are_any(dense_model: Path, tmp_path: Path) -> None:
+    for path in dense_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"intermediate_size": 256}))
+    config = PruneConfig(method="magnitude", selection="spensegpt")
+    with pytest.raises(CheckpointError, match=r"shape \[208, 144\].*needs \[256, 144\]"):
+        plan(tmp_path, config)

@@ -1,0 +1,94 @@
+"""One tiny random checkpoint of each supported model family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import VOCAB
+from tiny_text import add_tokenizer
+
+INTER, SHARED, EXPERTS = 208, 176, 4
+_COMMON: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": INTER,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": False},
+    "gemma2": {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 24},
+    "gemma3_text": {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 24},
+    "phi3": {"sliding_window": 16},
+    "phi": {"head_dim": None, "partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "starcoder2": {"head_dim": None, "use_bias": True, "sliding_window": 16},
+    "nemotron": {"hidden_act": "relu2", "mlp_bias": True},
+    "opt": {"head_dim": None, "ffn_dim": INTER, "word_embed_proj_dim": 64},
+    "qwen2_moe": {"head_dim": None, "shared_expert_intermediate_size": SHARED, **_MOE},
+    "qwen3_moe": _MOE,
+}
+MODULES = {
+    "phi": ("mlp.fc1", "mlp.fc2"),
+    "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
+    "nemotron": ("mlp.up_proj", "mlp.down_proj"),
+    "opt": ("fc1", "fc2"),
+}
+"""Inner linears, then down, below a layer; all others are :data:`GLU`."""
+
+GLU = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def pruned_modules(kind: str) -> list[list[str]]:
+    """Names of each MLP that must be pruned: inner linears, then down."""
+    layers = "model.decoder.layers" if kind == "opt" else "model.layers"
+    found = []
+    for i in range(_COMMON["num_hidden_layers"]):
+        names = [f"{layers}.{i}.{short}" for short in MODULES.get(kind, GLU)]
+        if i > 0 and kind == "qwen2_moe":
+            names = [name.replace("mlp.", "mlp.shared_expert.") for name in names]
+        if i == 0 or kind != "qwen3_moe":
+            found.append(names)
+    return found
+
+
+def make_family(kind: str, out: Path, **changes: Any) -> Path:
+    """A random bf16 model of ``kind`` with weights large enough that every layer moves the tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {k: v for k, v in (_COMMON | FAMILIES[kind] | changes).items() if v is not None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 2 * parameter.shape[-1] ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(torch.bfloat16).save_pretrained(out)
+    return byte_tokenizer(out) if kind == "qwen2" else add_tokenizer(out)
+
+
+def byte_tokenizer(out: Path) -> Path:
+    """One token per byte, in the class that transformers insists on for Qwen2."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    Qwen2Tokenizer(vocab=vocab, merges=[]).save_pretrained(out)
+    return out

@@ -1,0 +1,194 @@
+"""The dense source: a transformers model whose tensors are read from the files when they are needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.format.conversion import model_parameter
+from vllm_spense.pruning.adapters import DecoderLayer, decoder, decoder_layers
+from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_RESAVE = "convert the model with transformers' save_pretrained first"
+
+
+def source_directory(model: str | Path) -> Path:
+    """The local directory of ``model``; a hub name is downloaded (safetensors and text files only)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise ValueError(f"{model}: no such model directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except Exception as error:
+        raise ValueError(
+            f"{model}: neither a local directory nor a model that can be downloaded ({error})"
+        ) from None
+
+
+def meta_network(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformers model that config.json describes, on the meta device: no memory, no foreign code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    split_fused(network)
+    return network.eval()
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """bf16, fp16 or fp32, whichever most matrices are stored in; :class:`CheckpointError` for others."""
+    found = Counter(info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1)
+    name = found.most_common(1)[0][0] if found else "BF16"
+    if name not in _FLOATS:
+        raise CheckpointError(
+            f"the weights are stored as {name}, expected one of {', '.join(_FLOATS)}",
+            file=checkpoint.directory,
+            fix="prune the unquantised model",
+        )
+    return _FLOATS[name]
+
+
+class SourceModel:
+    """A dense safetensors directory as a model of which only the parts in use take memory.
+
+    ``network`` has all parameters on the meta device; :meth:`resident` lends a module its tensors, on
+    ``device`` in ``dtype`` (default: fp32 on CPUs, elsewhere as stored). Buffers that no file holds
+    (rotary frequencies) are real from the start. ``layers`` are its decoder layers. Fused linears are
+    split, in the network and in ``checkpoint`` (:mod:`vllm_spense.pruning.conversion`).
+
+    Raises :class:`CheckpointError` naming file and tensor for a tensor that is missing or has another
+    shape, :class:`UnsupportedModelError` for other architectures, ``ValueError`` for a Spense
+    directory. All of that is found here, from headers, before any tensor is read.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = SourceCheckpoint(directory)
+        if self.checkpoint.quantization is not None:
+            raise ValueError(f"{directory} is a Spense checkpoint already; prune the dense model instead")
+        self.device = device
+        self.stored_dtype = _stored_dtype(self.checkpoint)
+        default = torch.float32 if device.type == "cpu" else self.stored_dtype
+        self.dtype = default if dtype is None else dtype
+        self.network: Any = meta_network(directory, self.dtype)
+        self.layers: list[DecoderLayer] = decoder_layers(self.network)
+        self._tied: dict[str, str] = dict(getattr(self.network, "all_tied_weights_keys", None) or {})
+        _fill_buffers(self.network, device)
+        for name, _ in _stored_tensors(self.network, ""):
+            self._read(name, self._header)
+
+    # -- one tensor ------------------------------------------------------------------------------
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The parameter ``name`` of the network as the files hold it, on the CPU in its stored dtype."""
+        return self._read(name, self.checkpoint.load)
+
+    def _read(self, name: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        stored = checkpoint_name(name)
+        if stored not in self.checkpoint.tensors:
+            stored = self._tied.get(stored, stored)
+        value = model_parameter(stored, self.checkpoint.tensors, load)
+        if value is None:
+            problem = "the model of config.json needs this tensor, and it is missing"
+            raise CheckpointError(problem, file=self.checkpoint.directory, tensor=stored, fix=_RESAVE)
+        expected = self.network.get_parameter_or_buffer(name).shape
+        if value.shape != expected:
+            info = self.checkpoint.tensors.get(stored)
+            raise CheckpointError(
+                f"shape {list(value.shape)}, but the model of config.json needs {list(expected)}",
+                file=self.checkpoint.directory if info is None else info.file,
+                tensor=stored,
+                fix=_RESAVE,
+            )
+        return value
+
+    def _header(self, stored: str) -> torch.Tensor:
+        """A tensor of the files on the meta device, from its header."""
+        info = self.checkpoint.tensors[stored]
+        if info.dtype not in _FLOATS:
+            problem = f"dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
+            raise CheckpointError(problem, file=info.file, tensor=stored, fix=_RESAVE)
+        return torch.empty(info.shape, dtype=_FLOATS[info.dtype], device="meta")
+
+    # -- modules ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def resident(self, *modules: nn.Module) -> Iterator[None]:
+        """While open, ``modules`` hold their tensors; then they go back to meta, changes and all."""
+        try:
+            for module in modules:
+                self._load(module)
+            yield
+        finally:
+            for module in modules:
+                for owner, short, tensor in _owned(module):
+                    _put(owner, short, torch.empty_like(tensor, device="meta"))
+
+    def embedding(self) -> list[nn.Module]:
+        """All of the decoder but its layers: what turns tokens into the first layer's arguments."""
+        return [child for name, child in decoder(self.network).named_children() if name != "layers"]
+
+    def _load(self, module: nn.Module) -> None:
+        prefix = next(name for name, found in self.network.named_modules() if found is module)
+        for name, tensor in list(_stored_tensors(module, prefix)):
+            if tensor.is_meta:
+                owner, _, short = name.rpartition(".")
+                # A copy always: a view of the mapped file would keep all of the file mapped.
+                value = self.fetch(name).to(self.device, self.dtype, copy=True)
+                _put(self.network.get_submodule(owner), short, value)
+
+
+def _stored_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Full names of the parameters and buffers that checkpoints hold."""
+    names = {owner: name for name, owner in module.named_modules(prefix=prefix)}
+    for owner, short, tensor in _owned(module):
+        yield f"{names[owner]}.{short}".lstrip("."), tensor
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for owner in module.modules():
+        tensors: dict[str, Any] = dict(owner._parameters)
+        tensors |= {n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set}
+        for short, tensor in tensors.items():
+            if tensor is not None:
+                yield owner, short, tensor
+
+
+def _put(owner: nn.Module, short: str, tensor: torch.Tensor) -> None:
+    is_parameter = short in owner._parameters
+    setattr(owner, short, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def _fill_buffers(network: Any, device: torch.device) -> None:
+    """Give the buffers that no file holds their values, through transformers' own initialisation.
+
+    It is what ``from_pretrained`` does after building on the meta device. NaN finds what it leaves out.
+    """
+    for name, module in network.named_modules():
+        absent = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
+        for short in absent:
+            module._buffers[short] = _unset(module._buffers[short])
+        if absent:
+            network._init_weights(module)
+        for short in absent:
+            buffer = module._buffers[short]
+            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+                raise ValueError(f"{name}.{short}: transformers does not initialise this buffer")
+            module._buffers[short] = buffer.to(device)
+
+
+def _unset(buffer: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device="cpu")
