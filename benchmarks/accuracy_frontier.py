@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -61,7 +62,8 @@ class Row:
         return inherited | self.options
 
     def config(self, seed: int, calibration: Path) -> PruneConfig:
-        return PruneConfig(seed=seed, calibration=str(calibration), **(self.settings() or {}))
+        config = PruneConfig(seed=seed, calibration=str(calibration), **(self.settings() or {}))
+        return config if config.needs_calibration else config.model_copy(update={"calibration": None})
 
     @property
     def seeded(self) -> bool:
@@ -198,7 +200,7 @@ class Store:
 
     def save(self, name: str, figures: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with lock(self.path.with_name(f".{self.path.name}.lock"), wait=True):
+        with lock(self.path.parent, wait=True):  # not the file itself, which each write replaces
             results = read(self.path)
             known = self._current(results) or {"settings": self.settings}
             made = provenance() | {"environment": environment()}
@@ -212,14 +214,19 @@ class Store:
 
 @contextmanager
 def lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a file as a lock; the system lets go of it when the process ends, however it ends."""
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    """Hold a file or directory as a lock; the system lets go of it when the process ends, however it ends."""
+    if not path.exists():
+        path.touch()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        mine = True
+    except BlockingIOError:
+        mine = False
+    try:
+        yield mine
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -54,15 +54,20 @@ ROWS = [
         {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0},
     ),
     Row("wanda", "Wanda, strict 2:4", "50 %", {"method": "wanda", "dense_ratio": 0}),
-    Row("sparsegpt", "SparseGPT, strict 2:4", "50 %", {"dense_ratio": 0}),
-    Row("spensegpt+0.25", "SpenseGPT+, dense ratio 0.25", "37.5 %", {"dense_ratio": 0.25}),
+    Row("sparsegpt", "SparseGPT, strict 2:4", "50 %", {"preset": "sparsegpt"}),
+    Row(
+        "spensegpt+0.25",
+        "SpenseGPT+, dense ratio 0.25",
+        "37.5 %",
+        {"preset": "spensegpt+", "dense_ratio": 0.25},
+    ),
     Row(
         "spensegpt0.5",
         "SpenseGPT, dense ratio 0.5",
         "25 %",
         {"selection": "spensegpt", "dense_ratio": 0.5},
     ),
-    Row("spensegpt+0.5", "SpenseGPT+, dense ratio 0.5", "25 %", {"dense_ratio": 0.5}),
+    Row("spensegpt+0.5", "SpenseGPT+, dense ratio 0.5", "25 %", {"preset": "spensegpt+", "dense_ratio": 0.5}),
 ]
 
 

@@ -80,6 +80,15 @@ def test_one_wrong_span_comes_from_the_same_document() -> None:
     assert checked
 
 
+def test_wrong_spans_differ_although_the_text_repeats_itself() -> None:
+    """Behind each token stand three spans, the commonest of them in nine documents of ten."""
+    common = [[0, 1, 2, 3] * 20 for _ in range(36)]
+    rare = [[0, 4 + i, 2, 3] * 20 for i in range(4)]
+    items = make_items([*common, *rare], context=8, span=3)
+    for spans in items.spans.tolist():
+        assert len({tuple(span) for span in spans}) == 4
+
+
 def test_documents_without_items() -> None:
     with pytest.raises(ValueError, match="no document gives an item of 32 \\+ 12 tokens"):
         make_items(documents(10, 43))

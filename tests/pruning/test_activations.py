@@ -43,7 +43,7 @@ def test_layer_by_layer_equals_the_whole_model(kind: str, replay: bool, dense: i
     before = inputs.hidden.clone()
     for index, layer in enumerate(decoder_layers(model)):
         if replay:  # as the pruner does it, with nothing pruned
-            pruner = LayerPruner(PruneConfig(calibration="x"), inputs)
+            pruner = LayerPruner(PruneConfig(preset="spensegpt+", calibration="x"), inputs)
             seen = pruner._observe(index, layer, layer.mlp, dense)
             _, kept = pruner._observe_down(index, layer, layer.mlp, seen)
             assert (seen.down_squares is not None) == (dense == 32)

@@ -73,7 +73,7 @@ def family(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             return result
 
         out = root / f"{kind}-{weight_dtype}"
-        options = {"num_samples": 4, "seq_len": 64, "weight_dtype": weight_dtype}
+        options = {"preset": "spensegpt+", "num_samples": 4, "seq_len": 64, "weight_dtype": weight_dtype}
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             patch.setattr(LayerPruner, "prune", spy)

@@ -20,6 +20,7 @@ from vllm_spense.pruning import PruneConfig, PruneProgress, prune
 from vllm_spense.pruning.adapters import UnsupportedModelError
 from vllm_spense.pruning.calibration import sample_windows, tokenize
 from vllm_spense.pruning.hessian import Hessian, output_error
+from vllm_spense.pruning.solve import Solver
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down"))
 DENSE = 128  # the multiple of 64 nearest to half of 208 (rounded up)
@@ -28,7 +29,13 @@ SPARSE = INTER - DENSE
 
 def options(text: Path | None, **changes: Any) -> PruneConfig:
     calibration = None if text is None else str(text)
-    base = {"calibration": calibration, "num_samples": 8, "seq_len": 64, "weight_dtype": "bf16"}
+    base = {
+        "preset": "spensegpt+",
+        "calibration": calibration,
+        "num_samples": 8,
+        "seq_len": 64,
+        "weight_dtype": "bf16",
+    }
     return PruneConfig(**(base | changes))
 
 
@@ -217,7 +224,6 @@ def test_permutation_alone_leaves_the_function(
     from transformers import AutoModelForCausalLM
 
     from vllm_spense.pruning import pipeline
-    from vllm_spense.pruning.layer import LayerPruner
 
     stored: dict[str, torch.Tensor] = {}
 
@@ -229,7 +235,7 @@ def test_permutation_alone_leaves_the_function(
                 stored[f"{name}.bias"] = bias[pruned.row_order[name]]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LayerPruner, "_solver", lambda *_: lambda matrix, layout: matrix)
+    monkeypatch.setattr(Solver, "prune", lambda _self, matrix, layout: matrix)
     monkeypatch.setattr(pipeline, "pack_layer", keep)
     with pytest.raises(KeyboardInterrupt):
         prune(dense_model, tmp_path / "out", options(text_file))

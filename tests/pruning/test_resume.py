@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import random
@@ -59,7 +58,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(text: Path | None, **changes: Any) -> PruneConfig:
     calibration = None if text is None else str(text)
-    return PruneConfig(**({"calibration": calibration, "num_samples": 8, "seq_len": 96} | changes))
+    return PruneConfig(
+        **({"preset": "spensegpt+", "calibration": calibration, "num_samples": 8, "seq_len": 96} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +190,14 @@ def test_killed_at_random_moments(model: Path, text: Path, whole: dict[str, byte
     assert kills > 1
 
 
-def test_killed_in_front_of_every_third_step_to_the_disk(
+def test_killed_in_front_of_every_fifth_step_to_the_disk(
     model: Path, text: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Layers, records, assembling, the rename of OUT and what follows it: all are marked by an fsync."""
     assert run_child(model, tmp_path / "whole" / "out", text) == 0
     last = int((tmp_path / "steps").read_text())
     assert last > 4 * LAYERS
-    for step in (*range(1, last, 3), last):
+    for step in (*range(1, last, 5), last):
         out = tmp_path / str(step) / "out"
         assert run_child(model, out, text, kill_at_sync=step) == -signal.SIGKILL
         assert out.exists() == (step == last), "the last step is behind the rename"

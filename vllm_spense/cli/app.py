@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -32,13 +32,26 @@ Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", s
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
-    method: Annotated[Literal["obs", "wanda", "magnitude"], typer.Option(help="2:4 solver")] = "obs",
+    preset: Annotated[
+        Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"] | None,
+        typer.Option(help="Named settings that the options below override \\[default: guided]"),
+    ] = None,
+    method: Annotated[Literal["obs", "wanda", "magnitude"] | None, typer.Option(help="2:4 solver")] = None,
     selection: Annotated[
-        Literal["spensegpt", "spensegpt+"], typer.Option(help="How dense indices are chosen")
-    ] = "spensegpt+",
+        Literal["spensegpt", "spensegpt+", "fisher"] | None,
+        typer.Option(help="How dense indices are chosen"),
+    ] = None,
     dense_ratio: Annotated[
-        float, typer.Option(help="Dense share of each MLP; 0 is strict 2:4", min=0, max=1)
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Dense share of the MLPs; 0 is strict 2:4 \\[default: 0.5]", min=0, max=1),
+    ] = None,
+    allocation: Annotated[
+        Literal["uniform", "bytes", "time"] | None,
+        typer.Option(help="The same dense share in each layer, or one budget of bytes or of decode time"),
+    ] = None,
+    refit: Annotated[int | None, typer.Option(help="Least-squares iterations on kept weights", min=0)] = None,
+    refine: Annotated[int | None, typer.Option(help="Rounds of choosing better pairs", min=0)] = None,
+    gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
     calibration: Annotated[str | None, typer.Option(help="Text file, or Hugging Face dataset name")] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
@@ -66,10 +79,18 @@ def prune(
     from vllm_spense.pruning import PruneConfig
     from vllm_spense.pruning import prune as run
 
+    methods: dict[str, Any] = {
+        "preset": preset,
+        "method": method,
+        "selection": selection,
+        "dense_ratio": dense_ratio,
+        "allocation": allocation,
+        "refit": refit,
+        "refine": refine,
+        "gradient_samples": gradient_samples,
+    }
     config = PruneConfig(
-        method=method,
-        selection=selection,
-        dense_ratio=dense_ratio,
+        **{name: value for name, value in methods.items() if value is not None},
         calibration=calibration,
         num_samples=num_samples,
         seq_len=seq_len,

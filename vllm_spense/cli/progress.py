@@ -44,12 +44,18 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
     """One printed line per layer: losses of its modules, time so far and time left."""
 
     def step(event: PruneProgress) -> None:
+        if event.stage == "gradient":
+            if event.layer * 4 % event.layers < 4:  # a line per quarter
+                console.print(
+                    f"gradient pass {event.layer / event.layers:>4.0%}  {_clock(event)}", highlight=False
+                )
+            return
         losses = "  ".join(f"{name.rpartition('.')[2]} {loss:.4f}" for name, loss in event.losses.items())
         losses += "  [dim]done before[/]" if event.restored else ""
-        console.print(
-            f"layer {event.layer:>3}/{event.layers}  {losses}  "
-            f"[dim]{event.elapsed:.0f} s, {event.remaining:.0f} s left[/]",
-            highlight=False,
-        )
+        console.print(f"layer {event.layer:>3}/{event.layers}  {losses}  {_clock(event)}", highlight=False)
 
     yield step
+
+
+def _clock(event: PruneProgress) -> str:
+    return f"[dim]{event.elapsed:.0f} s, {event.remaining:.0f} s left[/]"

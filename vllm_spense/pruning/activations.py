@@ -107,10 +107,27 @@ class LayerInputs:
             self.hidden[i] = self._run(i, index, layer)[0]
 
     def _run(self, sample: int, index: int, layer: nn.Module) -> torch.Tensor:
+        return self.run(index, layer, self.on_device(self.hidden[sample]))
+
+    def on_device(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [seq, hidden] of one sample as the layers take them: [1, seq, hidden]."""
+        return states[None].to(self.device, self._compute_dtype)
+
+    def run(self, index: int, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Output [1, seq, hidden] of layer ``index`` for such states."""
         args, kwargs = self._arguments[index]
-        states = self.hidden[sample, None].to(self.device, self._compute_dtype)
         output = layer(states, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def standing_in(self, model: nn.Module, sample: int) -> Iterator[torch.Tensor]:
+        """While open, ``model``'s layers pass on the states of ``sample`` instead of computing.
+
+        Yields these states, a leaf whose gradient a caller can ask for.
+        """
+        states = self.on_device(self.hidden[sample]).requires_grad_()
+        with _recording([layer.module for layer in decoder_layers(model)], lambda *_: states):
+            yield states
 
 
 @contextmanager

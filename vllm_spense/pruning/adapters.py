@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_spense.format import Layout
 from vllm_spense.pruning.conversion import checkpoint_name
 
 _FORMS = (
@@ -35,6 +36,24 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class MlpShape:
+    """Extents of an MLP: ``inner`` linears [intermediate, hidden], and down [outputs, intermediate]."""
+
+    hidden: int
+    intermediate: int
+    outputs: int
+    inner: int
+
+    def layouts(self, dense: int) -> tuple[Layout, Layout]:
+        """Of an inner linear and of down with ``dense`` dense indices; ``ValueError`` where none fits."""
+        sparse = self.intermediate - dense
+        rows = Layout("output", self.intermediate, self.hidden, sparse)
+        if not sparse:  # the one spelling of a dense layer
+            return rows, Layout("output", self.outputs, self.intermediate, 0)
+        return rows, Layout("input", self.outputs, self.intermediate, sparse)
+
+
+@dataclass(frozen=True)
 class Mlp:
     """One prunable MLP. ``inner``: full checkpoint name to linear [I, K], gate before up; ``down`` [K, I].
 
@@ -49,6 +68,11 @@ class Mlp:
     @property
     def intermediate(self) -> int:
         return self.down.in_features
+
+    @property
+    def shape(self) -> MlpShape:
+        outputs, intermediate = self.down.weight.shape
+        return MlpShape(self.reader.in_features, intermediate, outputs, len(self.inner))
 
     @property
     def reader(self) -> nn.Linear:

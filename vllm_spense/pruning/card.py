@@ -6,6 +6,11 @@ from typing import Any
 
 from vllm_spense.pruning.config import PruneConfig
 
+_SELECTIONS = {
+    "spensegpt": "the last ones",
+    "spensegpt+": "the highest scored",
+    "fisher": "those that would cost the most loss as 2:4",
+}
 _METHODS = {"obs": "OBS (SparseGPT)", "wanda": "Wanda", "magnitude": "magnitude"}
 
 
@@ -19,7 +24,7 @@ def model_card(
 ) -> str:
     """Markdown text: what the model is, how it was made, what was lost per layer, how to serve it."""
     weights = "FP8 (e4m3, one scale per output channel)" if config.weight_dtype == "fp8" else "bf16"
-    selected = {"spensegpt": "the last ones", "spensegpt+": "the highest scored"}[config.selection]
+    selected = _SELECTIONS[config.selection]
     calibration = provenance["calibration"]
     if calibration is None:
         data = "none (data-free)"

@@ -7,19 +7,53 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["obs", "wanda", "magnitude"]
-Selection = Literal["spensegpt", "spensegpt+"]
+Selection = Literal["spensegpt", "spensegpt+", "fisher"]
+Allocation = Literal["uniform", "bytes", "time"]
+Preset = Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"]
 WeightDtype = Literal["fp8", "bf16"]
 Positive = Annotated[int, Field(ge=1)]
+
+
+_PAPER: dict[str, Any] = {
+    "method": "obs",
+    "selection": "spensegpt+",
+    "allocation": "uniform",
+    "refit": 0,
+    "refine": 0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "guided": {
+        "method": "obs",
+        "selection": "fisher",
+        "allocation": "bytes",
+        "refit": 8,
+        "refine": 4,
+    },
+    "spensegpt+": _PAPER,
+    "spensegpt": _PAPER | {"selection": "spensegpt"},
+    "sparsegpt": _PAPER | {"dense_ratio": 0.0},
+    "wanda": _PAPER | {"method": "wanda", "dense_ratio": 0.0},
+    "magnitude": _PAPER | {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0.0},
+}
+"""Named settings. The paper's are exactly those of arXiv 2606.10445; the last three prune strictly."""
 
 
 class PruneConfig(BaseModel):
     """Options of :func:`vllm_spense.pruning.prune`; raises ``pydantic.ValidationError`` (a ValueError).
 
+    ``preset`` fills in what is not given (:data:`PRESETS`). It is ``guided``, unless ``method`` or
+    ``selection`` is given: these start from the paper's ``spensegpt+``.
+
     ``dense_ratio``: part of the intermediate dimension that stays dense; 0 is strict 2:4 everywhere in
-    the MLP, 1 leaves it dense. ``calibration``: a text file, or a dataset name ``org/name``.
+    the MLP, 1 leaves it dense. ``allocation``: the same ratio in every layer, or one budget of bytes or
+    of predicted decode time for all. ``selection`` ``fisher`` and such a budget rest on a gradient pass
+    over the first ``gradient_samples`` windows. ``refit``: iterations of least squares on the kept
+    weights; ``refine``: rounds in which better pairs are chosen.
+
+    ``calibration``: a text file, or a dataset name ``org/name``.
     ``damping``: part of the Hessian's mean diagonal that is added to it. ``alignment``: the dense count
     is a multiple of it. ``max_tp``: the largest tensor-parallel size to promise if the extents allow
-    it. ``strict``: an ill-conditioned Hessian is an error, not a warning.
+    it. ``strict``: every warning is an error.
 
     ``cache_activations``: where hidden states wait for their layer, in host memory or in mapped files.
     ``resume`` continues an unfinished run into the same directory if there is one, ``restart`` discards it.
@@ -27,8 +61,13 @@ class PruneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: Preset = "guided"
     method: Method = "obs"
-    selection: Selection = "spensegpt+"
+    selection: Selection = "fisher"
+    allocation: Allocation = "bytes"
+    refit: Annotated[int, Field(ge=0, le=1000)] = 8
+    refine: Annotated[int, Field(ge=0, le=1000)] = 4
+    gradient_samples: Positive = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     calibration: str | None = None
     num_samples: Positive = 64
@@ -44,6 +83,23 @@ class PruneConfig(BaseModel):
     cache_activations: Literal["host", "disk"] = "host"
     resume: bool = False
     restart: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        default = "spensegpt+" if {"method", "selection"} & set(given) else "guided"
+        preset = given.get("preset", default)
+        return PRESETS.get(preset, {}) | {"preset": preset} | given
+
+    @model_validator(mode="after")
+    def _refined_obs(self) -> PruneConfig:
+        if self.refine and not self.refit:
+            raise ValueError("refine chooses pairs between least squares: give refit iterations, too")
+        if (self.refit or self.refine) and self.method != "obs":
+            raise ValueError(f"refit and refine improve method 'obs', not {self.method!r}")
+        return self
 
     @model_validator(mode="after")
     def _calibrated(self) -> PruneConfig:
@@ -69,6 +125,15 @@ class PruneConfig(BaseModel):
     @property
     def needs_calibration(self) -> bool:
         """Whether input statistics decide anything at this method, selection and dense ratio."""
-        selects = self.selection == "spensegpt+" and 0 < self.dense_ratio < 1
         solves = self.method != "magnitude" and self.dense_ratio < 1
-        return selects or solves
+        return self.scores_indices or self.needs_gradient or solves
+
+    @property
+    def scores_indices(self) -> bool:
+        """Whether each layer ranks its own indices by SpenseGPT+'s score."""
+        return self.selection == "spensegpt+" and 0 < self.dense_ratio < 1
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the whole model's indices are compared by what they cost in loss."""
+        return (self.selection == "fisher" or self.allocation != "uniform") and 0 < self.dense_ratio < 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
@@ -22,14 +21,8 @@ from vllm_spense.pruning.adapters import DecoderLayer, Mlp
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.conversion import checkpoint_name
 from vllm_spense.pruning.hessian import Hessian, output_error
-from vllm_spense.pruning.selection import dense_count, index_scores, permutation
-from vllm_spense.pruning.solvers import (
-    Factor,
-    factorize,
-    prune_magnitude,
-    prune_obs,
-    prune_wanda,
-)
+from vllm_spense.pruning.selection import DenseChoice, dense_count, index_scores, permutation
+from vllm_spense.pruning.solve import Solver
 
 KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""
@@ -65,13 +58,17 @@ class _Observed:
 class LayerPruner:
     """Prunes layer after layer of one model under one configuration.
 
-    ``inputs`` is None for methods that need no calibration. The model's linears hold the rounded
-    weights afterwards, so that the next layer is calibrated on what will be served.
+    ``inputs`` is None for methods that need no calibration; ``choice`` is None where each layer ranks its
+    own indices and keeps the same share of them. The model's linears hold the rounded weights afterwards,
+    so that the next layer is calibrated on what will be served.
     """
 
-    def __init__(self, config: PruneConfig, inputs: LayerInputs | None) -> None:
+    def __init__(
+        self, config: PruneConfig, inputs: LayerInputs | None, choice: DenseChoice | None = None
+    ) -> None:
         self.config = config
         self.inputs = inputs
+        self.choice = choice
 
     def prune(self, index: int, layer: DecoderLayer) -> PrunedLayer:
         """Prune MLP and round all linears of ``layer`` where it is, then advance the inputs.
@@ -81,7 +78,7 @@ class LayerPruner:
         Raises :class:`CheckpointError` for NaN or infinity in weights or inputs, ``ValueError`` for
         sizes that no layout fits, :class:`SolverError` when OBS fails.
         """
-        result = PrunedLayer({}, self.layouts(layer))
+        result = PrunedLayer({}, self.layouts(index, layer))
         self._check_weights(layer)
         if self.config.weight_dtype == "fp8":
             for name, linear in layer.dense.items():
@@ -96,25 +93,20 @@ class LayerPruner:
         dense = result.layouts[next(iter(mlp.inner))].dense
         seen = self._observe(index, layer, mlp, dense)
         h_in = None if seen is None else seen.h_in
-        order = self._permute(mlp, dense, seen)
+        order = self._permute(index, mlp, dense, seen)
         result.row_order = dict.fromkeys(mlp.inner, order)
-        solve_in = self._solver(h_in, " and ".join(mlp.inner), result)
+        solver = Solver(self.config, h_in, " and ".join(mlp.inner))
         for name, linear in mlp.inner.items():
-            original = linear.weight.to(torch.float32, copy=True)
-            self._store(result, name, linear, solve_in(original, result.layouts[name]))
-            result.losses[name] = output_error(linear.weight - original, original, h_in)
+            self._solve(result, solver, name, linear)
         # The inner linears are pruned now, so down sees other inputs than before.
         h_down, kept = (None, []) if seen is None else self._observe_down(index, layer, mlp, seen)
-        name, original = mlp.down_name, mlp.down.weight.to(torch.float32, copy=True)
-        pruned = self._solver(h_down, name, result)(original, result.layouts[name])
-        self._store(result, name, mlp.down, pruned)
-        result.losses[name] = output_error(mlp.down.weight - original, original, h_down)
+        self._solve(result, Solver(self.config, h_down, mlp.down_name), mlp.down_name, mlp.down)
         if seen is not None:
             self._advance(index, layer, mlp, seen, kept)
 
-    def layouts(self, layer: DecoderLayer) -> dict[str, Layout]:
+    def layouts(self, index: int, layer: DecoderLayer) -> dict[str, Layout]:
         """Regions of every packed linear of ``layer``; ``ValueError`` for sizes that no layout fits."""
-        layouts = {} if layer.mlp is None else self._mlp_layouts(layer.mlp)
+        layouts = {} if layer.mlp is None else self._mlp_layouts(index, layer.mlp)
         if self.config.weight_dtype == "fp8":
             layouts |= {
                 name: Layout("output", linear.out_features, linear.in_features, 0)
@@ -122,17 +114,15 @@ class LayerPruner:
             }
         return layouts
 
-    def _mlp_layouts(self, mlp: Mlp) -> dict[str, Layout]:
-        intermediate, hidden = mlp.intermediate, mlp.reader.in_features
-        dense = dense_count(intermediate, self.config.dense_ratio, self.config.alignment)
-        sparse = intermediate - dense
+    def _mlp_layouts(self, index: int, mlp: Mlp) -> dict[str, Layout]:
+        if self.choice is None:
+            dense = dense_count(mlp.intermediate, self.config.dense_ratio, self.config.alignment)
+        else:
+            dense = self.choice.counts[index]
         try:
-            rows = Layout("output", intermediate, hidden, sparse)
-            cols = Layout("input", mlp.down.out_features, intermediate, sparse)
+            rows, cols = mlp.shape.layouts(dense)
         except ValueError as error:
             raise ValueError(f"{mlp.name}: {error}") from None
-        if not sparse:  # the one spelling of a dense layer
-            cols = Layout("output", mlp.down.out_features, intermediate, 0)
         return dict.fromkeys(mlp.inner, rows) | {mlp.down_name: cols}
 
     def _check_weights(self, layer: DecoderLayer) -> None:
@@ -221,9 +211,11 @@ class LayerPruner:
 
     # -- changes ---------------------------------------------------------------------------------
 
-    def _permute(self, mlp: Mlp, dense: int, seen: _Observed | None) -> torch.Tensor:
+    def _permute(self, index: int, mlp: Mlp, dense: int, seen: _Observed | None) -> torch.Tensor:
         """Move the dense indices to the end in all linears; returns the order [I] on the CPU."""
         scores = None
+        if self.choice is not None and self.choice.costs is not None:
+            scores = self.choice.costs[index]
         inner = list(mlp.inner.values())
         if seen is not None and seen.down_squares is not None:
             weights = [linear.weight.float() for linear in inner]
@@ -237,31 +229,12 @@ class LayerPruner:
         mlp.down.weight.copy_(mlp.down.weight[:, order])
         return on_cpu
 
-    def _solver(self, h: torch.Tensor | None, name: str, result: PrunedLayer):
-        """A function (weight, layout) -> pruned weight for layers whose input Hessian is ``h``."""
-        config = self.config
-        if config.method == "magnitude" or h is None:
-            return prune_magnitude
-        if config.method == "wanda":
-            return lambda weight, layout: prune_wanda(weight, layout, h)
-        factor: Factor | None = None
-
-        def solve(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
-            nonlocal factor
-            if not layout.sparse:
-                return weight
-            if factor is None:
-                factor = factorize(h, config.damping, name=name, strict=config.strict)
-                if factor.escalations:
-                    result.damping[name] = factor.damping
-                    warnings.warn(
-                        f"{name}: the input Hessian needed damping {factor.damping:g} instead of "
-                        f"{config.damping:g}; more calibration text may prune better",
-                        stacklevel=2,
-                    )
-            return prune_obs(weight, layout, factor, config.block_size)
-
-        return solve
+    def _solve(self, result: PrunedLayer, solver: Solver, name: str, linear: nn.Linear) -> None:
+        original = linear.weight.to(torch.float32, copy=True)
+        self._store(result, name, linear, solver.prune(original, result.layouts[name]))
+        result.losses[name] = output_error(linear.weight - original, original, solver.h)
+        if solver.raised_damping is not None:
+            result.damping[solver.name] = solver.raised_damping
 
     def _store(self, result: PrunedLayer, name: str, linear: nn.Linear, weight: torch.Tensor) -> None:
         """Keep ``weight`` for packing, and put its rounded values into ``linear``."""

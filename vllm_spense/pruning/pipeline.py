@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.format.writer import check_target
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, warn_about_experts
+from vllm_spense.pruning.allocation import dense_counts
 from vllm_spense.pruning.calibration import CalibrationText, read_calibration, sample_windows, tokenize
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import fingerprint
@@ -29,7 +30,12 @@ from vllm_spense.pruning.output import (
     write_rest,
 )
 from vllm_spense.pruning.resume import LayerRecord, WorkDirectory
+from vllm_spense.pruning.selection import DenseChoice
+from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
+
+MAX_GRADIENT_TOKENS = 2048
+"""A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class PruneProgress:
     """State after one layer: 1-based ``layer`` of ``layers``, losses per MLP module, seconds.
 
     ``restored``: the layer was finished by an earlier run and only the hidden states were computed.
+    ``stage`` ``gradient``: nothing is pruned yet; each layer is counted forward and backward.
     """
 
     layer: int
@@ -45,6 +52,7 @@ class PruneProgress:
     elapsed: float
     remaining: float
     restored: bool = False
+    stage: Literal["gradient", "layers"] = "layers"
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,11 @@ def prune(
         windows = None if text is None else _windows(directory, text, config)
         made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
+        choice = None
+        if windows is not None and config.needs_gradient:
+            choice = _choose(source, windows, config, work, finished, started, progress)
         inputs = None if windows is None else _embed(source, windows, config, work)
-        records = _LayerLoop(work, source, config, inputs, started, progress).run(finished)
+        records = _LayerLoop(work, source, config, inputs, choice, started, progress).run(finished)
 
         def check(checkpoint: Path) -> None:
             check_checkpoint(Checkpoint(checkpoint))
@@ -138,6 +149,7 @@ class _LayerLoop:
         source: SourceModel,
         config: PruneConfig,
         inputs: LayerInputs | None,
+        choice: DenseChoice | None,
         started: float,
         progress: Callable[[PruneProgress], None] | None,
     ) -> None:
@@ -145,7 +157,7 @@ class _LayerLoop:
         self.source = source
         self.config = config
         self.inputs = inputs
-        self.pruner = LayerPruner(config, inputs)
+        self.pruner = LayerPruner(config, inputs, choice)
         self.started = started
         self.progress = progress
 
@@ -200,6 +212,34 @@ def _windows(directory: Path, text: CalibrationText, config: PruneConfig) -> tor
 
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     return sample_windows(tokenize(tokenizer, text.text), config.num_samples, config.seq_len, config.seed)
+
+
+def _choose(
+    source: SourceModel,
+    windows: torch.Tensor,
+    config: PruneConfig,
+    work: WorkDirectory,
+    finished: int,
+    started: float,
+    progress: Callable[[PruneProgress], None] | None,
+) -> DenseChoice:
+    """What each index costs and how many stay dense in each layer, after a gradient pass or from the last."""
+
+    def step(done: int, steps: int) -> None:
+        if progress is not None:
+            elapsed = time.monotonic() - began
+            left = elapsed / done * (steps - done)
+            progress(PruneProgress(done, steps, {}, time.monotonic() - started, left, stage="gradient"))
+
+    began = time.monotonic()
+    if finished:
+        costs = work.read_costs()
+    else:
+        some = windows[: config.gradient_samples, :MAX_GRADIENT_TOKENS]
+        costs = index_costs(source, _embed(source, some, config, work), some, step)
+        work.save_costs(costs)
+    shapes = [None if layer.mlp is None else layer.mlp.shape for layer in source.layers]
+    return DenseChoice(dense_counts(costs, shapes, config), costs if config.selection == "fisher" else None)
 
 
 def _embed(

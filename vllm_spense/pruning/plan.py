@@ -130,7 +130,7 @@ class _Sizes:
         self.tokens = config.num_samples * config.seq_len if self.calibrated else 0
 
     def layer(self, layer: DecoderLayer) -> LayerPlan:
-        layouts = self.pruner.layouts(layer)
+        layouts = self.pruner.layouts(0, layer)  # at the same dense ratio everywhere
         flop, flop_fp32, columns = self._work(layer, layouts)
         fast, slow = self.rates
         return LayerPlan(
@@ -191,7 +191,7 @@ class _Sizes:
         if mlp is None:
             return flop, 0.0, 0
         inner = sum(2 * tokens * linear.weight.numel() for linear in mlp.inner.values())
-        scored = self.config.selection == "spensegpt+" and 0 < self.config.dense_ratio < 1
+        scored = self.config.scores_indices
         passes = scored + 1 + (not self._keeps(mlp))
         flop += passes * inner + 2 * tokens * mlp.down.weight.numel()
         sides = (mlp.reader.in_features, mlp.intermediate)

@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from vllm_spense.format import ModuleSpec
 from vllm_spense.format.manifest import MANIFEST_NAME, sha256
 from vllm_spense.format.writer import save_shard, sync
 
-_STATE, _LOCK = "state.json", "lock"
+_STATE, _LOCK, _COSTS = "state.json", "lock", "costs.safetensors"
 _STATE_VERSION = 1
 
 
@@ -132,6 +133,19 @@ class WorkDirectory:
         modules = {name: ModuleSpec(**spec) for name, spec in raw.pop("modules").items()}
         return LayerRecord(modules=modules, **raw)
 
+    def save_costs(self, costs: list[torch.Tensor]) -> None:
+        """Keep what the gradient pass found, per layer, for as long as layers made from it are kept."""
+        partial = self.path / "partial.safetensors"
+        save_shard({str(index): cost for index, cost in enumerate(costs)}, partial)
+        sync(partial)
+        partial.rename(self.path / _COSTS)
+        sync(self.path)
+
+    def read_costs(self) -> list[torch.Tensor]:
+        """What :meth:`save_costs` kept."""
+        stored = load_file(self.path / _COSTS)
+        return [stored[str(index)] for index in range(len(stored))]
+
     # -- the end ---------------------------------------------------------------------------------
 
     def announce(self, checkpoint: Path) -> None:
@@ -184,6 +198,7 @@ class WorkDirectory:
     def _clear(self, keep: int) -> None:
         """Remove all but the lock, the state and the first ``keep`` layers."""
         kept = {_LOCK, _STATE} | {p.name for i in range(keep) for p in (self._record(i), self.shard(i))}
+        kept |= {_COSTS} if keep else set()
         # Sorted: a layer's record goes before its tensors. The state goes last of all, in _remove, since
         # it knows whether the run is published.
         for path in sorted(self.path.iterdir()):

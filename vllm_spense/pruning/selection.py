@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,15 @@ from vllm_spense.format.layout import META_GROUP
 from vllm_spense.pruning.solvers import element_scores
 
 _EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class DenseChoice:
+    """A choice made for the whole model at once: per layer the size of D and, where the dense indices are
+    those that would cost the most loss, what each index costs [I]."""
+
+    counts: list[int]
+    costs: list[torch.Tensor] | None
 
 
 def dense_count(intermediate: int, dense_ratio: float, alignment: int) -> int:

@@ -1,0 +1,106 @@
+"""Better 2:4 weights than one OBS sweep leaves: least squares on the kept weights, and better pairs.
+
+Both minimise the layer's squared output error, row by row, with H the input Hessian:
+``tr((W - W*) H (W - W*)ᵀ)`` over weights that are 2:4 in the sparse region. OBS (SparseGPT) decides from
+left to right and never comes back; here every kept weight answers to every other one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_spense.format.layout import GROUP
+
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+"""What may be kept of a group of four."""
+_ROWS = 4096
+"""Rows refined at a time: bounds the temporaries (about twelve of rows x K)."""
+_TINY = 1e-30
+
+
+def refit(
+    weight: torch.Tensor, kept: torch.Tensor, h: torch.Tensor, target: torch.Tensor, iterations: int
+) -> torch.Tensor:
+    """Move the ``kept [N, K]`` (0 or 1) entries of ``weight [N, K]`` fp32 towards their least squares.
+
+    Conjugate gradients on ``W H = target`` restricted to kept entries, preconditioned by the diagonal, all
+    rows at once (each with its own step). ``h [K, K]`` is positive definite, ``target [N, K]`` = W* H.
+    Returns a new tensor; entries that are not kept must be zero, and stay so.
+    """
+    diagonal = h.diagonal()
+    residual = (target - weight @ h) * kept
+    scaled = residual / diagonal
+    direction = scaled.clone()
+    energy = (residual * scaled).sum(1, keepdim=True)
+    for _ in range(iterations):
+        image = (direction @ h) * kept
+        step = energy / ((direction * image).sum(1, keepdim=True) + _TINY)
+        weight = weight + step * direction
+        residual = residual - step * image
+        scaled = residual / diagonal
+        before, energy = energy, (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + energy / (before + _TINY) * direction
+    return weight
+
+
+def refine(
+    weight: torch.Tensor,
+    sparse: int,
+    h: torch.Tensor,
+    target: torch.Tensor,
+    upper: torch.Tensor,
+    *,
+    rounds: int,
+    iterations: int = 8,
+    compensation: float = 0.5,
+    fraction: float = 0.5,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Refit ``weight [N, K]``, then ``rounds`` times choose better pairs in the first ``sparse`` columns.
+
+    A round compares the six pairs of each group by the loss that they would leave. How far the other
+    weights would make up for a change lies between not at all (curvature H_gg) and perfectly
+    (([H⁻¹]_gg)⁻¹); the curvature used is the ``compensation``-weighted harmonic mean of both.
+    Half of the groups that could gain (``fraction``, at random) change per round, for neighbours that change
+    together make up for the same thing twice; then :func:`refit`. ``upper``: upperᵀ·upper = H⁻¹.
+    """
+    groups = torch.arange(sparse, device=h.device).view(-1, GROUP)
+    inverse = torch.einsum("kgi,kgj->gij", *[upper[:, :sparse].unflatten(1, (-1, GROUP))] * 2)
+    own = torch.linalg.inv(h[groups[:, :, None], groups[:, None, :]])
+    curvature = torch.linalg.inv((1 - compensation) * own + compensation * inverse)
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for part, goal in zip(weight.split(_ROWS), target.split(_ROWS), strict=True):
+        kept = torch.ones_like(part)
+        kept[:, :sparse] = (part[:, :sparse] != 0).float()
+        pairs = kept[:, :sparse].unflatten(1, (-1, GROUP))  # a view
+        part = refit(part, kept, h, goal, iterations)
+        for _ in range(rounds):
+            gradient = (goal - part @ h)[:, :sparse].unflatten(1, (-1, GROUP))
+            better = _best_pairs(part[:, :sparse].unflatten(1, (-1, GROUP)), gradient, curvature)
+            changing = torch.rand(better.shape[:2], generator=generator).to(h.device) < fraction
+            pairs.copy_(torch.where(changing[..., None], better, pairs))
+            part = refit(part * kept, kept, h, goal, iterations)
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _best_pairs(weight: torch.Tensor, gradient: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    """The two of four to keep in each group [N, G, 4] (0 or 1), with curvature [G, 4, 4].
+
+    Around the present weights the loss of a group is quadratic, with its unconstrained minimum where
+    ``curvature · w = gradient + curvature · weight``; a pair's gain is what its own minimum leaves of it.
+    """
+    pull = gradient + torch.einsum("ngi,gij->ngj", weight, curvature)
+    best = torch.full(weight.shape[:2], -torch.inf, device=weight.device)
+    kept = torch.zeros_like(weight)
+    for p, q in PAIRS:
+        a, b, c = curvature[:, p, p], curvature[:, p, q], curvature[:, q, q]
+        x, y = pull[..., p], pull[..., q]
+        gain = (c * x * x - 2 * b * x * y + a * y * y) / (a * c - b * b)
+        better = gain > best
+        best = torch.where(better, gain, best)
+        pair = torch.zeros(GROUP, device=weight.device)
+        pair[[p, q]] = 1
+        kept = torch.where(better[..., None], pair, kept)
+    return kept
