@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_spense.cli.plan import show_plan
-from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers
+from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers, recovery_progress
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -114,6 +114,51 @@ def prune(
         text = ". ".join(_notes(error)) or "nothing was left behind"
         errors.print(f"[red]interrupted:[/] {text}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
+
+
+@app.command()
+def recover(
+    directory: Directory,
+    calibration: Annotated[
+        str, typer.Option(help="Text file, or Hugging Face dataset name", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
+    dense: Annotated[
+        str | None, typer.Option(help="The model that DIRECTORY was pruned from", show_default=False)
+    ] = None,
+    objective: Annotated[
+        Literal["distill", "tokens"],
+        typer.Option(help="Learn the dense model's distributions, or the text's next tokens"),
+    ] = "distill",
+    train: Annotated[
+        Literal["mlp", "all"], typer.Option(help="MLPs and norms, or the linears of attention, too")
+    ] = "mlp",
+    steps: Annotated[int, typer.Option(help="Budget", min=1)] = 60,
+    learning_rate: Annotated[float, typer.Option(help="The highest, behind the warm-up")] = 1e-4,
+    batch: Annotated[int, typer.Option(help="Windows per step", min=1)] = 2,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
+) -> None:
+    """Train the kept weights of a pruned checkpoint for a few minutes; its zeros stay zeros."""
+    from vllm_spense.recovery import RecoveryConfig
+    from vllm_spense.recovery import recover as run
+
+    config = RecoveryConfig(
+        calibration=calibration,
+        objective=objective,
+        train=train,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch=batch,
+        seq_len=seq_len,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    quiet_transformers()
+    with recovery_progress(console) as progress:
+        run(directory, out, config, dense, progress)
     console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from vllm_spense.pruning import PruneProgress
+    from vllm_spense.recovery import RecoveryProgress
 
 
 def quiet_transformers() -> None:
@@ -57,5 +58,19 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
     yield step
 
 
-def _clock(event: PruneProgress) -> str:
+@contextmanager
+def recovery_progress(console: Console) -> Iterator[Callable[[RecoveryProgress], None]]:
+    """One printed line per training step: its loss, tokens per second, time so far and time left."""
+
+    def step(event: RecoveryProgress) -> None:
+        speed = f"{event.tokens_per_second:.0f} tokens/s"
+        console.print(
+            f"step {event.step:>3}/{event.steps}  loss {event.loss:.4f}  {speed}  {_clock(event)}",
+            highlight=False,
+        )
+
+    yield step
+
+
+def _clock(event: PruneProgress | RecoveryProgress) -> str:
     return f"[dim]{event.elapsed:.0f} s, {event.remaining:.0f} s left[/]"

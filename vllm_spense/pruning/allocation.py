@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from vllm_spense.format import FP8_DTYPE
+from vllm_spense.format.layout import META_GROUP
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tune import H200, H200_PROCESSORS
@@ -71,7 +72,7 @@ def allocate(
     money = sum(
         price(shape, dense_count(shape.intermediate, dense_ratio, alignment), budget) for shape in shapes
     )
-    low, high = 0.0, 1.0
+    low, high = 0.0, sum(o.gain(-1) for o in offers) / money or 1.0  # whatever the unit of the costs is
     while sum(o.price(o.best(high)) for o in offers) > money:
         low, high = high, high * 4
     for _ in range(60):  # the exchange rate of loss for money at which the budget is just kept
@@ -98,7 +99,8 @@ class _Offers:
 
     def __init__(self, cost: torch.Tensor, shape: MlpShape, alignment: int, budget: Budget) -> None:
         size = shape.intermediate
-        self.counts = [*range(0, size, alignment), size]
+        counts = [*range(0, size, alignment), size]
+        self.counts = [count for count in counts if (size - count) % META_GROUP == 0]
         avoided = torch.cat([torch.zeros(1), cost.double().cpu().sort(descending=True).values.cumsum(0)])
         self._gains = avoided[self.counts].tolist()
         self._prices = [price(shape, count, budget) for count in self.counts]

@@ -68,7 +68,7 @@ def refine(
     inverse = torch.einsum("kgi,kgj->gij", *[upper[:, :sparse].unflatten(1, (-1, GROUP))] * 2)
     own = torch.linalg.inv(h[groups[:, :, None], groups[:, None, :]])
     curvature = torch.linalg.inv((1 - compensation) * own + compensation * inverse)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     parts = []
     for part, goal in zip(weight.split(_ROWS), target.split(_ROWS), strict=True):
         kept = torch.ones_like(part)

@@ -1,0 +1,148 @@
+"""The streamed gradient pass against one plain backward pass through the whole transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import make_family, pruned_modules
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from vllm_spense.format import CheckpointError
+from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
+from vllm_spense.pruning.sensitivity import DOWN_SHARE, index_costs
+from vllm_spense.pruning.source import SourceModel
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(3, 256, (3, 20), generator=torch.Generator().manual_seed(0))
+KINDS = ["llama", "gemma3_text", "phi", "opt", "phi3", "qwen2_moe", "qwen3_moe"]
+"""GLU; tied head and windows; parallel attention, fc1 and fc2; another tree; fused; shared experts; none."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("models")
+
+    def make(kind: str) -> Path:
+        return root / kind if (root / kind).is_dir() else make_family(kind, root / kind)
+
+    return make
+
+
+@torch.no_grad()
+def streamed(directory: Path, dtype: torch.dtype = torch.float32, allocate=in_memory, steps=None):
+    source = SourceModel(directory, CPU)
+    with source.resident(*source.embedding()):
+        inputs = LayerInputs(source.network, WINDOWS, CPU, dtype=dtype, allocate=allocate)
+    costs = index_costs(source, inputs, WINDOWS, steps)
+    assert all(parameter.is_meta for parameter in source.network.parameters()), "nothing stays in memory"
+    return costs
+
+
+def reference(kind: str, directory: Path) -> list[torch.Tensor]:
+    """Per prunable MLP the costs, by the formula: group by group, row by row, column by column."""
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    state = network.state_dict()
+    entering: dict[str, torch.Tensor] = {}
+    leaving: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, parts: list[str]) -> None:
+        def see(_module, args, output: torch.Tensor) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            for part in parts:
+                entering[part] = entering.get(part, 0) + (x.double() ** 2).sum(0)
+            output.register_hook(see_gradient)
+
+        def see_gradient(gradient: torch.Tensor) -> None:
+            flat = gradient.reshape(-1, gradient.shape[-1]).double() ** 2
+            for part, piece in zip(parts, flat.sum(0).chunk(len(parts)), strict=True):
+                leaving[part] = leaving.get(part, 0) + piece
+
+        network.get_submodule(name).register_forward_hook(see)
+
+    groups = pruned_modules(kind)
+    for names in groups:
+        if kind == "phi3":  # fused here, apart in ours
+            fused = names[0].replace("gate_proj", "gate_up_proj")
+            watch(fused, names[:2])
+            state |= dict(
+                zip([f"{n}.weight" for n in names[:2]], state[f"{fused}.weight"].chunk(2), strict=True)
+            )
+            watch(names[2], names[2:])
+        else:
+            for name in names:
+                watch(name, [name])
+    for window in WINDOWS:
+        logits = network(input_ids=window[None], use_cache=False).logits[0, :-1]
+        cross_entropy(logits, window[1:], reduction="sum").backward()
+    costs = []
+    for *inner, down in groups:
+        weight = state[f"{down}.weight"].double()
+        total = torch.zeros(weight.shape[1], dtype=torch.float64)
+        for i in range(weight.shape[1]):
+            total[i] = DOWN_SHARE * entering[down][i] * (weight[:, i] ** 2 * leaving[down]).sum()
+            for name in inner:
+                row = (state[f"{name}.weight"][i].double() ** 2 * entering[name]).view(-1, 4)
+                lost = sum(float(group.sort().values[:2].sum()) for group in row)
+                total[i] += leaving[name][i] * lost
+        costs.append(total)
+    return costs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_are_those_of_a_plain_backward_pass(kind: str, model) -> None:
+    found, expected = streamed(model(kind)), reference(kind, model(kind))
+    assert len(found) == 3
+    assert [len(cost) > 0 for cost in found] == [kind != "qwen3_moe" or i == 0 for i in range(3)]
+    costs = [cost for cost in found if len(cost)]
+    for cost, wanted in zip(costs, expected, strict=True):
+        assert cost.dtype == torch.float32
+        assert (cost > 0).all()
+        torch.testing.assert_close(cost.double(), wanted, rtol=2e-3, atol=2e-3 * float(wanted.mean()))
+    assert expected[0].max() > 3 * expected[0].median(), "there is something to choose"
+
+
+def test_bf16_between_layers_changes_little(model, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    exact = streamed(model("llama"))
+    rounded = streamed(model("llama"), torch.bfloat16, steps=lambda *step: steps.append(step))
+    for a, b in zip(rounded, exact, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+    assert steps == [(i, 6) for i in range(1, 7)]
+    mapped = streamed(model("llama"), torch.bfloat16, on_disk(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(mapped, rounded, strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"),
+        ("model.layers.0.self_attn.k_proj.weight", r"model\.layers\.0\.self_attn\.k_proj\.weight.*NaN"),
+        ("lm_head.weight", "calibration loss.*NaN or infinite"),
+        ("model.norm.weight", "calibration loss.*NaN or infinite"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_named_where_it_is(tensor: str, message: str, value: float, model, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        streamed(changed(model("llama"), tmp_path, {tensor: value}))
+
+
+def test_states_that_overflow_name_their_layer(model, tmp_path: Path) -> None:
+    huge = {f"model.layers.1.mlp.{p}_proj.weight": 1e38 for p in ("gate", "up", "down")}
+    with pytest.raises(CheckpointError, match=r"module model\.layers\.1: .*NaN or infin"):
+        streamed(changed(model("llama"), tmp_path, huge))
+
+
+def changed(directory: Path, out: Path, values: dict[str, float]) -> Path:
+    for path in directory.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    state = load_file(out / "model.safetensors")
+    for name, value in values.items():
+        state[name].view(-1)[0] = value
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    return out

@@ -1,0 +1,43 @@
+"""What a recovery run is asked to do: checked once, at the border."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Objective = Literal["distill", "tokens"]
+Train = Literal["mlp", "all"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class RecoveryConfig(BaseModel):
+    """Options of :func:`vllm_spense.recovery.recover`; raises ``pydantic.ValidationError`` (a ValueError).
+
+    ``calibration``: a text file, or a dataset name ``org/name``. ``objective``: KL divergence from the
+    dense model's next-token distributions, or cross entropy with the text's own next tokens. ``train``:
+    the MLPs' kept weights and all norms, or those of attention, too. A step reads ``batch`` fresh windows
+    of ``seq_len`` tokens; ``seed`` chooses them. ``learning_rate``: the highest, between a linear warm-up
+    over the first tenth of ``steps`` and a cosine decay to zero.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    calibration: str
+    objective: Objective = "distill"
+    train: Train = "mlp"
+    steps: Positive = 60
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    batch: Positive = 2
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    overwrite: bool = False
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the result: not where the text is and what may be replaced."""
+        return self.model_dump(exclude={"calibration", "overwrite"})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run reads."""
+        return self.steps * self.batch * self.seq_len

@@ -1,0 +1,85 @@
+"""The files of a recovered checkpoint: the old ones with new values, and a note of how they came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_spense.format import Checkpoint, CheckpointWriter, pack_linear
+from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.pruning.calibration import CalibrationText
+from vllm_spense.recovery.config import RecoveryConfig
+from vllm_spense.recovery.student import Student
+
+_CARD = "README.md"
+_OBJECTIVES = {
+    "distill": "towards the dense model's next-token distributions (KL divergence)",
+    "tokens": "on the text's next tokens (cross entropy)",
+}
+_TRAINED = {
+    "mlp": "the MLPs' kept weights and the norms",
+    "all": "the kept weights of all linears and the norms",
+}
+
+
+def write(
+    checkpoint: Checkpoint, out: str | Path, student: Student, config: RecoveryConfig, text: CalibrationText
+) -> None:
+    """Write ``checkpoint`` with the student's values into ``out``, rounded to the dtypes it has now.
+
+    What was not trained is copied bit for bit. Raises ``FileExistsError``, and ``ValueError`` for values
+    that are not finite.
+    """
+    values = dict(pair for trained in student.trained for pair in trained.values())
+    with CheckpointWriter(
+        out, overwrite=config.overwrite, check=lambda path: check_checkpoint(Checkpoint(path))
+    ) as writer:
+        for name in checkpoint.plain_tensors():
+            stored = checkpoint.load(name)
+            writer.add(name, values[name].to(stored.dtype) if name in values else stored)
+        for module in checkpoint.require_spense().modules:
+            for short, tensor in _module(checkpoint, module, values.get(module)).items():
+                writer.add(f"{module}.{short}", tensor)
+        writer.write_config(_config(checkpoint, config, text))
+        writer.copy_side_files(checkpoint.directory)
+        writer.write_text(_CARD, _card(checkpoint.directory, config, text))
+
+
+def _module(checkpoint: Checkpoint, name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors of one module by short name, with ``value [N, K]`` fp32 as its weight (None: its own)."""
+    stored = checkpoint.module_tensors(name)
+    if value is None:
+        return stored
+    dtype = checkpoint.require_spense().torch_dtype
+    return pack_linear(value, checkpoint.layout(name), weight_dtype=dtype, bias=stored.get("bias"))
+
+
+def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationText) -> dict[str, Any]:
+    """config.json, whose provenance has one more entry in ``recovery``."""
+    quantization = checkpoint.require_spense()
+    entry = config.decisive() | {
+        "tokens": config.tokens,
+        "text": {"source": text.source, "sha256": text.sha256},
+    }
+    before = quantization.provenance.get("recovery", [])
+    provenance = quantization.provenance | {"recovery": [*before, entry]}
+    dumped = quantization.model_copy(update={"provenance": provenance}).model_dump(mode="json")
+    return checkpoint.config | {"quantization_config": dumped}
+
+
+def _card(directory: Path, config: RecoveryConfig, text: CalibrationText) -> str:
+    """The checkpoint's model card with a section on this run at its end."""
+    path = directory / _CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {directory.name}\n"
+    return f"""\
+{card.rstrip()}
+
+## Recovery
+
+After pruning, {_TRAINED[config.train]} were trained {_OBJECTIVES[config.objective]}: {config.steps} steps,
+{config.tokens} tokens of {text.source} (SHA-256 {text.sha256[:16]}…), learning rate
+{config.learning_rate:g}. Zeros of the 2:4 regions stayed zeros. Losses per layer in this card are those
+of pruning.
+"""

@@ -1,0 +1,106 @@
+"""The training loop: AdamW on the loss of each step's fresh windows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from vllm_spense.recovery.config import RecoveryConfig
+from vllm_spense.recovery.student import Student
+
+BETAS = (0.9, 0.95)
+"""A run is shorter than the thousand steps that AdamW's usual second moment remembers."""
+MAX_NORM = 1.0
+WARM_UP = 0.1
+
+
+class RecoveryError(ValueError):
+    """The training does not converge: a loss or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class RecoveryProgress:
+    """State after 1-based ``step`` of ``steps``: its ``loss`` (nats per token), speed, seconds."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    elapsed: float
+    remaining: float
+
+
+def train(
+    student: Student,
+    teacher: nn.Module | None,
+    windows: torch.Tensor,
+    config: RecoveryConfig,
+    progress: Callable[[RecoveryProgress], None] | None = None,
+) -> list[float]:
+    """Change the student's trainable parameters in place; returns the mean loss of each step.
+
+    ``windows [steps * batch, seq_len]`` int64. Windows go through one by one, so that the logits of one
+    are in memory, and their gradients add up. ``teacher``: None to learn from the text's next tokens.
+    On CPUs equal arguments give equal parameters. Raises :class:`RecoveryError` naming the step.
+    """
+    device = student.parameters[0].device
+    optimizer = torch.optim.AdamW(student.parameters, lr=0.0, betas=BETAS, weight_decay=0.0)
+    started = time.monotonic()
+    losses: list[float] = []
+    for step, batch in enumerate(windows.to(device).split(config.batch)):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        optimizer.zero_grad()
+        loss = 0.0
+        for window in batch:
+            part = window_loss(student.model, teacher, window) / len(batch)
+            part.backward()
+            loss += float(part.detach())
+        norm = float(nn.utils.clip_grad_norm_(student.parameters, MAX_NORM))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise RecoveryError(
+                f"step {step + 1} of {config.steps}: the loss is {loss}, its gradient's norm {norm}; nothing "
+                f"was written. Try a --learning-rate below {config.learning_rate:g}"
+            )
+        optimizer.step()
+        losses.append(loss)
+        if progress is not None:
+            elapsed = time.monotonic() - started
+            done = step + 1
+            speed = done * batch.numel() / elapsed
+            remaining = elapsed / done * (config.steps - done)
+            progress(RecoveryProgress(done, config.steps, loss, speed, elapsed, remaining))
+    return losses
+
+
+def learning_rate(step: int, config: RecoveryConfig) -> float:
+    """Of the 0-based ``step``: linear up over the first tenth, then half a cosine down to zero."""
+    warm_up = math.ceil(WARM_UP * config.steps)
+    if step < warm_up:
+        return config.learning_rate * (step + 1) / warm_up
+    return config.learning_rate * (1 + math.cos(math.pi * (step - warm_up) / (config.steps - warm_up))) / 2
+
+
+def window_loss(model: nn.Module, teacher: nn.Module | None, window: torch.Tensor) -> torch.Tensor:
+    """Mean loss over the ``seq_len - 1`` next tokens of ``window [seq_len]``, with its graph.
+
+    KL(teacher ‖ model), or without a teacher the cross entropy with the tokens that come.
+    """
+    logits = _logits(model, window)
+    if teacher is None:
+        return cross_entropy(logits, window[1:])
+    with torch.no_grad():
+        wanted = _logits(teacher, window).log_softmax(-1)
+    return kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+
+
+def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """fp32 ``[seq_len - 1, vocabulary]``; matrices are multiplied in bf16 on GPUs, in fp32 on CPUs."""
+    with torch.autocast(window.device.type, torch.bfloat16, enabled=window.is_cuda):
+        return model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
