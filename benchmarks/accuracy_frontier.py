@@ -1,11 +1,12 @@
 """Quality against size and speed: pruning methods on SmolLM2-135M-Instruct, over several calibration seeds.
 
-usage: python benchmarks/accuracy_frontier.py [--rows ROW …] [--seeds 0 1 2] [--split test]
+usage: python benchmarks/accuracy_frontier.py [--rows ROW …] [--seeds 0 1 2] [--split test] [--ablations]
 
 Each row is pruned for bf16 weights (so that rounding plays no part) on 64 windows of 512 tokens of the train
 split, and measured: perplexity, KL divergence and top-1 agreement with the dense model on 32 windows of 512
 tokens of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles; a four-way
-continuation task. Tune with `--split valid`; the documents are made from `--split test` only.
+continuation task. Tune with `--split valid`. The documents show the methods on the test split, and the
+`--ablations` (one option of the default preset changed at a time) on the validation split.
 
 Finished figures in benchmarks/results/accuracy_frontier.json are kept: run it again to go on, start it twice
 to share the work, `--again` to measure once more. A row takes about ten minutes per seed on two cores.
@@ -74,6 +75,9 @@ class Row:
 SPENSEGPT = {"method": "obs", "selection": "spensegpt"}
 SPENSEGPT_PLUS = {"method": "obs", "selection": "spensegpt+"}
 
+GUIDED = {"preset": "guided"}
+FP8 = {"weight_dtype": "fp8"}
+
 ROWS = [
     Row("dense", "dense", None),
     Row("magnitude", "magnitude, strict 2:4", SPENSEGPT | {"method": "magnitude", "dense_ratio": 0}),
@@ -81,17 +85,34 @@ ROWS = [
     Row("sparsegpt", "SparseGPT, strict 2:4", SPENSEGPT_PLUS | {"dense_ratio": 0}),
     Row("spensegpt0.25", "SpenseGPT, dense ratio 0.25", SPENSEGPT | {"dense_ratio": 0.25}),
     Row("spensegpt+0.25", "SpenseGPT+, dense ratio 0.25", SPENSEGPT_PLUS | {"dense_ratio": 0.25}),
+    Row("guided0.25", "guided (ours), dense ratio 0.25", GUIDED | {"dense_ratio": 0.25}),
     Row("spensegpt0.5", "SpenseGPT, dense ratio 0.5", SPENSEGPT | {"dense_ratio": 0.5}),
     Row("spensegpt+0.5", "SpenseGPT+, dense ratio 0.5", SPENSEGPT_PLUS | {"dense_ratio": 0.5}),
+    Row("guided0.5", "guided (ours), dense ratio 0.5", GUIDED | {"dense_ratio": 0.5}),
 ]
 
 BASE = ROWS[-1]
 ABLATIONS = [
-    Row("samples-16", "16 calibration windows", {"num_samples": 16}, BASE),
-    Row("samples-256", "256 calibration windows", {"num_samples": 256}, BASE),
-    Row("damping-0.1", "damping 0.1", {"damping": 0.1}, BASE),
+    Row("a-regroup", "(a) down's columns dealt to better groups, 16 rounds", {"regroup": 16}, BASE),
+    Row("b-order", "(b) OBS visits the groups with the largest inputs first", {"order": "energy"}, BASE),
+    Row("c-damping", "(c) damping chosen per layer on held-out windows", {"search_damping": True}, BASE),
+    Row("d-obs", "(d) OBS alone: no least squares, no better pairs", {"refit": 0, "refine": 0}, BASE),
+    Row("d-refit", "(d) least squares, no better pairs", {"refine": 0}, BASE),
+    Row("d-asymmetric", "(d) asymmetric objective, half", {"asymmetric": 0.5}, BASE),
+    Row("e-scores", "(e) SpenseGPT+'s index scores", {"selection": "spensegpt+"}, BASE),
+    Row("f-uniform", "(f) the same dense ratio in every layer", {"allocation": "uniform"}, BASE),
+    Row("f-time", "(f) budget of predicted decode time", {"allocation": "time"}, BASE),
+    Row("g-fp8", "(g) FP8 weights, rounded to nearest", FP8, BASE),
+    Row(
+        "g-fp8-refit",
+        "(g) FP8 weights, rounding made up for",
+        {"weight_dtype": "fp8", "rounding": "refit"},
+        BASE,
+    ),
+    Row("i-attention", "(i) attention pruned, too", {"targets": "mlp+attention"}, BASE),
+    Row("samples-32", "32 calibration windows", {"num_samples": 32}, BASE),
 ]
-"""One option of ``BASE`` changed at a time. Measured only when named with ``--rows``."""
+"""One option of ``BASE`` changed at a time; measured on the validation split with ``--ablations``."""
 
 
 class Bench:
@@ -138,6 +159,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", default=[row.key for row in ROWS])
+    parser.add_argument("--ablations", action="store_true", help="these, on the validation split")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
@@ -148,13 +170,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "frontier")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.ablations:
+        arguments.split, arguments.rows = "valid", [BASE.key, *(row.key for row in ABLATIONS)]
+        arguments.metrics = ["wikipedia", "fiction"]
     if not arguments.plot_only:
         bench = Bench(arguments.assets, arguments.split)
         jobs = [(rows[key], seed) for seed in arguments.seeds for key in arguments.rows]
         for row, seed in jobs:
             if row.seeded or seed == arguments.seeds[0]:
                 measure(row, seed if row.seeded else 0, bench, arguments)
-    write_documents(read(arguments.results), ROWS, ABLATIONS, arguments.split)
+    write_documents(read(arguments.results), ROWS, [BASE, *ABLATIONS])
 
 
 def measure(row: Row, seed: int, bench: Bench, arguments: argparse.Namespace) -> None:

@@ -77,6 +77,7 @@ COLUMNS = {
         ".1%",
     ),
 }
+ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
 
 
@@ -116,16 +117,16 @@ class Figures:
         return "\n".join(lines)
 
 
-def write_documents(
-    results: dict[str, Any], rows: Sequence[Line], ablations: Sequence[Line], split: str
-) -> None:
-    """Print the table; with the test split, put it into docs/ and README and draw the plot."""
-    figures = Figures(results, split)
-    print(figures.table([*rows, *ablations]))
-    if split == "test":
-        insert(DOCUMENT, "frontier", figures.table(rows))
-        insert(DOCUMENT, "ablations", figures.table(ablations))
-        insert(README, "frontier", figures.table(rows, README_COLUMNS))
+def write_documents(results: dict[str, Any], rows: Sequence[Line], ablations: Sequence[Line]) -> None:
+    """Print the tables, of rows on the test split and of ablations on the validation split, put them into
+    docs/ and README and draw the plot."""
+    figures, tuning = Figures(results, "test"), Figures(results, "valid")
+    tables = figures.table(rows), tuning.table(ablations, ABLATION_COLUMNS)
+    print(*tables, sep="\n\n")
+    insert(DOCUMENT, "frontier", tables[0])
+    insert(DOCUMENT, "ablations", tables[1])
+    insert(README, "frontier", figures.table(rows, README_COLUMNS))
+    if any(figures.get(row.key, "loss") for row in rows):
         write_plot(figures, rows)
 
 

@@ -1,6 +1,6 @@
 """All evidence from one GPU machine by one command: build, test, tune, time. `make gpu` runs it.
 
-usage: python benchmarks/gpu.py [build] [test] [tune] [kernels] [cutlass] [--budget SECONDS] [--plan]
+usage: python benchmarks/gpu.py [build] [test] [tune] [pruning] [kernels] [cutlass] [--budget S] [--plan]
 
 Runs the stages in this order (all but cutlass if none is named) within the budget; each writes
 benchmarks/results/gpu/<stage>.json as it goes, so the same command continues after an interruption; what was
@@ -10,6 +10,7 @@ time limits: a kernel that hangs costs seconds. Configurations that failed a tes
   build    compiles the extension, or accepts one that is there, loads, and fits the sources
   test     tests/gpu, in groups; a few small cases under compute-sanitizer where that works
   tune     the dispatch table for the benchmark's layers
+  pruning  benchmarks/pruning_time.py: the pruner's stages on two layers of Qwen3-32B (needs transformers)
   kernels  benchmarks/kernel_spense_linear.py, then its report
   cutlass  compiles the CUTLASS instances as well (minutes per core); run test and kernels again afterwards
 
@@ -39,13 +40,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.results_file import RESULTS, ROOT, fingerprint, kernel_sources, provenance, read, write
 from benchmarks.supervise import supervise
 
-STAGES = ("build", "test", "tune", "kernels", "cutlass")
+STAGES = ("build", "test", "tune", "pruning", "kernels", "cutlass")
 NEEDED = ("torch", "pydantic", "safetensors", "numpy", "pytest")
-WANTED = {"triton": "the Triton tests and torch.compile", "matplotlib": "the plot"}
+WANTED = {"triton": "the Triton tests and torch.compile", "matplotlib": "the plot", "transformers": "pruning"}
 LIBRARY = ROOT / "vllm_spense" / "_C.abi3.so"
 HEADERS = "set CUTLASS_HOME to a CUTLASS 4.2 tree, or pip install --no-deps nvidia-cutlass==4.2.0.0"
-LONGEST = {"build": 300.0, "test": 480.0, "tune": 180.0, "cutlass": 500.0}
-TUNE_SHARE = 0.25
+LONGEST = {"build": 300.0, "test": 480.0, "tune": 180.0, "pruning": 240.0, "cutlass": 500.0}
+SHARE = {"tune": 0.25, "pruning": 0.3}
+"""Of the time that is left: the benchmark of the kernels comes behind these."""
 SAVING = 8.0
 """Seconds kept for writing results and the report."""
 
@@ -61,8 +63,7 @@ class Run:
         return self.end - time.monotonic() - SAVING
 
     def limit(self, stage: str) -> float:
-        share = TUNE_SHARE * self.left() if stage == "tune" else self.left()
-        return min(share, LONGEST.get(stage, float("inf")))
+        return min(SHARE.get(stage, 1.0) * self.left(), LONGEST.get(stage, float("inf")))
 
     def state(self, stage: str) -> dict[str, Any]:
         """What an earlier call left."""
@@ -183,7 +184,7 @@ def _memory_gb() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
 
 
-# --- test, tune, kernels ------------------------------------------------------------------------------------
+# --- test, tune, pruning, kernels ---------------------------------------------------------------------------
 
 
 def test_sources() -> str:
@@ -234,6 +235,35 @@ def stage_tune(run: Run) -> bool:
     run.save("tune", state, start, kernels=sources, reason=ended.reason, tail=tail[-30:])
     print(f"{'PASS' if ended.ok else 'FAIL'} tune: {state} {ended.reason}", flush=True)
     return complete
+
+
+def stage_pruning(run: Run) -> bool:
+    """Times all presets at least once, and again while there is time. Done once per state of the pruner."""
+    sources, name, limit = pruner_sources(), "pruning_run", run.limit("pruning")
+    start, old = time.monotonic(), run.state(name)
+    if old.get("state") == "done" and old.get("sources") == sources:
+        print(f"PASS pruning: kept what was measured on {old['date']}")
+        return True
+    if not importlib.util.find_spec("transformers"):
+        print("SKIP pruning: needs transformers")
+        return True
+    ended = supervise(
+        [
+            *(sys.executable, "benchmarks/pruning_time.py", "--shape", "qwen3-32b"),
+            *("--results", str(run.path("pruning")), "--budget", str(max(limit - 20, 5))),
+        ],
+        limit=limit,
+        env={"PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+        on_line=_say,
+    )
+    run.save(name, "done" if ended.ok else "failed", start, sources=sources, reason=ended.reason)
+    print(f"{'PASS' if ended.ok else 'FAIL'} pruning: {ended.reason or run.path('pruning')}", flush=True)
+    return ended.ok
+
+
+def pruner_sources() -> str:
+    return fingerprint([ROOT / "vllm_spense" / "pruning", ROOT / "benchmarks" / "pruning_time.py"])
 
 
 def stage_kernels(run: Run) -> bool:
@@ -300,7 +330,8 @@ def show_plan(run: Run, stages: list[str]) -> None:
     print(f"missing here: {', '.join(missing_packages() + absent) or 'nothing'}")
     print(f"nvcc: {find_nvcc() or 'none'}; compute-sanitizer: {find_sanitizer() or 'none'}")
     for stage in stages:
-        state = run.state(stage).get("state", "not run yet") if stage != "kernels" else ""
+        record = "pruning_run" if stage == "pruning" else stage
+        state = run.state(record).get("state", "not run yet") if stage != "kernels" else ""
         limit = LONGEST.get(stage)
         text = f"up to {limit:.0f} s" if limit else "what is left"
         print(f"\n{stage}: {text}{f', {state}' if state else ''}")
@@ -334,7 +365,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # running children are ended on the way out
     if unknown := set(arguments.stages) - set(STAGES):
         parser.error(f"no such stage: {', '.join(sorted(unknown))} (known: {', '.join(STAGES)})")
-    stages = [s for s in STAGES if s in arguments.stages] if arguments.stages else list(STAGES[:4])
+    stages = [s for s in STAGES if s in arguments.stages] if arguments.stages else list(STAGES[:-1])
     run = Run(arguments.results.resolve(), arguments.budget, arguments.fresh, arguments.jobs, arguments.only)
     if arguments.plan:
         show_plan(run, stages)
@@ -353,6 +384,7 @@ def main() -> int:
         "build": stage_build,
         "test": stage_test,
         "tune": stage_tune,
+        "pruning": stage_pruning,
         "kernels": stage_kernels,
         "cutlass": lambda run: stage_build(run, cutlass=True),
     }

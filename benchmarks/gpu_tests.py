@@ -21,7 +21,7 @@ from vllm_spense.ops import LinearSpec
 from vllm_spense.ops.kernel_config import KernelConfig, label
 
 LINEAR, TRITON = "tests/gpu/test_spense_linear.py", "tests/gpu/test_triton_linear.py"
-SILU_MUL = "tests/gpu/test_linear_silu_mul.py"
+SILU_MUL, PRUNING = "tests/gpu/test_linear_silu_mul.py", "tests/gpu/test_pruning.py"
 CONTEXT_LOST = 86  # tests/gpu/conftest.py
 RESTARTS = 4
 
@@ -91,6 +91,12 @@ GROUPS = (
         needs=("output_split",),
         file=SILU_MUL,
         limit=180,
+    ),
+    Group(
+        "pruning",
+        ("test_hessian_of_halves", "test_solver_agrees_with_the_cpu", "test_devices_change_no_bit"),
+        after=("sparse_tile",),
+        file=PRUNING,
     ),
     *(
         Group(

@@ -26,7 +26,7 @@ from benchmarks.kernel_report import report
 from benchmarks.kernel_shapes import MODELS, Row, layer_spec
 from benchmarks.kernel_spense_linear import Device, Parts, Recorder, finished, measure_rows, parts_of
 from benchmarks.results_file import ROOT
-from benchmarks.supervise import supervise
+from benchmarks.supervise import Ended, supervise
 from benchmarks.tune_layers import missing
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
 
@@ -517,8 +517,8 @@ def test_plan_says_what_to_bring_and_needs_no_gpu(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("to bring: ")
     assert re.search(r"_C\.abi3\.so", lines[0])
-    stages = [line.split(":")[0] for line in lines if re.match(r"(build|test|tune|kernels):", line)]
-    assert stages == ["build", "test", "tune", "kernels"]
+    stages = [line.split(":")[0] for line in lines if re.match(r"(build|test|tune|pruning|kernels):", line)]
+    assert stages == ["build", "test", "tune", "pruning", "kernels"]
     assert sum(line.startswith("Qwen3-32B/") for line in lines) == 144
     assert "every row has a legal configuration" in lines[-1]
 
@@ -537,8 +537,29 @@ def test_stages_share_the_budget(tmp_path: Path) -> None:
     run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
     assert run.limit("build") == gpu.LONGEST["build"]
     assert run.limit("tune") == pytest.approx(0.25 * 592, abs=2)
+    assert run.limit("pruning") == pytest.approx(0.3 * 592, abs=2)
     assert run.limit("kernels") == pytest.approx(592, abs=2)
     assert gpu.Run(tmp_path, 5, False, 1, []).left() < 0
+
+
+def test_the_pruner_is_timed_once_per_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def pretend_child(command: list[str], **_: Any) -> Ended:
+        commands.append(command)
+        return Ended(0, "" if len(commands) > 1 else "exit code 1", 1.0, "")
+
+    monkeypatch.setattr(gpu, "supervise", pretend_child)
+    run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
+    assert not gpu.stage_pruning(run), "a failure is not kept"
+    assert gpu.stage_pruning(run)
+    assert gpu.stage_pruning(run)
+    assert len(commands) == 2
+    budget = float(commands[0][commands[0].index("--budget") + 1])
+    assert budget == pytest.approx(run.limit("pruning") - 20, abs=2), "it ends before it is ended"
+    monkeypatch.setattr(gpu, "pruner_sources", lambda: "other")
+    assert gpu.stage_pruning(run)
+    assert len(commands) == 3
 
 
 def test_another_results_directory_starts_from_what_is_known(

@@ -53,11 +53,19 @@ def test_settings_of_a_row_are_its_own_over_its_base() -> None:
     by_key = {row.key: row for row in [*ROWS, *ABLATIONS]}
     assert len(by_key) == len(ROWS) + len(ABLATIONS)
     changed = replace(ABLATIONS[0], base=replace(BASE, options={"dense_ratio": 0.25, "num_samples": 8}))
-    assert changed.settings() == {"weight_dtype": "bf16", "dense_ratio": 0.25, "num_samples": 16}
+    assert (
+        changed.settings()
+        == {
+            "weight_dtype": "bf16",
+            "dense_ratio": 0.25,
+            "num_samples": 8,
+        }
+        | ABLATIONS[0].options
+    )
     for row in by_key.values():
         if row.options is not None:
             config = row.config(3, Path("train.txt"))
-            assert config.weight_dtype == "bf16"
+            assert config.weight_dtype == row.options.get("weight_dtype", "bf16")
             assert config.seed == 3
     assert not by_key["dense"].seeded
     assert not by_key["magnitude"].seeded
@@ -167,21 +175,31 @@ def test_a_single_run_has_no_deviation() -> None:
 
 def test_documents_keep_their_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document, readme = tmp_path / "accuracy.md", tmp_path / "README.md"
-    document.write_text("Above\n<!-- frontier:begin -->\nold\n<!-- frontier:end -->\nBelow\n")
+    document.write_text(
+        "Above\n<!-- frontier:begin -->\nold\n<!-- frontier:end -->\nBetween\n<!-- ablations:begin -->\n"
+        "<!-- ablations:end -->\nBelow\n"
+    )
     readme.write_text("no markers\n")
     for name, path in (("DOCUMENT", document), ("README", readme), ("PLOT", tmp_path / "plot.png")):
         monkeypatch.setattr(frontier_report, name, path)
-    results = {"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": run_of(5.0, 0.7)}}
-    rows = [Row("dense", "dense", None), Row("a", "method a", {})]
-    frontier_report.write_documents(results, rows, [], "valid")
-    assert "old" in document.read_text()  # only the test split is reported
-    frontier_report.write_documents(results, rows, [], "test")
+    test, valid = run_of(5.0, 0.7), run_of(4.0, 0.7)
+    a = test | {name.replace("test/", "valid/"): value for name, value in valid.items()}
+    b = {name: value for name, value in test.items() if not name.startswith("test/")}
+    results = {"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": a, "b/0": b}}
+    rows = [Row("dense", "dense", None), Row("a", "method a", {}), Row("b", "method b", {})]
+    frontier_report.write_documents(results, rows, rows[1:])
     text = document.read_text()
     assert "old" not in text
+    assert "method b" not in text  # measured on neither split
+    above, below = text.split("Between")
+    assert "148.41" in above
+    assert "54.60" not in above
+    assert "54.60" in below
+    assert "148.41" not in below
     assert text.startswith("Above\n<!-- frontier:begin -->\n| method |")
-    assert text.endswith("<!-- frontier:end -->\nBelow\n")
+    assert text.endswith("<!-- ablations:end -->\nBelow\n")
     assert "| method a |" in text
     assert readme.read_text() == "no markers\n"
     assert (tmp_path / "plot.png").stat().st_size > 1000
     insert(document, "frontier", "new")
-    assert document.read_text() == "Above\n<!-- frontier:begin -->\nnew\n<!-- frontier:end -->\nBelow\n"
+    assert document.read_text().startswith("Above\n<!-- frontier:begin -->\nnew\n<!-- frontier:end -->\nBetw")

@@ -126,13 +126,14 @@ def test_costs_of_zero_and_equal_costs() -> None:
 
 def test_counts_that_no_layout_has_are_not_offered() -> None:
     shapes = [shape(256), shape(264)]
-    counts = allocate(random_costs(shapes, 1), shapes, 0.5, 12)
-    assert all((s.intermediate - n) % 8 == 0 for n, s in zip(counts, shapes, strict=True))
-    assert spent(shapes, counts) <= spent(shapes, [128, 132 - 132 % 8])
+    for seed in range(8):
+        counts = allocate(random_costs(shapes, seed), shapes, 0.47, 12)
+        assert all((s.intermediate - n) % 8 == 0 for n, s in zip(counts, shapes, strict=True))
+        assert spent(shapes, counts) <= spent(shapes, [120, 120])
 
 
 def test_prices() -> None:
-    """Bytes of FP8: one per dense weight, 5/8 per 2:4 weight; time grows with the dense share of a big MLP."""
+    """Bytes of FP8: 1 per dense weight, 5/8 per 2:4 weight; of a big MLP, time grows with the dense share."""
     assert price(GLU, 256, "bytes") == 3 * 256 * 128
     assert price(GLU, 64, "bytes") == 3 * 128 * (64 + 192 * 0.625)
     big = shape(14336, hidden=4096)

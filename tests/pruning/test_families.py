@@ -25,7 +25,7 @@ from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, dequantize, quantize_per_channel
 from vllm_spense.format.conversion import part_rows
 from vllm_spense.format.export import export
-from vllm_spense.pruning import PruneConfig, PruneReport, prune
+from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
 from vllm_spense.pruning.calibration import sample_windows, tokenize
 from vllm_spense.pruning.layer import LayerPruner
 
@@ -206,6 +206,17 @@ def layer_inputs(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]:
         )
     model(windows)
     return seen
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen3_moe"])
+def test_a_checkpoint_says_what_its_run_reported(kind: str, family) -> None:
+    """OPT's linears lie in no ``mlp``, and two layers of Qwen3-MoE have nothing that is pruned."""
+    run = family(kind, "bf16")
+    found = pipeline._report_of(run.spense, run.report.config, 0.0)
+    assert found.layers == run.report.layers == 3
+    assert found.losses == pytest.approx(run.report.losses, rel=1e-5)
+    assert found.mlp_sparsity == pytest.approx(run.report.mlp_sparsity)
+    assert found.tensor_parallel_sizes == run.report.tensor_parallel_sizes
 
 
 # -- what is stored how --------------------------------------------------------------------------

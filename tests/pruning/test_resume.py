@@ -58,14 +58,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(text: Path | None, **changes: Any) -> PruneConfig:
     calibration = None if text is None else str(text)
-    return PruneConfig(
-        **({"preset": "spensegpt+", "calibration": calibration, "num_samples": 8, "seq_len": 96} | changes)
-    )
+    return PruneConfig(**({"calibration": calibration, "num_samples": 8, "seq_len": 96} | changes))
 
 
 @pytest.fixture(scope="module")
 def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Every file of an uninterrupted run."""
+    """Every file of an uninterrupted run, with the default preset: its costs have to survive, too."""
     out = tmp_path_factory.mktemp("whole") / "out"
     prune(model, out, options(text))
     assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -87,15 +85,19 @@ def assert_same(out: Path, whole: dict[str, bytes]) -> None:
     check_manifest(out)
 
 
+def stop_after(layer: int, stage: str = "layers") -> Callable[[PruneProgress], None]:
+    def stop(event: PruneProgress) -> None:
+        if (event.stage, event.layer) == (stage, layer):
+            raise KeyboardInterrupt
+
+    return stop
+
+
 def interrupt(model: Path, out: Path, config: PruneConfig, after: int) -> None:
     """Run until layer ``after`` is finished, then Ctrl-C."""
 
-    def stop(event: PruneProgress) -> None:
-        if event.layer == after:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt) as caught:
-        prune(model, out, config, stop)
+        prune(model, out, config, stop_after(after))
     assert f"{after} finished layers are kept" in caught.value.__notes__[0]
     assert "--resume" in caught.value.__notes__[0]
     assert not out.exists()
@@ -105,15 +107,16 @@ def interrupt(model: Path, out: Path, config: PruneConfig, after: int) -> None:
 
 
 def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
-    sizes = ("--num-samples", "8", "--seq-len", "96")
-    arguments = ("prune", model, "-o", out, "--calibration", text, *sizes, *more)
+    options = ("--num-samples", "8", "--seq-len", "96", "--no-check")
+    arguments = ("prune", model, "-o", out, "--calibration", text, *options, *more)
     return [sys.executable, "-m", "vllm_spense.cli.app", *map(str, arguments)]
 
 
 def start_and_signal(arguments: list[str], when: Callable[[], bool], number: int) -> tuple[int, str]:
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not when():
+        time.sleep(0.002)  # not a whole core: the process needs it
         assert process.poll() is None, f"it ended by itself: {process.communicate()[1]}"
         assert time.monotonic() < deadline
     process.send_signal(number)
@@ -125,6 +128,9 @@ def test_the_command_survives_sigkill_and_ctrl_c(
 ) -> None:
     out = tmp_path / "out"
     work = work_path(out)
+    code, _ = start_and_signal(command(model, out, text), (work / "state.json").exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (work / "costs.safetensors").exists(), "killed in the gradient pass"
     first, third = (work / f"layer-{i:05d}.json" for i in (0, 2))
     code, _ = start_and_signal(command(model, out, text), first.exists, signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -180,13 +186,15 @@ def test_killed_at_random_moments(model: Path, text: Path, whole: dict[str, byte
         assert run_child(model, tmp_path / name / "out", text) == 0
     usual = time.monotonic() - started
     kills = 0
-    for i in range(3):
+    for i in range(12):  # fewer, unless the machine has become much faster since
         out = tmp_path / str(i) / "out"
-        delays = (generator.uniform(0.3, 1) * usual for _ in range(2))  # the second one resumes
+        delays = (generator.uniform(0.2, 1) * usual for _ in range(2))  # the second one resumes
         kills += sum(run_child(model, out, text, delay=delay) != 0 for delay in delays if not out.exists())
         if work_path(out).exists() or not out.exists():
             assert run_child(model, out, text) == 0
         assert_same(out, whole)
+        if kills > 3:
+            break
     assert kills > 1
 
 
@@ -197,7 +205,7 @@ def test_killed_in_front_of_every_fifth_step_to_the_disk(
     assert run_child(model, tmp_path / "whole" / "out", text) == 0
     last = int((tmp_path / "steps").read_text())
     assert last > 4 * LAYERS
-    for step in (*range(1, last, 5), last):
+    for step in (3, *range(1, last, 5), last):  # 3: the costs of the gradient pass are half written
         out = tmp_path / str(step) / "out"
         assert run_child(model, out, text, kill_at_sync=step) == -signal.SIGKILL
         assert out.exists() == (step == last), "the last step is behind the rename"
@@ -225,6 +233,17 @@ def test_finished_layers_are_not_pruned_again(
     assert_same(out, whole)
 
 
+@pytest.mark.parametrize("step", [2, LAYERS + 3])
+def test_ctrl_c_in_the_gradient_pass_leaves_nothing(
+    step: int, model: Path, text: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, tmp_path / "out", options(text), stop_after(step, "gradient"))
+    assert not list(tmp_path.iterdir())
+    prune(model, tmp_path / "out", options(text, resume=True))
+    assert_same(tmp_path / "out", whole)
+
+
 def test_the_comparison_sees_layers_that_were_not_restored(
     model: Path, text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +260,7 @@ def test_the_comparison_sees_layers_that_were_not_restored(
 def test_bf16_checkpoints_and_data_free_runs(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = {"method": "magnitude", "selection": "spensegpt"}
+    free = {"preset": "magnitude", "dense_ratio": 0.5}
     for name, config in (
         ("bf16", options(text, weight_dtype="bf16")),
         ("free", options(None, **free)),
@@ -288,14 +307,6 @@ def test_an_old_checkpoint_stays_until_the_new_one_is_there(
         prune(model, out, options(text, resume=True))
     prune(model, out, options(text, resume=True, overwrite=True))
     assert_same(out, whole)
-
-
-def stop_after(layer: int) -> Callable[[PruneProgress], None]:
-    def stop(event: PruneProgress) -> None:
-        if event.layer == layer:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 # -- refusals ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_spense.format import Layout
+from vllm_spense.format.sparse24 import magnitude_mask
 from vllm_spense.pruning.hessian import Hessian, output_error
 from vllm_spense.pruning.solvers import (
     SolverError,
@@ -118,6 +119,12 @@ def test_ties_keep_the_earlier_position(method: str) -> None:
     expected = torch.tensor([1.0, 1, 0, 0]).repeat(2, 4)
     assert torch.equal(pruned[:2], expected)
     assert torch.equal(pruned[2], weight[2])
+
+
+def test_ties_of_every_kind_keep_the_earlier_positions() -> None:
+    weight = torch.cartesian_prod(*[torch.arange(-1.0, 3.0)] * 4).repeat(1, 2)
+    pruned = prune_obs(weight, Layout("input", 256, 8, 8), factorize(torch.eye(8), 0.01, name="test"))
+    assert torch.equal(pruned, weight * magnitude_mask(weight.abs()))
 
 
 def test_zero_groups_and_dead_columns() -> None:

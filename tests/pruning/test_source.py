@@ -158,18 +158,19 @@ def test_two_streams_share_the_arguments_and_nothing_else(disk: bool, tmp_path: 
 def test_bf16_layers_are_pruned_as_fp32_ones(tmp_path: Path) -> None:
     """As on a GPU: the layer runs in bf16, statistics and solver in fp32."""
     directory = save_model("llama", tmp_path / "model")
+    windows = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))  # 6 tokens a column
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         source = SourceModel(directory, CPU, dtype)
         with source.resident(*source.embedding()):
-            inputs = LayerInputs(source.network, WINDOWS, CPU)
+            inputs = LayerInputs(source.network, windows, CPU)
         config = PruneConfig(calibration="x", dense_ratio=0.5, alignment=8)
         with source.resident(source.layers[0].module):
             results.append(LayerPruner(config, inputs).prune(0, source.layers[0]))
             assert source.layers[0].mlp.down.weight.dtype == dtype
     wide, narrow = results
     for name, loss in wide.losses.items():
-        assert narrow.losses[name] == pytest.approx(loss, rel=0.1)
+        assert narrow.losses[name] == pytest.approx(loss, rel=0.02)
     assert {w.dtype for w in narrow.weights.values()} == {torch.float32}
 
 

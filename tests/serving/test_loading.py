@@ -13,7 +13,7 @@ from vllm_spense.format.validate import check_values
 from vllm_spense.ops import prune_and_pack
 from vllm_spense.ops.linear import dense_linear, full_weight
 from vllm_spense.ops.random_weights import fill_random
-from vllm_spense.serving.loading import Loaded, LoadPlan, make_loader, make_plan
+from vllm_spense.serving.loading import Loaded, LoadPlan, check_heads, make_loader, make_plan
 
 SIZES = (1, 2, 4, 8)
 HIDDEN, HEAD_DIM = 48, 8
@@ -243,6 +243,34 @@ def test_a_whole_mlp_needs_no_permutation(size: int) -> None:
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_whole_attention_needs_no_permutation(size: int) -> None:
+    """A rank's query heads meet their own key/value heads, and come out in the order of its part of o."""
+    heads = (16, 8, 8)  # half of each in S
+    layouts = {
+        name: Layout("output", count * HEAD_DIM, HIDDEN, count * HEAD_DIM // 2)
+        for name, count in zip("qkv", heads, strict=True)
+    }
+    qkv = Fused(layouts, "output", ("q", "k", "v"), heads)
+    o = Fused({"o": Layout("input", HIDDEN, 16 * HEAD_DIM, 8 * HEAD_DIM)}, "input", (None,))
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(9))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.view(len(y), -1, HEAD_DIM).transpose(0, 1) for y in (q, k, v))
+        weights = (q @ k.repeat_interleave(2, 0).transpose(1, 2) / 8).softmax(-1)
+        return (weights @ v.repeat_interleave(2, 0)).transpose(0, 1).flatten(1)
+
+    (expected,) = full_reference(o, attend(*full_reference(qkv, x)))
+    total = torch.zeros_like(expected)
+    for rank in range(size):
+        mine = load(qkv, rank, size)
+        check_heads(mine.plan, HEAD_DIM)
+        widths = [m.local.out_features for m in mine.plan.modules]
+        local = attend(*mine.apply(x, bias=True).split(widths, dim=1))
+        total += load(o, rank, size).apply(local, bias=rank == 0)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+
+
 def required(kind: str) -> list[tuple[str, str, str]]:
     layer = KINDS[kind]()
     return [(kind, module, name) for module in layer.layouts for name in layer.tensors[module]]
@@ -336,6 +364,35 @@ def test_a_size_that_was_not_promised_is_refused_by_name(kind: str) -> None:
 def test_dense_layers_need_no_promise() -> None:
     for kind in ("qkv", "o_proj"):
         assert KINDS[kind]().plan(0, 2, promised=(1,)).modules
+
+
+@pytest.mark.parametrize(
+    ("sparse", "sizes"),
+    [
+        ((4, 2, 2), {1, 2}),
+        ((6, 3, 3), {1}),
+        ((2, 2, 2), {1}),
+        ((4, 2, 4), {1}),
+        ((8, 4, 4), set(SIZES)),
+        ((0, 0, 0), set(SIZES)),
+    ],
+)
+def test_ranks_hold_whole_heads_that_belong_together(sparse: tuple[int, ...], sizes: set[int]) -> None:
+    """Of 8 query and 4 key/value heads, so many in S; rows alone could be cut by every size."""
+    heads = (8, 4, 4)
+    layouts = {
+        name: Layout("output", all_heads * HEAD_DIM, HIDDEN, some * HEAD_DIM)
+        for name, all_heads, some in zip("qkv", heads, sparse, strict=True)
+    }
+    layer = Fused(layouts, "output", ("q", "k", "v"), heads)
+    for size in SIZES:
+        for rank in range(size):
+            plan = layer.plan(rank, size)
+            if size in sizes:
+                check_heads(plan, HEAD_DIM)
+                continue
+            with pytest.raises(CheckpointError, match="inside a group of heads"):
+                check_heads(plan, HEAD_DIM)
 
 
 def spec_of(layout: Layout) -> ModuleSpec:

@@ -145,6 +145,24 @@ def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, dtype: tor
     assert (y.float() - expected).norm() / expected.norm() < BOUND
 
 
+@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["qkv_proj", "o_proj"])
+@pytest.mark.usefixtures("vllm_process")
+def test_attention_with_half_of_its_heads_in_24(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three parts with unlike numbers of 2:4 rows; of q, k and v it is checked that heads stay whole."""
+    for short, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        layout = Layout("output", heads * HEAD_DIM, HIDDEN, heads * HEAD_DIM // 2)
+        monkeypatch.setitem(LAYOUTS, f"{ATTN}.{short}_proj", layout)
+    features = HEADS * HEAD_DIM
+    monkeypatch.setitem(LAYOUTS, f"{ATTN}.o_proj", Layout("input", HIDDEN, features, features // 2))
+    checked: list[int] = []
+    monkeypatch.setattr("vllm_spense.serving.linear.check_heads", lambda _, size: checked.append(size))
+    test_real_layers_compute_the_stored_matrix(name, True, dtype)
+    assert checked == ([HEAD_DIM] if name == "qkv_proj" else [])
+
+
 @pytest.mark.parametrize(
     "skip", [f"{MLP}.up_proj.sparse_meta", f"{MLP}.gate_proj.bias", f"{MLP}.up_proj.weight_scale"]
 )

@@ -15,7 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_spense.cli.plan import show_plan
-from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers, recovery_progress
+from vllm_spense.cli.progress import (
+    module_progress,
+    one_line_warnings,
+    pruning_progress,
+    quiet_transformers,
+    recovery_progress,
+)
+from vllm_spense.cli.trial import try_checkpoint
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -45,6 +52,11 @@ def prune(
         float | None,
         typer.Option(help="Dense share of the MLPs; 0 is strict 2:4 \\[default: 0.5]", min=0, max=1),
     ] = None,
+    targets: Annotated[Literal["mlp", "mlp+attention"], typer.Option(help="What is pruned")] = "mlp",
+    attention_dense_ratio: Annotated[
+        float | None,
+        typer.Option(help="Dense share of key/value heads \\[default: --dense-ratio]", min=0, max=1),
+    ] = None,
     allocation: Annotated[
         Literal["uniform", "bytes", "time"] | None,
         typer.Option(help="The same dense share in each layer, or one budget of bytes or of decode time"),
@@ -67,6 +79,9 @@ def prune(
         bool, typer.Option("--resume", help="Continue an unfinished run into OUT, if there is one")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run into OUT")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not run OUT afterwards (perplexity, a short generation)")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would need; reads headers only")
     ] = False,
@@ -91,6 +106,8 @@ def prune(
     }
     config = PruneConfig(
         **{name: value for name, value in methods.items() if value is not None},
+        targets=targets,
+        attention_dense_ratio=attention_dense_ratio,
         calibration=calibration,
         num_samples=num_samples,
         seq_len=seq_len,
@@ -108,13 +125,16 @@ def prune(
         show_plan(model, config, device_model, as_json, console)
         return
     try:
-        with pruning_progress(console) as progress:
-            run(model, out, config, progress)
+        with one_line_warnings(errors), pruning_progress(console) as progress:
+            report = run(model, out, config, progress)
     except KeyboardInterrupt as error:  # typer would end without a word
         text = ". ".join(_notes(error)) or "nothing was left behind"
         errors.print(f"[red]interrupted:[/] {text}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
+    if not no_check:
+        with one_line_warnings(errors):
+            try_checkpoint(report, console)
 
 
 @app.command()
@@ -134,11 +154,11 @@ def recover(
     train: Annotated[
         Literal["mlp", "all"], typer.Option(help="MLPs and norms, or the linears of attention, too")
     ] = "mlp",
-    steps: Annotated[int, typer.Option(help="Budget", min=1)] = 60,
+    steps: Annotated[int, typer.Option(help="Training steps", min=1)] = 100,
     learning_rate: Annotated[float, typer.Option(help="The highest, behind the warm-up")] = 1e-4,
-    batch: Annotated[int, typer.Option(help="Windows per step", min=1)] = 2,
+    batch: Annotated[int, typer.Option(help="Windows per step", min=1)] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows; other ones than pruning's")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:
     """Train the kept weights of a pruned checkpoint for a few minutes; its zeros stay zeros."""
@@ -240,6 +260,7 @@ def inspect(
         summary = {
             "weight_dtype": report.weight_dtype,
             "tensor_parallel_sizes": report.tensor_parallel_sizes,
+            "sparsity": report.sparsity,
             "mlp_sparsity": report.mlp_sparsity,
             "bytes": report.stored_bytes,
             "dense_bytes": report.dense_bytes,
@@ -259,7 +280,7 @@ def inspect(
     console.print(table)
     console.print(
         f"{len(report.modules)} linear layers, {len(report.hybrid)} with a 2:4 region "
-        f"({report.mlp_sparsity:.1%} zeros there), {report.weight_dtype}; linear weights "
+        f"({report.sparsity:.1%} zeros there), {report.weight_dtype}; linear weights "
         f"{report.stored_bytes / 2**20:.1f} MiB, dense would be {report.dense_bytes / 2**20:.1f} MiB "
         f"({1 - report.stored_bytes / report.dense_bytes:.1%} less); files "
         f"{report.total_bytes / 2**20:.1f} MiB; "

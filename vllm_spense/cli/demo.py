@@ -10,7 +10,12 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spense.cli.progress import module_progress, pruning_progress, quiet_transformers
+from vllm_spense.cli.progress import (
+    module_progress,
+    one_line_warnings,
+    pruning_progress,
+    quiet_transformers,
+)
 from vllm_spense.cli.server import Server, serve
 from vllm_spense.demo_assets import DEFAULT_CACHE, fetch_model, fetch_text
 from vllm_spense.evaluation import evaluate
@@ -61,7 +66,7 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
             dense_ratio=ratio,
             overwrite=True,
         )
-        with pruning_progress(console) as progress:
+        with one_line_warnings(console), pruning_progress(console) as progress:
             prune(model, work / name, config, progress)
         directories[label] = work / name
 

@@ -33,6 +33,9 @@ def _table(plan: Plan) -> Table:
     table = Table(title=f"spense prune on {plan.device} in {plan.dtype} (estimated)", show_lines=False)
     for column in ("layers", "memory at its peak", "file", "TFLOP", "time"):
         table.add_column(column, justify="left" if column == "layers" else "right")
+    if plan.gradient is not None:
+        g = plan.gradient
+        table.add_row("gradient pass", _size(g.device_bytes), "", f"{g.flop / 1e12:,.1f}", _time(g.seconds))
     at = 0
     for _, group in groupby(plan.layers, key=lambda layer: (layer.device_bytes, layer.output_bytes)):
         same = list(group)
@@ -42,13 +45,14 @@ def _table(plan: Plan) -> Table:
         table.add_row(name, _size(layer.device_bytes), _size(layer.output_bytes), tflop, _time(layer.seconds))
         at += count
     table.add_section()
-    whole = sum(layer.flop + layer.flop_fp32 for layer in plan.layers) / 1e12
+    whole = sum(layer.flop + layer.flop_fp32 for layer in plan.layers)
+    whole += 0 if plan.gradient is None else plan.gradient.flop
     where = "device" if plan.device_bytes else "host"
     table.add_row(
         "whole run",
         f"{where} {_size(plan.device_bytes or plan.host_bytes)}",
         _size(plan.output_bytes),
-        f"{whole:,.0f}",
+        f"{whole / 1e12:,.0f}",
         _time(plan.seconds),
     )
     if plan.device_bytes:

@@ -122,5 +122,6 @@ def _card(checkpoint: Checkpoint, format: ExportFormat) -> str:
     return (
         f"# Dense export of {checkpoint.directory.name}\n\n"
         f"Written by `spense export` ({format}). The weights are those of a Spense checkpoint with its "
-        "zeros written out; the order of the MLPs' intermediate dimension is that checkpoint's.\n"
+        "zeros written out; the order of the MLPs' intermediate dimension and of the heads is that "
+        "checkpoint's.\n"
     )

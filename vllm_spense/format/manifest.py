@@ -33,11 +33,27 @@ def sha256(path: Path) -> str:
 def write_manifest(directory: Path) -> None:
     """Write the manifest of every file now in ``directory``."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
-    entries = {
+    entries: dict[str, dict[str, object]] = {
         p.relative_to(directory).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
     }
+    _write(directory, entries)
+
+
+def replace_text(directory: Path, name: str, text: str) -> None:
+    """Replace the text file ``name`` (no weights: nothing else is hashed again) and its manifest entry."""
+    path, entries = directory / name, read_manifest(directory)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    entries[name] = {"size": partial.stat().st_size, "sha256": sha256(partial)}
+    partial.rename(path)
+    _write(directory, entries)
+
+
+def _write(directory: Path, entries: dict[str, dict[str, object]]) -> None:
     text = json.dumps({"version": MANIFEST_VERSION, "files": entries}, indent=2)
-    (directory / MANIFEST_NAME).write_text(text + "\n")
+    partial = directory / f".{MANIFEST_NAME}.partial"
+    partial.write_text(text + "\n")
+    partial.rename(directory / MANIFEST_NAME)
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, object]]:

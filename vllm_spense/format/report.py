@@ -46,11 +46,20 @@ class CheckpointReport:
         return sum(m.dense_bytes for m in self.modules)
 
     @property
-    def mlp_sparsity(self) -> float:
+    def sparsity(self) -> float:
         """Share of zeros among the weights of the layers that have a 2:4 region."""
-        weights = sum(m.spec.out_features * m.spec.in_features for m in self.hybrid)
-        zeros = sum(m.sparsity * m.spec.out_features * m.spec.in_features for m in self.hybrid)
-        return zeros / weights if weights else 0.0
+        return _zeros(self.hybrid)
+
+    @property
+    def mlp_sparsity(self) -> float:
+        """The same without attention."""
+        return _zeros([m for m in self.hybrid if ".self_attn." not in m.name])
+
+
+def _zeros(modules: list[ModuleReport]) -> float:
+    weights = sum(m.spec.out_features * m.spec.in_features for m in modules)
+    zeros = sum(m.sparsity * m.spec.out_features * m.spec.in_features for m in modules)
+    return zeros / weights if weights else 0.0
 
 
 def inspect(directory: str | Path) -> CheckpointReport:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.layout import Axis
+from vllm_spense.format.conversion import FUSED
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
 from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
@@ -69,23 +69,20 @@ def tune(
 
 
 def layer_specs(checkpoint: Checkpoint, tensor_parallel: int = 1) -> list[LinearSpec]:
-    """The different hybrid layers of a checkpoint as vLLM fuses and slices them (gate and up are one)."""
+    """The different hybrid layers of a checkpoint as vLLM fuses and slices them (gate and up are one, and
+    q, k and v); each is cut along its own split axis."""
     config = checkpoint.require_spense()
     if tensor_parallel not in config.tensor_parallel_sizes:
         allowed = config.tensor_parallel_sizes
         raise ValueError(f"the checkpoint allows tensor parallel sizes {allowed}, not {tensor_parallel}")
     specs: dict[LinearSpec, None] = {}
     for name in config.modules:
-        if name.endswith("up_proj"):
-            continue
-        layouts = [checkpoint.layout(name)]
-        partner = name.removesuffix("gate_proj") + "up_proj"
-        if name.endswith("gate_proj") and partner in config.modules:
-            layouts.append(checkpoint.layout(partner))
-        axis: Axis = "input" if name.endswith(("down_proj", "o_proj")) else "output"
-        spec = LinearSpec.of([x.shard(axis, tensor_parallel) for x in layouts], config.torch_dtype)
-        if spec.hybrid:
-            specs[spec] = None
+        parent, _, last = name.rpartition(".")
+        parts = next((parts for parts in FUSED.values() if last in parts), (last,))
+        layouts = [checkpoint.layout(full) for p in parts if (full := f"{parent}.{p}") in config.modules]
+        if any(layout.sparse for layout in layouts):  # the same for each part, so that it counts once
+            sliced = [layout.shard(layout.split, tensor_parallel) for layout in layouts]
+            specs[LinearSpec.of(sliced, config.torch_dtype)] = None
     return list(specs)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_spense.format import CheckpointError
 from vllm_spense.pruning.adapters import decoder, decoder_layers
 
 Hook = Callable[[torch.Tensor], None]
@@ -64,7 +65,9 @@ class LayerInputs:
         self.device = device
         self._allocate = allocate
         base = decoder(model)
-        layers = [layer.module for layer in decoder_layers(model)]
+        found = decoder_layers(model)
+        layers = [layer.module for layer in found]
+        self._names = [layer.name for layer in found]
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         for i, window in enumerate(windows):
             self._arguments = []
@@ -102,9 +105,19 @@ class LayerInputs:
                 self._run(i, index, layer)
 
     def advance(self, index: int, layer: nn.Module) -> None:
-        """Replace the hidden states by the outputs of layer ``index``."""
+        """Replace the hidden states by the outputs of layer ``index``.
+
+        Raises :class:`CheckpointError` naming the layer for NaN or infinity in them.
+        """
         for i in range(len(self.hidden)):
-            self.hidden[i] = self._run(i, index, layer)[0]
+            states = self._run(i, index, layer)[0]
+            if not torch.isfinite(states).all():
+                raise CheckpointError(
+                    "this layer turns the calibration text into NaN or infinity",
+                    module=self._names[index],
+                    fix="check the source model's weights; fp16 models can overflow",
+                )
+            self.hidden[i] = states
 
     def _run(self, sample: int, index: int, layer: nn.Module) -> torch.Tensor:
         return self.run(index, layer, self.on_device(self.hidden[sample]))

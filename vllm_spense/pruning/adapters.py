@@ -16,6 +16,7 @@ from torch import nn
 
 from vllm_spense.format import Layout
 from vllm_spense.pruning.conversion import checkpoint_name
+from vllm_spense.pruning.trust import PruneWarning
 
 _FORMS = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -122,6 +123,13 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     return found
 
 
+def layer_name(module: str) -> str:
+    """Name of the decoder layer that a module's checkpoint name lies in."""
+    path = module.split(".")
+    number = next(i for i, step in enumerate(path) if step.isdigit())
+    return ".".join(path[: number + 1])
+
+
 def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
     """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
     blocks = [layer.experts for layer in layers if layer.experts is not None]
@@ -133,6 +141,7 @@ def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> N
     warnings.warn(
         f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
         "dense and not in FP8; only shared experts and ordinary MLPs are pruned",
+        PruneWarning,
         stacklevel=3,
     )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_spense.pruning.trust import warn
+
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+MIN_END, MAX_END = 64, 2048
+"""Tokens of the end of a text on which a checkpoint is tried: what is too few to say anything, and enough."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,14 @@ class CalibrationText:
     text: str
     source: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class TextEnd:
+    """Last tokens of a calibration text, [n] int64; ``calibrated``: windows were sampled from them, too."""
+
+    ids: torch.Tensor
+    calibrated: bool
 
 
 def read_calibration(source: str) -> CalibrationText:
@@ -78,11 +89,21 @@ def sample_windows(ids: torch.Tensor, num_samples: int, seq_len: int, seed: int)
             "give a longer text or a smaller --seq-len"
         )
     if num_samples * seq_len > n:
-        warnings.warn(
+        warn(
             f"{num_samples} windows of {seq_len} tokens out of a text of {n} tokens overlap heavily; "
-            "a longer calibration text prunes better",
-            stacklevel=2,
+            "a longer calibration text prunes better"
         )
+    return ids[_starts(n, num_samples, seq_len, seed)[:, None] + torch.arange(seq_len)]
+
+
+def text_end(ids: torch.Tensor, num_samples: int, seq_len: int, seed: int) -> TextEnd:
+    """The end of ``ids [n]`` behind all windows of :func:`sample_windows`, or of all ids if that is short."""
+    behind = int(_starts(ids.numel(), num_samples, seq_len, seed).max()) + seq_len
+    calibrated = ids.numel() - behind < MIN_END
+    start = max(0 if calibrated else behind, ids.numel() - MAX_END)
+    return TextEnd(ids[start:].clone(), calibrated)
+
+
+def _starts(n: int, num_samples: int, seq_len: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, n - seq_len + 1, (num_samples,), generator=generator)
-    return ids[starts[:, None] + torch.arange(seq_len)]
+    return torch.randint(0, n - seq_len + 1, (num_samples,), generator=generator)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from vllm_spense.format.manifest import replace_text
+from vllm_spense.pruning.adapters import layer_name
 from vllm_spense.pruning.config import PruneConfig
 
 _SELECTIONS = {
@@ -11,7 +14,20 @@ _SELECTIONS = {
     "spensegpt+": "the highest scored",
     "fisher": "those that would cost the most loss as 2:4",
 }
+_PRUNED = {
+    False: "the MLPs are pruned; attention,\nembeddings and the head are not",
+    True: "the MLPs and the\nprojections of attention are pruned; embeddings and the head are not",
+}
 _METHODS = {"obs": "OBS (SparseGPT)", "wanda": "Wanda", "magnitude": "magnitude"}
+_BACK_ENDS = {
+    "fp8": (
+        "H100, H200 (sm_90) and B200 (sm_100) compute on the\ncompressed weights; other GPUs and CPUs "
+        "decompress them at load."
+    ),
+    "bf16": "bf16 weights are decompressed at load\non every device; an FP8 checkpoint is what saves memory.",
+}
+NOT_MEASURED = "Not measured after pruning."
+CARD_NAME = "README.md"
 
 
 def model_card(
@@ -22,10 +38,14 @@ def model_card(
     losses: dict[str, float],
     provenance: dict[str, Any],
 ) -> str:
-    """Markdown text: what the model is, how it was made, what was lost per layer, how to serve it."""
+    """Markdown text: what the model is; how it was made, is served, and is measured."""
+    attention = config.attention_ratio < 1
+    heads = f"| dense key/value heads | {config.attention_ratio:.0%}, rounded |\n" if attention else ""
     weights = "FP8 (e4m3, one scale per output channel)" if config.weight_dtype == "fp8" else "bf16"
     selected = _SELECTIONS[config.selection]
-    calibration = provenance["calibration"]
+    if config.allocation != "uniform":
+        selected += f", under one budget of {config.allocation} for all layers"
+    calibration, versions = provenance["calibration"], provenance["versions"]
     if calibration is None:
         data = "none (data-free)"
     else:
@@ -41,38 +61,83 @@ tags: [spense, "2:4", sparse, vllm]
 ---
 # {base_model}, pruned to Spense
 
-Spense layers are part 2:4 sparse and part dense. In this model the MLPs are pruned; attention,
-embeddings and the head are not.
+Spense layers are part 2:4 sparse and part dense. In this model {_PRUNED[attention]}.
 
 | | |
 |---|---|
 | base model | {base_model} |
-| method | {_METHODS[config.method]}, selection {config.selection} |
+| method | preset {config.preset}: {_METHODS[config.method]}{_refined(config)} |
 | dense intermediate indices | {config.dense_ratio:.0%}, {selected} |
-| zeros in the MLP | {mlp_sparsity:.1%} |
+{heads}| zeros in the MLP | {mlp_sparsity:.1%} |
 | weights | {weights} |
 | calibration | {data} |
-| tensor-parallel sizes | {", ".join(map(str, sizes))} |
 
-## Serve
+## Creation
+
+```python
+from vllm_spense import PruneConfig, prune
+
+{_call(base_model, config, calibration)}
+```
+
+vllm-spense {versions["vllm-spense"]}, torch {versions["torch"]}, transformers {versions["transformers"]}.
+
+### Loss per layer
+
+Relative squared output error on the calibration inputs{_no_data(calibration)}.{_damping(provenance)}
+
+{_loss_table(losses)}
+
+## Deployment
 
 ```
 pip install "vllm-spense[vllm]"
-vllm serve DIR
+vllm serve DIR --tensor-parallel-size N
 ```
 
-## Quality
+N is one of {", ".join(map(str, sizes))}. {_BACK_ENDS[config.weight_dtype]} `spense doctor` names the
+back end of this machine. Engines without the plugin can serve `spense export DIR -o DENSE --format FORMAT`.
 
-Pruning without retraining costs quality. Measure this checkpoint before relying on it:
-`spense eval DIR --text FILE`, against the same command on {base_model}. The licence of the base model
-applies.
+## Evaluation
 
-## Loss per layer
+{NOT_MEASURED}
 
-Relative squared output error on the calibration inputs{_no_data(calibration)}.
+Pruning without retraining costs quality. Compare this checkpoint with {base_model} on text that matters
+to you before relying on it. The licence of the base model applies.
 
-{_loss_table(losses)}
+```
+spense eval DIR --text FILE --reference {base_model}
+```
 """
+
+
+def record_evaluation(directory: Path, text: str) -> None:
+    """Put what was measured into the card of a checkpoint just written; its manifest stays right."""
+    card = (directory / CARD_NAME).read_text()
+    replace_text(directory, CARD_NAME, card.replace(NOT_MEASURED, text))
+
+
+def _call(base_model: str, config: PruneConfig, calibration: Any) -> str:
+    """The call that makes this checkpoint: its preset, and what differs from that and from the defaults."""
+    usual = PruneConfig(preset=config.preset, calibration="").decisive()
+    options = {"preset": config.preset}
+    if calibration is not None:
+        options["calibration"] = calibration["source"]
+    options |= {name: value for name, value in config.decisive().items() if value != usual[name]}
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"prune({base_model!r}, 'DIR', PruneConfig({given}))"
+
+
+def _refined(config: PruneConfig) -> str:
+    then = ", then least squares" if config.refit else ""
+    return f"{then} and better pairs" if config.refine else then
+
+
+def _damping(provenance: dict[str, Any]) -> str:
+    """A sentence on the Hessians that needed more damping than configured, if there are any."""
+    raised = provenance["raised_damping"]
+    found = ", ".join(f"{name} ({value:g})" for name, value in raised.items())
+    return f"\nThese input Hessians needed more damping: {found}." if raised else ""
 
 
 def _no_data(calibration: Any) -> str:
@@ -82,10 +147,11 @@ def _no_data(calibration: Any) -> str:
 def _loss_table(losses: dict[str, float]) -> str:
     layers: dict[str, dict[str, float]] = {}
     for name, loss in losses.items():
-        layer, _, short = name.partition(".mlp.")
-        layers.setdefault(layer, {})[short] = loss
-    lines = ["| layer | gate | up | down |", "|---|---|---|---|"]
+        short = name.rpartition(".")[2].removesuffix("_proj")
+        layers.setdefault(layer_name(name), {})[short] = loss
+    columns = list(dict.fromkeys(short for found in layers.values() for short in found))
+    lines = [f"| layer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for layer, found in layers.items():
-        cells = (f"{found[s]:.4f}" for s in ("gate_proj", "up_proj", "down_proj") if s in found)
+        cells = (f"{found[short]:.4f}" if short in found else "" for short in columns)
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return "\n".join(lines)

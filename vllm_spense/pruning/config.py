@@ -10,6 +10,9 @@ Method = Literal["obs", "wanda", "magnitude"]
 Selection = Literal["spensegpt", "spensegpt+", "fisher"]
 Allocation = Literal["uniform", "bytes", "time"]
 Preset = Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"]
+Order = Literal["natural", "energy"]
+Rounding = Literal["nearest", "refit"]
+Targets = Literal["mlp", "mlp+attention"]
 WeightDtype = Literal["fp8", "bf16"]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -50,6 +53,16 @@ class PruneConfig(BaseModel):
     over the first ``gradient_samples`` windows. ``refit``: iterations of least squares on the kept
     weights; ``refine``: rounds in which better pairs are chosen.
 
+    ``regroup``: rounds of dealing the 2:4 columns of down to better groups of four. ``order`` ``energy``:
+    OBS visits the groups with the largest inputs first. ``search_damping``: a tenth of, one or ten times
+    ``damping`` in each layer, whichever prunes held-out windows best. ``asymmetric``: part, from 0 to 1, of
+    the error of earlier layers that the outputs of this one are to make up for. ``rounding`` ``refit``: the
+    weights of an FP8 checkpoint are rounded in blocks of columns, and the others make up for it.
+
+    ``targets`` ``mlp+attention`` prunes the projections of attention, too. ``attention_dense_ratio``
+    (default: ``dense_ratio``) is the part of its key/value heads that stays dense in every layer, with all
+    query heads that belong to them, rounded to whole heads.
+
     ``calibration``: a text file, or a dataset name ``org/name``.
     ``damping``: part of the Hessian's mean diagonal that is added to it. ``alignment``: the dense count
     is a multiple of it. ``max_tp``: the largest tensor-parallel size to promise if the extents allow
@@ -67,8 +80,15 @@ class PruneConfig(BaseModel):
     allocation: Allocation = "bytes"
     refit: Annotated[int, Field(ge=0, le=1000)] = 8
     refine: Annotated[int, Field(ge=0, le=1000)] = 4
+    regroup: Annotated[int, Field(ge=0, le=1000)] = 0
+    order: Order = "natural"
+    search_damping: bool = False
+    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rounding: Rounding = "nearest"
     gradient_samples: Positive = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    targets: Targets = "mlp"
+    attention_dense_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     calibration: str | None = None
     num_samples: Positive = 64
     seq_len: Annotated[int, Field(ge=2)] = 512
@@ -99,6 +119,19 @@ class PruneConfig(BaseModel):
             raise ValueError("refine chooses pairs between least squares: give refit iterations, too")
         if (self.refit or self.refine) and self.method != "obs":
             raise ValueError(f"refit and refine improve method 'obs', not {self.method!r}")
+        others = ("regroup", "search_damping", "asymmetric")
+        given = [name for name in others if getattr(self, name)]
+        given += ["order"] if self.order != "natural" else []
+        if given and self.method != "obs":
+            raise ValueError(f"{', '.join(given)}: only for method 'obs', not {self.method!r}")
+        if self.rounding == "refit" and not self.refit:
+            raise ValueError("rounding 'refit' is a least squares: give refit iterations, too")
+        return self
+
+    @model_validator(mode="after")
+    def _targeted(self) -> PruneConfig:
+        if self.attention_dense_ratio is not None and self.targets == "mlp":
+            raise ValueError("attention_dense_ratio needs targets 'mlp+attention'")
         return self
 
     @model_validator(mode="after")
@@ -119,14 +152,26 @@ class PruneConfig(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result: not where text and files are or how a run is carried out."""
-        aside = {"calibration", "overwrite", "cache_activations", "resume", "restart"}
+        aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
         return self.model_dump(exclude=aside)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether input statistics decide anything at this method, selection and dense ratio."""
-        solves = self.method != "magnitude" and self.dense_ratio < 1
-        return self.scores_indices or self.needs_gradient or solves
+        solves = self.method != "magnitude" and min(self.dense_ratio, self.attention_ratio) < 1
+        return self.scores_indices or self.scores_heads or self.needs_gradient or solves
+
+    @property
+    def attention_ratio(self) -> float:
+        """Part of attention that stays dense: all of it unless it is a target."""
+        if self.targets == "mlp":
+            return 1.0
+        return self.dense_ratio if self.attention_dense_ratio is None else self.attention_dense_ratio
+
+    @property
+    def scores_heads(self) -> bool:
+        """Whether each layer ranks its own groups of heads, by SpenseGPT+'s score."""
+        return self.selection != "spensegpt" and 0 < self.attention_ratio < 1
 
     @property
     def scores_indices(self) -> bool:

@@ -18,11 +18,22 @@ from vllm_spense.pruning.activations import (
     watching,
 )
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp
+from vllm_spense.pruning.attention import (
+    Attention,
+    group_order,
+    move_groups,
+    observe,
+    observe_out,
+    target,
+)
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.conversion import checkpoint_name
-from vllm_spense.pruning.hessian import Hessian, output_error
+from vllm_spense.pruning.hessian import output_error
+from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
+from vllm_spense.pruning.regroup import regroup
 from vllm_spense.pruning.selection import DenseChoice, dense_count, index_scores, permutation
 from vllm_spense.pruning.solve import Solver
+from vllm_spense.pruning.solvers import factorize
 
 KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""
@@ -32,7 +43,7 @@ KEEP_BYTES = 2 << 30
 class PrunedLayer:
     """Result for one layer: full-precision weights before rounding, by module name, and what was lost.
 
-    ``losses`` per MLP module: relative squared output error of pruning and rounding together (of the
+    ``losses`` per pruned module: relative squared output error of pruning and rounding together (of the
     weight itself where nothing was calibrated). ``row_order``: the permutation of a module's rows, to
     be applied to its bias. ``damping``: modules whose Hessian needed more damping, with the value used.
     """
@@ -46,12 +57,12 @@ class PrunedLayer:
 
 @dataclass
 class _Observed:
-    """What the unpruned layer showed: attention's outputs per sample (on the CPU), the Hessian in front
+    """What the unpruned layer showed: attention's outputs per sample (on the CPU), the moments in front
     of the inner linears, and the sums of squares in front of down if indices are scored.
     """
 
     attention: list[torch.Tensor]
-    h_in: torch.Tensor
+    entering: Moments
     down_squares: torch.Tensor | None
 
 
@@ -69,9 +80,15 @@ class LayerPruner:
         self.config = config
         self.inputs = inputs
         self.choice = choice
+        self.dense = DenseStream(inputs) if inputs is not None and config.asymmetric else None
+
+    def skip(self, index: int, layer: DecoderLayer) -> None:
+        """See a layer that another run pruned while it has its original weights."""
+        if self.dense is not None:
+            self.dense.advance(index, layer)
 
     def prune(self, index: int, layer: DecoderLayer) -> PrunedLayer:
-        """Prune MLP and round all linears of ``layer`` where it is, then advance the inputs.
+        """Prune the targets and round all linears of ``layer`` where it is, then advance the inputs.
 
         The layer runs in its own dtype; statistics, solvers and the resulting weights are fp32.
 
@@ -80,27 +97,51 @@ class LayerPruner:
         """
         result = PrunedLayer({}, self.layouts(index, layer))
         self._check_weights(layer)
+        self.skip(index, layer)
+        attention = target(layer, self.config)
         if self.config.weight_dtype == "fp8":
             for name, linear in layer.dense.items():
-                self._store(result, name, linear, linear.weight.float())
+                if attention is None or name not in attention.linears:
+                    self._store(result, name, linear, linear.weight.float())
+        if attention is not None:
+            self._prune_attention(index, layer, attention, result)
         if layer.mlp is not None:
             self._prune_mlp(index, layer, layer.mlp, result)
         elif self.inputs is not None:
             self.inputs.advance(index, layer.module)
         return result
 
+    def _prune_attention(
+        self, index: int, layer: DecoderLayer, attention: Attention, result: PrunedLayer
+    ) -> None:
+        h_in, squares, h_out = None, None, None
+        if self.inputs is not None:
+            scored = self.config.scores_heads and attention.dense > 0
+            h_in, squares = observe(attention, index, layer, self.inputs, scored)
+        result.row_order |= move_groups(attention, group_order(attention, h_in, squares))
+        solver = Solver(self.config, h_in, " and ".join(attention.inner))
+        for name, linear in attention.inner.items():
+            self._solve(result, solver, name, linear)
+        if self.inputs is not None:  # q, k and v are pruned now, so o sees other inputs than before
+            h_out = observe_out(attention, index, layer, self.inputs)
+        solver = Solver(self.config, h_out, attention.out_name)
+        self._solve(result, solver, attention.out_name, attention.out)
+
     def _prune_mlp(self, index: int, layer: DecoderLayer, mlp: Mlp, result: PrunedLayer) -> None:
         dense = result.layouts[next(iter(mlp.inner))].dense
         seen = self._observe(index, layer, mlp, dense)
-        h_in = None if seen is None else seen.h_in
         order = self._permute(index, mlp, dense, seen)
-        result.row_order = dict.fromkeys(mlp.inner, order)
-        solver = Solver(self.config, h_in, " and ".join(mlp.inner))
+        result.row_order |= dict.fromkeys(mlp.inner, order)
+        entering = Moments() if seen is None else seen.entering
+        solver = entering.solver(self.config, " and ".join(mlp.inner))
         for name, linear in mlp.inner.items():
             self._solve(result, solver, name, linear)
         # The inner linears are pruned now, so down sees other inputs than before.
-        h_down, kept = (None, []) if seen is None else self._observe_down(index, layer, mlp, seen)
-        self._solve(result, Solver(self.config, h_down, mlp.down_name), mlp.down_name, mlp.down)
+        entering, kept = (Moments(), []) if seen is None else self._observe_down(index, layer, mlp, seen)
+        if entering.h is not None and self.config.regroup and result.layouts[mlp.down_name].sparse:
+            order = self._regroup(mlp, result, entering.h)
+            entering, kept = entering.take(order), [x[..., order] for x in kept]
+        self._solve(result, entering.solver(self.config, mlp.down_name), mlp.down_name, mlp.down)
         if seen is not None:
             self._advance(index, layer, mlp, seen, kept)
 
@@ -112,7 +153,8 @@ class LayerPruner:
                 name: Layout("output", linear.out_features, linear.in_features, 0)
                 for name, linear in layer.dense.items()
             }
-        return layouts
+        attention = target(layer, self.config)
+        return layouts if attention is None else layouts | attention.layouts()
 
     def _mlp_layouts(self, index: int, mlp: Mlp) -> dict[str, Layout]:
         if self.choice is None:
@@ -142,11 +184,12 @@ class LayerPruner:
             return None
         device = mlp.down.weight.device
         scored = self.config.selection == "spensegpt+" and 0 < dense < mlp.intermediate
-        h_in = Hessian(mlp.reader.in_features, device)
+        originals = None if self.dense is None else self.dense.reader
+        entering = InputStatistics(mlp.reader.in_features, device, self.config, originals)
         squares = torch.zeros(mlp.intermediate, device=device)
 
         def see_inner(x: torch.Tensor) -> None:
-            h_in.add(x)
+            entering.add(x)
             if not scored:
                 raise Stop
 
@@ -164,27 +207,29 @@ class LayerPruner:
             raise CheckpointError(
                 "the calibration inputs of this layer hold NaN or infinity", module=mlp.down_name
             )
-        return _Observed(attention, h_in.matrix(next(iter(mlp.inner))), squares if scored else None)
+        moments = entering.moments(next(iter(mlp.inner)))
+        return _Observed(attention, moments, squares if scored else None)
 
     def _observe_down(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Hessian of down's inputs, and these inputs themselves if they are small enough to keep."""
+    ) -> tuple[Moments, list[torch.Tensor]]:
+        """Moments of down's inputs, and these inputs themselves if they are small enough to keep."""
         assert self.inputs is not None
-        h = Hessian(mlp.intermediate, mlp.down.weight.device)
+        originals = None if self.dense is None else self.dense.down
+        entering = InputStatistics(mlp.intermediate, mlp.down.weight.device, self.config, originals)
         tokens = sum(x.numel() // x.shape[-1] for x in seen.attention)
         keep = tokens * mlp.intermediate * mlp.down.weight.element_size() <= KEEP_BYTES
         kept: list[torch.Tensor] = []
 
         def see_down(x: torch.Tensor) -> None:
-            h.add(x)
+            entering.add(x)
             if keep:
                 kept.append(x.cpu())
             raise Stop
 
         with self._replaying_attention(layer, seen), watching(mlp.down, see_down):
             self.inputs.feed(index, layer.module)
-        return h.matrix(mlp.down_name), kept
+        return entering.moments(mlp.down_name), kept
 
     def _advance(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed, kept: list[torch.Tensor]
@@ -216,18 +261,37 @@ class LayerPruner:
         scores = None
         if self.choice is not None and self.choice.costs is not None:
             scores = self.choice.costs[index]
-        inner = list(mlp.inner.values())
         if seen is not None and seen.down_squares is not None:
-            weights = [linear.weight.float() for linear in inner]
-            scores = index_scores(weights, mlp.down.weight.float(), seen.h_in, seen.down_squares)
-        on_cpu = permutation(scores, mlp.intermediate, dense)
-        order = on_cpu.to(mlp.down.weight.device)
-        for linear in inner:
-            linear.weight.copy_(linear.weight[order])
+            weights = [linear.weight.float() for linear in mlp.inner.values()]
+            assert seen.entering.h is not None
+            scores = index_scores(weights, mlp.down.weight.float(), seen.entering.h, seen.down_squares)
+        order = permutation(scores, mlp.intermediate, dense)
+        self._reorder(mlp, order)
+        return order
+
+    def _regroup(self, mlp: Mlp, result: PrunedLayer, h: torch.Tensor) -> torch.Tensor:
+        """Deal the 2:4 columns of down to better groups, the rows of the pruned inner linears with them."""
+        cols = result.layouts[mlp.down_name].sparse
+        upper = factorize(h, self.config.damping, name=mlp.down_name).upper[:, :cols]
+        weight = mlp.down.weight[:, :cols].float()
+        order = regroup(weight, upper.t() @ upper, self.config.regroup, self.config.seed).cpu()
+        order = torch.cat([order, torch.arange(cols, mlp.intermediate)])
+        self._reorder(mlp, order)
+        for name in mlp.inner:
+            result.weights[name] = result.weights[name][order]
+            result.row_order[name] = result.row_order[name][order]
+        return order
+
+    def _reorder(self, mlp: Mlp, order: torch.Tensor) -> None:
+        """Permute the intermediate dimension by ``order [I]`` (on the CPU) in all linears."""
+        here = order.to(mlp.down.weight.device)
+        for linear in mlp.inner.values():
+            linear.weight.copy_(linear.weight[here])
             if linear.bias is not None:
-                linear.bias.copy_(linear.bias[order])
-        mlp.down.weight.copy_(mlp.down.weight[:, order])
-        return on_cpu
+                linear.bias.copy_(linear.bias[here])
+        mlp.down.weight.copy_(mlp.down.weight[:, here])
+        if self.dense is not None:
+            self.dense.permute(order)
 
     def _solve(self, result: PrunedLayer, solver: Solver, name: str, linear: nn.Linear) -> None:
         original = linear.weight.to(torch.float32, copy=True)

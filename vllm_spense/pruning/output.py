@@ -21,6 +21,7 @@ from vllm_spense.format import (
     unpack_linear,
 )
 from vllm_spense.pruning.adapters import DecoderLayer
+from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.calibration import CalibrationText
 from vllm_spense.pruning.card import model_card
 from vllm_spense.pruning.config import PruneConfig
@@ -99,7 +100,7 @@ def write_rest(
     for name in sorted(source.checkpoint.tensors):
         if not name.startswith(prefixes):
             writer.add(name, source.checkpoint.load(name))
-    written = facts(records, config)
+    written = facts(records, config, source.layers)
     modules, losses = merged(records)
     provenance = _provenance(config, base_model, text, records)
     fp8 = config.weight_dtype == "fp8"
@@ -119,13 +120,16 @@ def write_rest(
     writer.write_text("README.md", card)
 
 
-def facts(records: list[LayerRecord], config: PruneConfig) -> Written:
-    """Sparsity of the MLPs (modules with a loss) and the tensor-parallel sizes that can be promised."""
+def facts(records: list[LayerRecord], config: PruneConfig, layers: list[DecoderLayer]) -> Written:
+    """Sparsity of the MLPs and the tensor-parallel sizes that can be promised."""
     modules, losses = merged(records)
-    layouts = [modules[name].layout() for name in losses]
+    attentions = [found for layer in layers if (found := target(layer, config)) is not None]
+    aside = {name for attention in attentions for name in attention.linears}
+    layouts = [modules[name].layout() for name in losses if name not in aside]
     weights = sum(layout.out_features * layout.in_features for layout in layouts)
     zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] // 2 for layout in layouts)
-    sizes = tensor_parallel_sizes([spec.layout() for spec in modules.values()], config.max_tp)
+    heads = [n for a in attentions for n in (a.groups - a.dense, a.dense)]
+    sizes = tensor_parallel_sizes([spec.layout() for spec in modules.values()], heads, config.max_tp)
     return Written(zeros / weights if weights else 0.0, sizes)
 
 
@@ -139,17 +143,26 @@ def merged(records: list[LayerRecord]) -> tuple[dict[str, ModuleSpec], dict[str,
     return modules, losses
 
 
-def tensor_parallel_sizes(layouts: list[Layout], max_tp: int) -> list[int]:
-    """Powers of two up to ``max_tp`` into which every layer with a 2:4 region can be cut."""
+def tensor_parallel_sizes(layouts: list[Layout], heads: list[int], max_tp: int) -> list[int]:
+    """Powers of two up to ``max_tp`` into which every layer with a 2:4 region can be cut.
+
+    ``heads``: key/value heads in the regions of pruned attention. A rank takes whole ones from each region,
+    for its parts of q, k, v and o must belong together.
+    """
     hybrid = [layout for layout in layouts if layout.sparse]
+
+    def fits(size: int) -> bool:
+        cut = all(layout.shardable(layout.split, size) for layout in hybrid)
+        return cut and not any(count % size for count in heads)
+
     sizes = [1]
-    while sizes[-1] * 2 <= max_tp and all(layout.shardable(layout.split, sizes[-1] * 2) for layout in hybrid):
+    while sizes[-1] * 2 <= max_tp and fits(sizes[-1] * 2):
         sizes.append(sizes[-1] * 2)
     return sizes
 
 
 def _ignored(source: SourceModel, modules: dict[str, ModuleSpec]) -> list[str]:
-    """Modules with a matrix that stay as they are: the head, and attention of bf16 checkpoints."""
+    """Modules with a matrix that stay as they are: the head, and what bf16 checkpoints do not prune."""
     weights = (n for n, info in source.checkpoint.tensors.items() if len(info.shape) == 2)
     names = {n.removesuffix(".weight") for n in weights if n.endswith(".weight")}
     embeddings = {n for n in names if "embed" in n}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ from vllm_spense.format.writer import check_target
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, warn_about_experts
 from vllm_spense.pruning.allocation import dense_counts
-from vllm_spense.pruning.calibration import CalibrationText, read_calibration, sample_windows, tokenize
+from vllm_spense.pruning.calibration import (
+    CalibrationText,
+    TextEnd,
+    read_calibration,
+    sample_windows,
+    text_end,
+    tokenize,
+)
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import fingerprint
 from vllm_spense.pruning.layer import LayerPruner
@@ -33,7 +41,9 @@ from vllm_spense.pruning.resume import LayerRecord, WorkDirectory
 from vllm_spense.pruning.selection import DenseChoice
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
+from vllm_spense.pruning.trust import warn_about_calibration, warn_about_size, warnings_as_errors
 
+_LAYER = re.compile(r"(.*?\.layers\.\d+)\.")
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
 
@@ -60,7 +70,8 @@ class PruneReport:
     """What a finished run did. ``mlp_sparsity`` is the part of the MLP's weights that is zero.
 
     ``losses`` by module name; ``damping``: modules whose Hessian needed more than the configured
-    damping, with the value used; ``tensor_parallel_sizes`` that the checkpoint promises.
+    damping, with the value used; ``tensor_parallel_sizes`` that the checkpoint promises; ``text_end``: text
+    to try the checkpoint on, None without calibration and after a run that another process ended.
     """
 
     directory: Path
@@ -71,6 +82,7 @@ class PruneReport:
     damping: dict[str, float]
     tensor_parallel_sizes: list[int]
     seconds: float
+    text_end: TextEnd | None = None
 
 
 @torch.no_grad()
@@ -94,9 +106,11 @@ def prune(
     architectures, ``ValueError`` for calibration text and sizes that do not fit, ``FileExistsError``
     for an ``out`` that is in use, :class:`~vllm_spense.pruning.resume.ResumeError` for an unfinished run
     in the way, :class:`~vllm_spense.pruning.solvers.SolverError` for a Hessian that cannot be factored.
+    Warns with :class:`~vllm_spense.pruning.trust.PruneWarning`; under ``config.strict`` each is a
+    ``ValueError`` instead, with the work directory kept as for other errors.
     """
     started = time.monotonic()
-    with WorkDirectory(out) as work:
+    with WorkDirectory(out) as work, warnings_as_errors(config.strict):
         if config.resume and work.published():  # killed behind the last step: only to be cleaned up
             return _report_of(Path(out), config, time.monotonic() - started)
         check_target(Path(out).absolute(), config.overwrite)
@@ -108,7 +122,12 @@ def prune(
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
         source = SourceModel(directory, device)
         warn_about_experts(source.layers, source.stored_dtype)
-        windows = None if text is None else _windows(directory, text, config)
+        for index, layer in enumerate(source.layers):  # what cannot be pruned is refused before any work
+            LayerPruner(config, None).layouts(index, layer)
+        warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
+        windows, end = (None, None) if text is None else _windows(directory, text, config)
+        if windows is not None:
+            warn_about_calibration(windows.numel(), source.layers, config)
         made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
         choice = None
@@ -127,7 +146,7 @@ def prune(
             for index in range(len(records)):
                 writer.adopt(work.shard(index))
             write_rest(writer, source, config, name, text, records)
-    written = facts(records, config)
+    written = facts(records, config, source.layers)
     return PruneReport(
         directory=Path(out),
         config=config,
@@ -137,6 +156,7 @@ def prune(
         damping={name: value for record in records for name, value in record.damping.items()},
         tensor_parallel_sizes=written.tensor_parallel_sizes,
         seconds=time.monotonic() - started,
+        text_end=end,
     )
 
 
@@ -188,6 +208,7 @@ class _LayerLoop:
         if self.inputs is None:
             return
         with self.source.resident(layer.module):
+            self.pruner.skip(index, layer)
             restore_layer(layer, record.modules, self.work.shard(index))
             self.inputs.advance(index, layer.module)
 
@@ -206,12 +227,13 @@ class _LayerLoop:
         return PruneProgress(index + 1, layers, records[index].losses, elapsed, remaining, restored)
 
 
-def _windows(directory: Path, text: CalibrationText, config: PruneConfig) -> torch.Tensor:
-    """Token ids [samples, seq] int64 to calibrate on."""
+def _windows(directory: Path, text: CalibrationText, config: PruneConfig) -> tuple[torch.Tensor, TextEnd]:
+    """Token ids [samples, seq] int64 to calibrate on, and the end of the text."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    return sample_windows(tokenize(tokenizer, text.text), config.num_samples, config.seq_len, config.seed)
+    ids, sizes = tokenize(tokenizer, text.text), (config.num_samples, config.seq_len, config.seed)
+    return sample_windows(ids, *sizes), text_end(ids, *sizes)
 
 
 def _choose(
@@ -257,7 +279,7 @@ def _report_of(directory: Path, config: PruneConfig, seconds: float) -> PruneRep
     return PruneReport(
         directory=directory,
         config=config,
-        layers=len({name.partition(".mlp.")[0] for name in said["losses"]}),
+        layers=len({m[1] for m in map(_LAYER.match, Checkpoint(directory).tensors) if m}),
         mlp_sparsity=report.mlp_sparsity,
         losses=said["losses"],
         damping=said["raised_damping"],

@@ -3,35 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from vllm_spense.format import Layout
+from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder, decoder_layers
+from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
-from vllm_spense.pruning.output import REST_SHARD_BYTES
+from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
+from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
+from vllm_spense.pruning.rows import ROWS
 from vllm_spense.pruning.source import SourceModel, meta_network, source_directory
 
 DeviceModel = Literal["here", "h200", "b200"]
 
-THROUGHPUT = {"h200": (6.0e14, 4.5e13), "b200": (1.3e15, 6.0e13)}
-"""FLOP/s of large bf16 and fp32 (no TF32) GEMMs: about 0.6 and 0.7 of the data sheets, not measured."""
-COLUMN_SECONDS = 8e-5
-"""A column of the OBS solver launches about ten small kernels, whatever its length."""
+GROUP_SECONDS = 8e-5
+"""Four columns of a block of rows in the OBS sweep: about eight small kernels, whatever their length."""
 PROCESS_BYTES = {"cpu": 600 << 20, "cuda": 3 << 30}
 """Host memory of Python, torch and transformers before the first tensor."""
 CONTEXT_BYTES = 1 << 30
 """Device memory of the CUDA context and the libraries' workspaces."""
 SOLVER_MATRICES = 6
 """[K, K] fp32 at the worst moment of a factorisation: H, H + λI, L, the inverse, U, LAPACK's copy."""
+REFINE_BUFFERS = 12
+"""Temporaries of a block of rows, as large as it, in the least squares and the choice of pairs."""
+ITERATION_PASSES, ROUND_PASSES = 29, 100
+"""Reads and writes of a matrix besides the GEMMs: per iteration of least squares, per choice of pairs."""
 CHECK_FACTOR = 3.5
 """fp32 copies of a tensor while it is looked through for NaN: the values, their magnitudes, two masks."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a device: FLOP/s of large GEMMs in the compute dtype and in fp32 (no TF32), bytes/s elementwise."""
+
+    flop: float
+    flop_fp32: float
+    bandwidth: float
+
+
+THROUGHPUT = {"h200": Rates(6.0e14, 4.5e13, 3.0e12), "b200": Rates(1.3e15, 6.0e13, 5.0e12)}
+"""bf16 and fp32: about 0.6 and 0.7 of the data sheets, memory 0.6; not measured."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,8 @@ class LayerPlan:
     """One decoder layer: peak bytes of the device while it is pruned, bytes of its file, FLOP, seconds.
 
     ``flop`` are those of forward passes in the compute dtype, ``flop_fp32`` those of Hessians,
-    factorisations and solvers.
+    factorisations and solvers. Under one budget for the model all layers count with its dense ratio, so that
+    the files together are an upper bound (of a budget of bytes) while a single one may become larger.
     """
 
     name: str
@@ -51,15 +73,27 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class GradientPlan:
+    """The gradient pass: peak bytes of the device, bytes of kept activations, FLOP, seconds."""
+
+    device_bytes: int
+    activation_bytes: int
+    flop: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole run. ``host_bytes`` leaves out ``activation_bytes``, the cached activations.
 
     On a CPU the device's memory is the host's and counts in ``host_bytes``; ``device_bytes`` is then 0.
-    ``activations`` says where the hidden states wait (``host`` or ``disk``).
+    ``activations`` says where the hidden states wait (``host`` or ``disk``). ``gradient`` is None for runs
+    without a gradient pass; else what it needs is part of the totals.
     """
 
     device: str
     dtype: str
+    gradient: GradientPlan | None
     layers: list[LayerPlan]
     device_bytes: int
     host_bytes: int
@@ -82,12 +116,17 @@ def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "he
     dtype = stored if cuda else torch.float32
     rates = _measure(dtype, torch.device("cuda" if cuda else "cpu")) if device_model == "here" else None
     sizes = _Sizes(network.config, config, dtype, stored, rates or THROUGHPUT[device_model])
-    layers = [sizes.layer(layer) for layer in decoder_layers(network)]
-    in_layers = sum(p.numel() for layer in decoder_layers(network) for p in layer.module.parameters())
+    modules = decoder_layers(network)
+    layers = [sizes.layer(layer) for layer in modules]
+    in_layers = sum(p.numel() for layer in modules for p in layer.module.parameters())
     rest = [p.numel() for p in network.parameters()]
     outside = (sum(rest) - in_layers) * stored.itemsize
     embedding = sum(p.numel() for c in _embedding(network) for p in c.parameters()) * dtype.itemsize
-    working = max([layer.device_bytes for layer in layers] + [embedding * 3 // 2])
+    gradient = sizes.gradient(modules, network.get_output_embeddings(), embedding)
+    first = [gradient] if gradient else []
+    stages: list[LayerPlan | GradientPlan] = [*first, *layers]
+    working = max(embedding * 3 // 2, *(stage.device_bytes for stage in stages))
+    kept = max([sizes.activations(layer) for layer in modules] + [stage.activation_bytes for stage in first])
     largest = max(p.numel() for n, p in network.named_parameters()) * stored.itemsize
     writing = max(
         min(outside, max(REST_SHARD_BYTES, largest)),
@@ -98,15 +137,30 @@ def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "he
     return Plan(
         device=_device_name(device_model, cuda),
         dtype=str(dtype).removeprefix("torch."),
+        gradient=gradient,
         layers=layers,
         device_bytes=CONTEXT_BYTES + working if cuda else 0,
         host_bytes=host,
-        activation_bytes=max(sizes.activations(layer) for layer in decoder_layers(network)),
+        activation_bytes=kept,
         activations=config.cache_activations,
         source_bytes=sum(rest) * stored.itemsize,
         output_bytes=sum(layer.output_bytes for layer in layers) + outside,
-        seconds=sum(layer.seconds for layer in layers),
+        seconds=sum(stage.seconds for stage in stages),
     )
+
+
+@dataclass
+class _Work:
+    """FLOP of forwards and of statistics and solvers; bytes that solvers move, their groups in sequence."""
+
+    flop: float = 0.0
+    fp32: float = 0.0
+    moved: float = 0.0
+    groups: float = 0.0
+
+    def seconds(self, rates: Rates) -> float:
+        gemms = self.flop / rates.flop + self.fp32 / rates.flop_fp32
+        return gemms + self.moved / rates.bandwidth + self.groups * GROUP_SECONDS
 
 
 class _Sizes:
@@ -118,7 +172,7 @@ class _Sizes:
         config: PruneConfig,
         dtype: torch.dtype,
         stored: torch.dtype,
-        rates: tuple[float, float],
+        rates: Rates,
     ) -> None:
         self.model = model
         self.config = config
@@ -131,16 +185,39 @@ class _Sizes:
 
     def layer(self, layer: DecoderLayer) -> LayerPlan:
         layouts = self.pruner.layouts(0, layer)  # at the same dense ratio everywhere
-        flop, flop_fp32, columns = self._work(layer, layouts)
-        fast, slow = self.rates
+        work = self._work(layer, layouts)
         return LayerPlan(
             name=layer.name,
             device_bytes=self._device(layer, layouts),
             output_bytes=self._output(layer, layouts),
-            flop=flop,
-            flop_fp32=flop_fp32,
-            seconds=flop / fast + flop_fp32 / slow + columns * COLUMN_SECONDS,
+            flop=work.flop,
+            flop_fp32=work.fp32,
+            seconds=work.seconds(self.rates),
         )
+
+    def gradient(self, layers: list[DecoderLayer], head: nn.Module, embedding: int) -> GradientPlan | None:
+        """The gradient pass, whose ``embedding`` (bytes) and ``head`` are there together for the loss."""
+        config, hidden, wide = self.config, self.model.hidden_size, self.dtype.itemsize
+        if not config.needs_gradient:
+            return None
+        seq = min(config.seq_len, MAX_GRADIENT_TOKENS)
+        tokens = min(config.gradient_samples, config.num_samples) * seq
+        vocabulary, width = head.get_parameter("weight").shape
+        logits = embedding + vocabulary * width * wide + seq * vocabulary * (2 * wide + 12)
+        forwards = 0.0
+        device = [logits]
+        for layer in layers:
+            linears = linears_of(layer).values()
+            forwards += self._attention(tokens, seq) + 2.0 * tokens * sum(x.weight.numel() for x in linears)
+            inner = 0 if layer.mlp is None else layer.mlp.intermediate * (2 * len(layer.mlp.inner) + 4)
+            widest = max([hidden, *(linear.out_features for linear in layer.dense.values())])
+            saved = seq * (10 * hidden + 8 * widest + inner) * wide
+            costs = 0 if layer.mlp is None else 6 * 4 * layer.mlp.down.weight.numel()
+            device.append(_numel(layer) * wide + max(saved, costs))
+        # Forward, again with the graph kept, and back through the inputs alone; of the head once each.
+        flop = 3 * forwards + 4.0 * tokens * width * vocabulary
+        kept = (len(layers) + 2) * tokens * hidden * 2  # inputs of all layers, last outputs, gradients
+        return GradientPlan(max(device), kept, flop, flop / self.rates.flop)
 
     def activations(self, layer: DecoderLayer) -> int:
         """Hidden states in bf16, attention's outputs and, where they are kept, down's inputs."""
@@ -161,11 +238,17 @@ class _Sizes:
         sample = seq * (4 * hidden + 4 * widest) * self.dtype.itemsize
         if getattr(self.model, "sliding_window", None):  # a mask of its own, and its copy as numbers
             sample += seq * seq * (1 + self.dtype.itemsize)
-        if mlp is None:
+        attention = target(layer, self.config)
+        inner = 0 if attention is None else attention.out.in_features
+        if mlp is not None:
+            inner = max(inner, mlp.intermediate)
+            sample += seq * mlp.intermediate * ((len(mlp.inner) + 2) * self.dtype.itemsize + 4)
+        if not inner:
             return resident + sample
-        inner = mlp.intermediate
-        sample += seq * inner * ((len(mlp.inner) + 2) * self.dtype.itemsize + 4)
         solver = 4 * SOLVER_MATRICES * max(inner, hidden) ** 2 if self.calibrated else 0
+        if self.config.refit:  # H, H damped, U and a block's temporaries
+            shapes = [(min(x.out_features, ROWS), x.in_features) for x in layouts.values() if x.sparse]
+            solver = max([solver] + [4 * k * (3 * k + REFINE_BUFFERS * rows) for rows, k in shapes])
         return resident + 4 * hidden**2 + max(sample + 4 * inner**2, solver + 3 * max(packed))
 
     def _output(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> int:
@@ -179,31 +262,52 @@ class _Sizes:
             total += layout.out_features * 4 if wide == 1 else 0
         return total
 
-    def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> tuple[float, float, int]:
-        """FLOP of forwards, FLOP of statistics and solvers, and sequential columns of the solvers."""
+    def _attention(self, tokens: float, seq: int) -> float:
+        """FLOP of QKᵀ and PV, half of each is masked."""
+        model = self.model
+        head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        return 2.0 * tokens * seq * model.num_attention_heads * head
+
+    def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:
         mlp = layer.mlp
         if not self.calibrated:
-            return 0.0, 0.0, 0
-        model, tokens, seq = self.model, float(self.tokens), self.config.seq_len
-        head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+            return _Work()
+        tokens = float(self.tokens)
         flop = 2 * tokens * sum(w.numel() for linear in layer.dense.values() for w in linear.parameters())
-        flop += 2 * tokens * seq * model.num_attention_heads * head  # QKᵀ and PV, half of each is masked
-        if mlp is None:
-            return flop, 0.0, 0
-        inner = sum(2 * tokens * linear.weight.numel() for linear in mlp.inner.values())
-        scored = self.config.scores_indices
-        passes = scored + 1 + (not self._keeps(mlp))
-        flop += passes * inner + 2 * tokens * mlp.down.weight.numel()
-        sides = (mlp.reader.in_features, mlp.intermediate)
-        fp32 = sum(tokens * k * (k + 512) for k in sides)  # the blocks on and above the diagonal
-        columns = 0
+        flop += self._attention(tokens, self.config.seq_len)
+        sides: list[int] = []
+        solved: list[str] = []
+        if (attention := target(layer, self.config)) is not None:
+            flop *= 2 + self.config.scores_heads  # attention runs again for o's inputs, and for scores
+            sides += [attention.reader.in_features, attention.out.in_features]
+            solved += attention.linears
+        if mlp is not None:
+            inner = sum(2 * tokens * linear.weight.numel() for linear in mlp.inner.values())
+            passes = self.config.scores_indices + 1 + (not self._keeps(mlp))
+            flop += passes * inner + 2 * tokens * mlp.down.weight.numel()
+            sides += [mlp.reader.in_features, mlp.intermediate]
+            solved += [*mlp.inner, mlp.down_name]
+        statistics = sum(tokens * k * (k + 512) for k in sides)  # the blocks on and above the diagonal
+        work = _Work(flop, statistics)
         if self.config.method == "obs":
-            fp32 += sum(4 / 3 * k**3 for k in sides)
-            for name in (*mlp.inner, mlp.down_name):
-                rows, cut = layouts[name].sparse_shape
-                fp32 += rows * cut * (2 * layouts[name].in_features - cut + self.config.block_size)
-                columns += cut if rows else 0
-        return flop, fp32, columns
+            work.fp32 += sum(4 / 3 * k**3 for k in sides)
+            for name in solved:
+                self._solve(work, layouts[name])
+        return work
+
+    def _solve(self, work: _Work, layout: Layout) -> None:
+        """Add OBS and what follows it."""
+        config, k = self.config, layout.in_features
+        rows, cut = layout.sparse_shape
+        blocks = math.ceil(rows / ROWS)
+        work.fp32 += rows * cut * (2 * k - cut + config.block_size)
+        work.groups += blocks * cut / GROUP
+        if config.refit and layout.sparse:
+            fits = config.refine + 1  # each starts from a residual, and so does each choice of pairs
+            gemms = 1 + fits * (1 + config.refit) + config.refine
+            work.fp32 += 2.0 * gemms * rows * k**2
+            passes = fits * config.refit * ITERATION_PASSES + config.refine * ROUND_PASSES
+            work.moved += 4.0 * passes * rows * k
 
 
 def _network(directory: Path) -> tuple[Any, torch.dtype]:
@@ -231,18 +335,20 @@ def _device_name(device_model: DeviceModel, cuda: bool) -> str:
     return torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _measure(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """FLOP/s of square GEMMs on this machine, in ``dtype`` and in fp32."""
+def _measure(dtype: torch.dtype, device: torch.device) -> Rates:
+    """This machine's, with square matrices; ``dtype`` is the compute dtype."""
     size = 8192 if device.type == "cuda" else 1024
-    rates = [_gemm(size, kind, device) for kind in (dtype, torch.float32)]
-    return rates[0], rates[1]
-
-
-def _gemm(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a = torch.ones(size, size, dtype=dtype, device=device)
+    fast, slow = (2 * size**3 / _best_seconds(lambda x: x @ x, x) for x in (a, a.float()))
+    large = torch.ones(2 * size, 2 * size, device=device)
+    moved = 3 * large.numel() * large.element_size()
+    return Rates(fast, slow, moved / _best_seconds(lambda x: x * x, large))
+
+
+def _best_seconds(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
-        (a @ a)[0, 0].item()
+        run(x)[0, 0].item()
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return best

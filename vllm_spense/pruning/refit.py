@@ -13,8 +13,6 @@ from vllm_spense.format.layout import GROUP
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 """What may be kept of a group of four."""
-_ROWS = 4096
-"""Rows refined at a time: bounds the temporaries (about twelve of rows x K)."""
 _TINY = 1e-30
 
 
@@ -69,20 +67,17 @@ def refine(
     own = torch.linalg.inv(h[groups[:, :, None], groups[:, None, :]])
     curvature = torch.linalg.inv((1 - compensation) * own + compensation * inverse)
     generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for part, goal in zip(weight.split(_ROWS), target.split(_ROWS), strict=True):
-        kept = torch.ones_like(part)
-        kept[:, :sparse] = (part[:, :sparse] != 0).float()
-        pairs = kept[:, :sparse].unflatten(1, (-1, GROUP))  # a view
-        part = refit(part, kept, h, goal, iterations)
-        for _ in range(rounds):
-            gradient = (goal - part @ h)[:, :sparse].unflatten(1, (-1, GROUP))
-            better = _best_pairs(part[:, :sparse].unflatten(1, (-1, GROUP)), gradient, curvature)
-            changing = torch.rand(better.shape[:2], generator=generator).to(h.device) < fraction
-            pairs.copy_(torch.where(changing[..., None], better, pairs))
-            part = refit(part * kept, kept, h, goal, iterations)
-        parts.append(part)
-    return torch.cat(parts)
+    kept = torch.ones_like(weight)
+    kept[:, :sparse] = (weight[:, :sparse] != 0).float()
+    pairs = kept[:, :sparse].unflatten(1, (-1, GROUP))  # a view
+    weight = refit(weight, kept, h, target, iterations)
+    for _ in range(rounds):
+        gradient = (target - weight @ h)[:, :sparse].unflatten(1, (-1, GROUP))
+        better = _best_pairs(weight[:, :sparse].unflatten(1, (-1, GROUP)), gradient, curvature)
+        changing = torch.rand(better.shape[:2], generator=generator).to(h.device) < fraction
+        pairs.copy_(torch.where(changing[..., None], better, pairs))
+        weight = refit(weight * kept, kept, h, target, iterations)
+    return weight
 
 
 def _best_pairs(weight: torch.Tensor, gradient: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:

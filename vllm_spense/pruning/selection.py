@@ -52,15 +52,20 @@ def index_scores(
     down: torch.Tensor,
     h_in: torch.Tensor,
     h_down: torch.Tensor,
+    units: int | None = None,
 ) -> torch.Tensor:
     """SpenseGPT+ score [I] of each intermediate index (arXiv 2606.10445, section on SpenseGPT+).
 
     Per projection the mean of |W_ij| · sqrt(H_jj) over the index's row (``inner``: gate and up, or the one
     before the activation, ``[I, K]``) or column (down ``[K, I]``), divided by that vector's mean; then
     summed. ``h_in``, ``h_down``: Hessians of the inputs of inner and of down, or their diagonals.
+    ``units``: score that many runs of neighbouring indices, each projection by the mean over a run (groups
+    of heads: ``inner`` are q, k and v then, ``down`` is o).
     """
     vectors = [element_scores(weight, h_in).mean(1) for weight in inner]
     vectors.append(element_scores(down, h_down).mean(0))
+    if units is not None:
+        vectors = [vector.view(units, -1).mean(1) for vector in vectors]
     total = torch.zeros_like(vectors[0])
     for vector in vectors:
         total += vector / (vector.mean() + _EPSILON)

@@ -22,7 +22,7 @@ from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.adapters import Mlp
 from vllm_spense.pruning.source import SourceModel
 
-DOWN_SHARE = 0.1
+DOWN_SHARE = 0.2
 """Part of a down column's energy that 2:4 removes: the two smallest squares of four normal variables."""
 
 

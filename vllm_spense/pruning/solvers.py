@@ -14,6 +14,8 @@ from vllm_spense.format.layout import GROUP, Layout
 from vllm_spense.format.sparse24 import magnitude_mask
 
 MAX_ESCALATIONS = 4
+DROPPED = ((2, 3), (1, 3), (1, 2), (0, 3), (0, 2), (0, 1))
+"""Pairs of a group that may go; of equal losses the first one goes, so that the earlier positions stay."""
 
 
 class SolverError(RuntimeError):
@@ -70,35 +72,63 @@ def _inverse_cholesky(h: torch.Tensor) -> torch.Tensor | None:
 def prune_obs(weight: torch.Tensor, layout: Layout, factor: Factor, block_size: int = 128) -> torch.Tensor:
     """Prune the 2:4 region of ``weight [N, K]`` fp32 and let the columns to its right make up for it.
 
-    SparseGPT (arXiv 2301.00774, algorithm 1) with the error measure w² / U_jj². Output split: only
-    rows of S change. Input split: columns of S are pruned, and the dense columns, which stand to the
-    right of them, absorb the compensation. Returns a new tensor.
+    Output split: only rows of S change. Input split: columns of S are pruned, and the dense columns,
+    which stand to the right of them, absorb the compensation. Returns a new tensor.
     """
     result = weight.clone()
-    rows, cols = layout.sparse_shape
-    if not layout.sparse:
-        return result
-    w = result[:rows]
-    upper = factor.upper
-    w[:, :cols].masked_fill_(factor.dead[:cols], 0.0)
+    if layout.sparse:
+        rows, cols = layout.sparse_shape
+        result[:rows] = obs_rows(weight[:rows], cols, factor.upper, factor.dead, block_size)
+    return result
+
+
+def obs_rows(
+    weight: torch.Tensor, cols: int, upper: torch.Tensor, dead: torch.Tensor, block_size: int = 128
+) -> torch.Tensor:
+    """Prune the first ``cols`` columns of ``weight [N, K]``; ``upper``, ``dead``: see :class:`Factor`.
+
+    SparseGPT (arXiv 2301.00774, algorithm 1) with the error measure |w| / U_jj, a group of four at a time:
+    which two go is decided at the group's start, so that their errors are a linear function of its weights,
+    one of six. On a GPU the launches are what takes time; a group has eight. Returns a new tensor.
+    """
+    w = weight.clone()
+    w[:, :cols].masked_fill_(dead[:cols], 0.0)
+    tables = _error_tables(upper, cols)
+    pairs = torch.zeros(len(DROPPED), GROUP, device=w.device)
+    pairs.scatter_(1, torch.tensor(DROPPED, device=w.device), 1.0)
+    gone = pairs.t().bool()
     for start in range(0, cols, block_size):
         stop = min(start + block_size, cols)
         block = w[:, start:stop].t().contiguous()  # a column of w is a row here: contiguous updates
         u = upper[start:stop, start:stop]
-        errors = torch.zeros_like(block)
-        spread = u.diagonal()[:, None] ** 2
-        for j in range(stop - start):
-            if j % GROUP == 0:
-                score = (block[j : j + GROUP] ** 2 / spread[j : j + GROUP]).t()
-                drop = ~magnitude_mask(score).t()
-            gone = block[j] * drop[j % GROUP]
-            errors[j] = gone / u[j, j]
-            block[j:] -= u[j, j:, None] * errors[j]
-            # Exact where the update would leave rounding: pruned is 0, kept is untouched by itself.
-            block[j].masked_fill_(drop[j % GROUP], 0.0)
+        errors = torch.empty_like(block)
+        for j in range(0, stop - start, GROUP):
+            group, error = block[j : j + GROUP], errors[j : j + GROUP]
+            tried = (tables[(start + j) // GROUP] @ group).view(-1, GROUP, len(w))
+            choice = (pairs @ tried[0].abs()).argmin(0)
+            torch.gather(tried[1:], 0, choice.expand(1, GROUP, -1), out=error[None])
+            block[j:].addmm_(u[j : j + GROUP, j:].t(), error, alpha=-1)
+            group.masked_fill_(gone[:, choice], 0.0)  # exact where the update leaves rounding
         w[:, start:stop] = block.t()
-        w[:, stop:] -= errors.t() @ upper[start:stop, stop:]
-    return result
+        w[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1)
+    return w
+
+
+def _error_tables(upper: torch.Tensor, cols: int) -> torch.Tensor:
+    """Matrices ``[cols / 4, 7 · 4, 4]`` that turn a group's four weights into the errors e of dropping them.
+
+    Compensation takes eᵀU from the row. First e of each weight dropped alone, w / U_jj; then for each of
+    :data:`DROPPED` that of the pair, the second of which feels the first: U'ᵀ e = w with U' their part of U.
+    """
+    index = torch.arange(cols, device=upper.device).view(-1, GROUP)
+    u = upper[index[:, :, None], index[:, None, :]]
+    inverse = 1 / u.diagonal(dim1=1, dim2=2)
+    tables = upper.new_zeros(len(u), 1 + len(DROPPED), GROUP, GROUP)
+    tables[:, 0] = torch.diag_embed(inverse)
+    for table, (p, q) in zip(tables[:, 1:].unbind(1), DROPPED, strict=True):
+        table[:, p, p], table[:, q, q] = inverse[:, p], inverse[:, q]
+        table[:, q, p] = -u[:, p, q] * inverse[:, p] * inverse[:, q]
+    return tables.flatten(1, 2)
 
 
 def prune_by_score(weight: torch.Tensor, layout: Layout, score: torch.Tensor) -> torch.Tensor:

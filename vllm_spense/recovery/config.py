@@ -17,8 +17,9 @@ class RecoveryConfig(BaseModel):
     ``calibration``: a text file, or a dataset name ``org/name``. ``objective``: KL divergence from the
     dense model's next-token distributions, or cross entropy with the text's own next tokens. ``train``:
     the MLPs' kept weights and all norms, or those of attention, too. A step reads ``batch`` fresh windows
-    of ``seq_len`` tokens; ``seed`` chooses them. ``learning_rate``: the highest, between a linear warm-up
-    over the first tenth of ``steps`` and a cosine decay to zero.
+    of ``seq_len`` tokens. ``seed`` chooses them; pruning's own seed would choose pruning's windows again.
+    ``learning_rate``: the highest, between a linear warm-up over the first tenth of ``steps`` and a
+    cosine decay to zero.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,11 +27,11 @@ class RecoveryConfig(BaseModel):
     calibration: str
     objective: Objective = "distill"
     train: Train = "mlp"
-    steps: Positive = 60
+    steps: Positive = 100
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    batch: Positive = 2
+    batch: Positive = 1
     seq_len: Annotated[int, Field(ge=2)] = 512
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
     overwrite: bool = False
 
     def decisive(self) -> dict[str, Any]:

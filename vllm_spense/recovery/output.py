@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from vllm_spense.format import Checkpoint, CheckpointWriter, pack_linear
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.pruning.calibration import CalibrationText
+from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.student import Student
 
@@ -27,33 +29,54 @@ _TRAINED = {
 def write(
     checkpoint: Checkpoint, out: str | Path, student: Student, config: RecoveryConfig, text: CalibrationText
 ) -> None:
-    """Write ``checkpoint`` with the student's values into ``out``, rounded to the dtypes it has now.
+    """Write ``checkpoint`` with the student's values into ``out``, in the dtypes it has now.
 
-    What was not trained is copied bit for bit. Raises ``FileExistsError``, and ``ValueError`` for values
-    that are not finite.
+    What was not trained is copied bit for bit. What was is rounded stochastically: a short run moves most
+    weights by less than half a step of their dtype, and rounding to nearest would undo it. Raises
+    ``FileExistsError``, and ``ValueError`` for values that are not finite.
     """
+    generator = torch.Generator().manual_seed(config.seed)
     values = dict(pair for trained in student.trained for pair in trained.values())
     with CheckpointWriter(
         out, overwrite=config.overwrite, check=lambda path: check_checkpoint(Checkpoint(path))
     ) as writer:
         for name in checkpoint.plain_tensors():
             stored = checkpoint.load(name)
-            writer.add(name, values[name].to(stored.dtype) if name in values else stored)
+            if name in values:
+                stored = round_stochastically(values[name], stored.dtype, generator).to(stored.dtype)
+            writer.add(name, stored)
         for module in checkpoint.require_spense().modules:
-            for short, tensor in _module(checkpoint, module, values.get(module)).items():
+            for short, tensor in _module(checkpoint, module, values.get(module), generator).items():
                 writer.add(f"{module}.{short}", tensor)
         writer.write_config(_config(checkpoint, config, text))
         writer.copy_side_files(checkpoint.directory)
         writer.write_text(_CARD, _card(checkpoint.directory, config, text))
 
 
-def _module(checkpoint: Checkpoint, name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _module(
+    checkpoint: Checkpoint, name: str, value: torch.Tensor | None, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     """The tensors of one module by short name, with ``value [N, K]`` fp32 as its weight (None: its own)."""
     stored = checkpoint.module_tensors(name)
     if value is None:
         return stored
     dtype = checkpoint.require_spense().torch_dtype
+    scale = stored.get("weight_scale", torch.ones(1))[:, None]
+    value = (
+        round_stochastically(value / scale, dtype, generator) * scale
+    )  # pack_linear finds this scale again
     return pack_linear(value, checkpoint.layout(name), weight_dtype=dtype, bias=stored.get("bias"))
+
+
+def round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """fp32 ``value`` up or down to the precision of ``dtype``, the nearer the likelier: right on average.
+
+    Values that ``dtype`` holds, zeros among them, stay as they are. Below its normal range, where steps no
+    longer shrink, its conversion still has to round.
+    """
+    dropped = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))
+    noise = torch.randint(0, 1 << dropped, value.shape, generator=generator, dtype=torch.int32)
+    return ((value.contiguous().view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
 
 
 def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationText) -> dict[str, Any]:
@@ -62,6 +85,7 @@ def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationTex
     entry = config.decisive() | {
         "tokens": config.tokens,
         "text": {"source": text.source, "sha256": text.sha256},
+        "versions": versions("vllm-spense", "torch", "transformers"),
     }
     before = quantization.provenance.get("recovery", [])
     provenance = quantization.provenance | {"recovery": [*before, entry]}
@@ -80,6 +104,6 @@ def _card(directory: Path, config: RecoveryConfig, text: CalibrationText) -> str
 
 After pruning, {_TRAINED[config.train]} were trained {_OBJECTIVES[config.objective]}: {config.steps} steps,
 {config.tokens} tokens of {text.source} (SHA-256 {text.sha256[:16]}…), learning rate
-{config.learning_rate:g}. Zeros of the 2:4 regions stayed zeros. Losses per layer in this card are those
-of pruning.
+{config.learning_rate:g}. Zeros of the 2:4 regions stayed zeros. Losses per layer and the
+evaluation above are from before.
 """

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError
@@ -18,18 +20,6 @@ from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import RecoveryProgress, train
-
-_ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "ffn_dim",
-)
 
 
 @dataclass(frozen=True)
@@ -66,20 +56,20 @@ def recover(
     check_target(Path(out).absolute(), config.overwrite)
     checkpoint = Checkpoint(directory)
     checkpoint.require_spense()
-    original = None if config.objective == "tokens" else _original(checkpoint, dense)
+    original = None if config.objective == "tokens" else _original(dense)
     text = read_calibration(config.calibration)
     ids = tokenize(load_tokenizer(directory), text.text)
     windows = sample_windows(ids, config.steps * config.batch, config.seq_len, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(checkpoint, config.train, device)
-    teacher = None if original is None else load_model(original, device=device).requires_grad_(False)
+    teacher = None if original is None else _teacher(original, student.model, checkpoint)
     losses = train(student, teacher, windows, config, progress)
     write(checkpoint, out, student, config, text)
     return RecoveryReport(Path(out), config, losses, time.monotonic() - started)
 
 
-def _original(checkpoint: Checkpoint, dense: str | Path | None) -> Path:
-    """The dense model's directory, after a look at whether it can be what ``checkpoint`` was made from."""
+def _original(dense: str | Path | None) -> Path:
+    """The dense model's directory."""
     if dense is None:
         raise ValueError(
             "objective 'distill' learns from the dense model: give it (--dense MODEL), or choose "
@@ -93,11 +83,13 @@ def _original(checkpoint: Checkpoint, dense: str | Path | None) -> Path:
         raise
     if original.quantization is not None:
         raise ValueError(f"{dense} is a Spense checkpoint itself; --dense takes the unpruned model")
-    for key in _ARCHITECTURE:
-        mine, its = checkpoint.config.get(key), original.config.get(key)
-        if mine != its:
-            raise ValueError(
-                f"{dense} is not the model that {checkpoint.directory} was pruned from: its {key} is {its}, "
-                f"the checkpoint's {mine}"
-            )
     return directory
+
+
+def _teacher(directory: Path, student: Any, checkpoint: Checkpoint) -> nn.Module:
+    """The dense model. Nothing changes embeddings, so other ones are another model's."""
+    mine = student.get_input_embeddings().weight
+    teacher: Any = load_model(directory, device=mine.device).requires_grad_(False)
+    if not torch.equal(mine, teacher.get_input_embeddings().weight):
+        raise ValueError(f"{checkpoint.directory} was not pruned from {directory}: their embeddings differ")
+    return teacher

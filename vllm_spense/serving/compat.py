@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    QKVParallelLinear,
     ReplicatedLinear,
     UnquantizedLinearMethod,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "BasevLLMParameter",
     "LinearBase",
     "LinearMethodBase",
+    "QKVParallelLinear",
     "ReplicatedLinear",
     "UnquantizedLinearMethod",
     "current_platform",

@@ -11,7 +11,7 @@ from vllm_spense.format.validate import check_values
 from vllm_spense.ops.dispatch import LinearSpec
 from vllm_spense.ops.random_weights import fill_random
 from vllm_spense.serving import compat
-from vllm_spense.serving.loading import Loaded, LoadPlan, make_loader, make_plan
+from vllm_spense.serving.loading import Loaded, LoadPlan, check_heads, make_loader, make_plan
 from vllm_spense.serving.runtime import Runtime, make_runtime
 
 _DONE = "_already_called_process_weights_after_loading"
@@ -52,6 +52,8 @@ class SpenseLinearMethod(compat.LinearMethodBase):
             rank=getattr(layer, "tp_rank", 0),
             size=getattr(layer, "tp_size", 1),
         )
+        if isinstance(layer, compat.QKVParallelLinear):
+            check_heads(self.plan, layer.head_size)
         self.spec = self.plan.spec()
         for name in self.plan.names:
             parameter = compat.BasevLLMParameter(

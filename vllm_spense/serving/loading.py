@@ -204,3 +204,21 @@ def make_plan(
             ) from None
         slices.append(ModuleSlice(name, spec.layout(), axis, rank * parts // size, parts, spec.bias))
     return LoadPlan(prefix, tuple(slices), weight_dtype)
+
+
+def check_heads(plan: LoadPlan, head_size: int) -> None:
+    """A rank's q, k and v must hold whole heads that belong together: vLLM pairs them by their position.
+
+    Rows alone do not show it: half a key head of S and half of one of D are a slice, too. Raises
+    :class:`CheckpointError`.
+    """
+    key = plan.modules[1]
+    for module in plan.modules:
+        whole = module.local.sparse * key.local.out_features == key.local.sparse * module.local.out_features
+        if module.parts > 1 and (key.local.sparse % head_size or not whole):
+            raise CheckpointError(
+                f"a tensor-parallel size of {module.parts} would cut the regions of attention inside a group "
+                "of heads",
+                module=module.name,
+                fix="serve with a smaller size, or prune again with another --attention-dense-ratio",
+            )

@@ -1,0 +1,53 @@
+"""``spense prune``: what it says of the checkpoint that it has just written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from vllm_spense.pruning import PruneReport
+
+
+def try_checkpoint(report: PruneReport, console: Console) -> None:
+    """Load what ``report`` is about, measure it briefly, print that and put it into the model card.
+
+    The checkpoint stays where it is whatever is found. Raises ``RuntimeError`` for a perplexity that is not
+    finite; warns of an absurd one (an error under ``strict``).
+    """
+    from vllm_spense.evaluation.trial import PROMPT, memory_available, memory_needed, try_out
+    from vllm_spense.pruning.card import record_evaluation
+    from vllm_spense.pruning.trust import warn, warnings_as_errors
+
+    directory, end = report.directory, report.text_end
+    needed, available = memory_needed(directory), memory_available()
+    if needed > available:
+        console.print(
+            f"Not checked by running it: that takes {needed / 1e9:.1f} GB of memory, and "
+            f"{available / 1e9:.1f} GB are available here. Measure it where there is more: "
+            f"[cyan]spense eval {directory} --text FILE[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    trial = try_out(directory, None if end is None else end.ids)
+    lines = []
+    if end is not None and trial.perplexity is not None:
+        which = "parts of which calibration has used" if end.calibrated else "which calibration has not seen"
+        lines.append(
+            f"Perplexity {trial.perplexity:.2f} on {trial.tokens} tokens at the end of the calibration text, "
+            f"{which}."
+        )
+    if trial.text is not None:
+        lines.append(f"Greedy continuation of “{PROMPT}”: “{' '.join(trial.text.split())}”")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    record_evaluation(Path(directory), "\n\n".join(lines))
+    if trial.absurd:
+        with warnings_as_errors(report.config.strict):
+            warn(
+                f"{directory}: its perplexity {trial.perplexity:.4g} is above that of guessing blindly among "
+                f"{trial.vocabulary} tokens; the source model or the pruning is broken"
+            )
