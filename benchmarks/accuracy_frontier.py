@@ -99,6 +99,7 @@ ABLATIONS = [
     Row("d-obs", "(d) OBS alone: no least squares, no better pairs", {"refit": 0, "refine": 0}, BASE),
     Row("d-refit", "(d) least squares, no better pairs", {"refine": 0}, BASE),
     Row("d-asymmetric", "(d) asymmetric objective, half", {"asymmetric": 0.5}, BASE),
+    Row("d-joint", "(d) gate and up fitted to the intermediate values", {"joint": 4}, BASE),
     Row("e-scores", "(e) SpenseGPT+'s index scores", {"selection": "spensegpt+"}, BASE),
     Row("f-uniform", "(f) the same dense ratio in every layer", {"allocation": "uniform"}, BASE),
     Row("f-time", "(f) budget of predicted decode time", {"allocation": "time"}, BASE),

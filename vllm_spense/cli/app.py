@@ -63,6 +63,22 @@ def prune(
     ] = None,
     refit: Annotated[int | None, typer.Option(help="Least-squares iterations on kept weights", min=0)] = None,
     refine: Annotated[int | None, typer.Option(help="Rounds of choosing better pairs", min=0)] = None,
+    regroup: Annotated[
+        int | None, typer.Option(help="Rounds of dealing down's columns to better groups", min=0)
+    ] = None,
+    order: Annotated[
+        Literal["natural", "energy"] | None, typer.Option(help="In which OBS visits the groups of columns")
+    ] = None,
+    search_damping: Annotated[
+        bool | None,
+        typer.Option("--search-damping/--no-search-damping", help="Choose the damping by held-out windows"),
+    ] = None,
+    asymmetric: Annotated[
+        float | None, typer.Option(help="Share of earlier layers' error to make up for", min=0, max=1)
+    ] = None,
+    rounding: Annotated[
+        Literal["nearest", "refit"] | None, typer.Option(help="To FP8; refit: other weights make up for it")
+    ] = None,
     gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
     calibration: Annotated[str | None, typer.Option(help="Text file, or Hugging Face dataset name")] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
@@ -102,6 +118,11 @@ def prune(
         "allocation": allocation,
         "refit": refit,
         "refine": refine,
+        "regroup": regroup,
+        "order": order,
+        "search_damping": search_damping,
+        "asymmetric": asymmetric,
+        "rounding": rounding,
         "gradient_samples": gradient_samples,
     }
     config = PruneConfig(
@@ -148,9 +169,9 @@ def recover(
         str | None, typer.Option(help="The model that DIRECTORY was pruned from", show_default=False)
     ] = None,
     objective: Annotated[
-        Literal["distill", "tokens"],
-        typer.Option(help="Learn the dense model's distributions, or the text's next tokens"),
-    ] = "distill",
+        Literal["both", "distill", "tokens"],
+        typer.Option(help="Learn the dense model's distributions, the text's next tokens, or both"),
+    ] = "both",
     train: Annotated[
         Literal["mlp", "all"], typer.Option(help="MLPs and norms, or the linears of attention, too")
     ] = "mlp",

@@ -8,7 +8,7 @@ OPT). Routed experts stay as they are. Everything else is refused by name.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ _FORMS = (
     (("fc1",), "fc2"),
     (("c_fc",), "c_proj"),
 )
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _MOE_TYPES = ("qwen2_moe", "qwen3_moe")
 _SUPPORTED = (
     "supported are Llama, Mistral, Qwen2, Qwen3, SmolLM, Seed-OSS, Gemma (text) and models built like them, "
@@ -58,6 +59,7 @@ class MlpShape:
 class Mlp:
     """One prunable MLP. ``inner``: full checkpoint name to linear [I, K], gate before up; ``down`` [K, I].
 
+    ``activation`` is that of gate, or of a plain MLP's values; None if it was not found.
     The intermediate dimension I may be permuted: nothing but these linears holds parameters along it.
     """
 
@@ -65,6 +67,7 @@ class Mlp:
     inner: dict[str, nn.Linear]
     down_name: str
     down: nn.Linear
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def intermediate(self) -> int:
@@ -181,7 +184,9 @@ def _mlp(name: str, block: nn.Module, alone: bool = True) -> Mlp:
         parameters = {p for full in names for p in linears[full].parameters()}
         if alone and set(block.parameters()) != parameters:  # a norm would have to be permuted too
             break
-        return Mlp(name, {full: linears[full] for full in names[:-1]}, names[-1], linears[names[-1]])
+        inner_linears = {full: linears[full] for full in names[:-1]}
+        activation = next((getattr(block, key) for key in _ACTIVATIONS if hasattr(block, key)), None)
+        return Mlp(name, inner_linears, names[-1], linears[names[-1]], activation)
     has = ", ".join(child for child, _ in block.named_children())
     raise UnsupportedModelError(
         f"{name} is no MLP of plain linears in a known form (it has: {has}); {_SUPPORTED}"

@@ -55,9 +55,11 @@ class PruneConfig(BaseModel):
 
     ``regroup``: rounds of dealing the 2:4 columns of down to better groups of four. ``order`` ``energy``:
     OBS visits the groups with the largest inputs first. ``search_damping``: a tenth of, one or ten times
-    ``damping`` in each layer, whichever prunes held-out windows best. ``asymmetric``: part, from 0 to 1, of
-    the error of earlier layers that the outputs of this one are to make up for. ``rounding`` ``refit``: the
-    weights of an FP8 checkpoint are rounded in blocks of columns, and the others make up for it.
+    ``damping`` for each input of an MLP's linears, whichever prunes held-out windows best. ``asymmetric``:
+    part, from 0 to 1, of the error of earlier layers that the MLP is to make up for. ``joint``: iterations
+    that fit gate and up to the MLP's intermediate values. ``rounding`` ``refit``: the weights of an FP8
+    checkpoint are rounded in blocks of columns, and the others make up for it; without effect in bf16. All of
+    these are about linears with a 2:4 region.
 
     ``targets`` ``mlp+attention`` prunes the projections of attention, too. ``attention_dense_ratio``
     (default: ``dense_ratio``) is the part of its key/value heads that stays dense in every layer, with all
@@ -84,6 +86,7 @@ class PruneConfig(BaseModel):
     order: Order = "natural"
     search_damping: bool = False
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
+    joint: Annotated[int, Field(ge=0, le=1000)] = 0
     rounding: Rounding = "nearest"
     gradient_samples: Positive = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -119,13 +122,15 @@ class PruneConfig(BaseModel):
             raise ValueError("refine chooses pairs between least squares: give refit iterations, too")
         if (self.refit or self.refine) and self.method != "obs":
             raise ValueError(f"refit and refine improve method 'obs', not {self.method!r}")
-        others = ("regroup", "search_damping", "asymmetric")
+        others = ("regroup", "search_damping", "asymmetric", "joint")
         given = [name for name in others if getattr(self, name)]
         given += ["order"] if self.order != "natural" else []
         if given and self.method != "obs":
             raise ValueError(f"{', '.join(given)}: only for method 'obs', not {self.method!r}")
         if self.rounding == "refit" and not self.refit:
             raise ValueError("rounding 'refit' is a least squares: give refit iterations, too")
+        if self.joint and (self.rounding_refit or self.asymmetric):
+            raise ValueError("joint moves weights that rounding 'refit' and asymmetric have set: choose one")
         return self
 
     @model_validator(mode="after")
@@ -154,6 +159,11 @@ class PruneConfig(BaseModel):
         """The options that decide the result: not where text and files are or how a run is carried out."""
         aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
         return self.model_dump(exclude=aside)
+
+    @property
+    def rounding_refit(self) -> bool:
+        """Whether the solver rounds weights to FP8 itself."""
+        return self.rounding == "refit" and self.weight_dtype == "fp8"
 
     @property
     def needs_calibration(self) -> bool:

@@ -29,6 +29,7 @@ from vllm_spense.pruning.attention import (
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.conversion import checkpoint_name
 from vllm_spense.pruning.hessian import output_error
+from vllm_spense.pruning.joint import JOINT_TOKENS, fit_jointly
 from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
 from vllm_spense.pruning.regroup import regroup
 from vllm_spense.pruning.selection import DenseChoice, dense_count, index_scores, permutation
@@ -58,11 +59,13 @@ class PrunedLayer:
 @dataclass
 class _Observed:
     """What the unpruned layer showed: attention's outputs per sample (on the CPU), the moments in front
-    of the inner linears, and the sums of squares in front of down if indices are scored.
+    of the inner linears, some of their inputs [T, K] fp32 (on the CPU) if these are fitted jointly, and the
+    sums of squares in front of down if indices are scored.
     """
 
     attention: list[torch.Tensor]
     entering: Moments
+    tokens: torch.Tensor
     down_squares: torch.Tensor | None
 
 
@@ -133,9 +136,13 @@ class LayerPruner:
         order = self._permute(index, mlp, dense, seen)
         result.row_order |= dict.fromkeys(mlp.inner, order)
         entering = Moments() if seen is None else seen.entering
+        joint = seen is not None and self.config.joint and result.layouts[mlp.down_name].sparse
+        originals = {k: v.weight.to(torch.float32, copy=True) for k, v in mlp.inner.items()} if joint else {}
         solver = entering.solver(self.config, " and ".join(mlp.inner))
         for name, linear in mlp.inner.items():
             self._solve(result, solver, name, linear)
+        if seen is not None and joint:
+            self._fit_jointly(mlp, result, originals, seen)
         # The inner linears are pruned now, so down sees other inputs than before.
         entering, kept = (Moments(), []) if seen is None else self._observe_down(index, layer, mlp, seen)
         if entering.h is not None and self.config.regroup and result.layouts[mlp.down_name].sparse:
@@ -188,8 +195,12 @@ class LayerPruner:
         entering = InputStatistics(mlp.reader.in_features, device, self.config, originals)
         squares = torch.zeros(mlp.intermediate, device=device)
 
+        share = JOINT_TOKENS // len(self.inputs.hidden) if self.config.joint else 0
+        tokens: list[torch.Tensor] = []
+
         def see_inner(x: torch.Tensor) -> None:
             entering.add(x)
+            tokens.append(x.flatten(0, -2)[:share].float().cpu())
             if not scored:
                 raise Stop
 
@@ -208,7 +219,7 @@ class LayerPruner:
                 "the calibration inputs of this layer hold NaN or infinity", module=mlp.down_name
             )
         moments = entering.moments(next(iter(mlp.inner)))
-        return _Observed(attention, moments, squares if scored else None)
+        return _Observed(attention, moments, torch.cat(tokens), squares if scored else None)
 
     def _observe_down(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed
@@ -269,11 +280,34 @@ class LayerPruner:
         self._reorder(mlp, order)
         return order
 
+    def _fit_jointly(
+        self, mlp: Mlp, result: PrunedLayer, originals: dict[str, torch.Tensor], seen: _Observed
+    ) -> None:
+        """Fit the 2:4 rows of the pruned inner linears to the intermediate values of the ``originals``."""
+        if mlp.activation is None:
+            raise ValueError(
+                f"{mlp.name}: its activation function was not found, so that joint cannot be used"
+            )
+        rows = slice(result.layouts[mlp.down_name].sparse)
+        fitted = fit_jointly(
+            mlp.activation,
+            [result.weights[name][rows] for name in mlp.inner],
+            [originals[name][rows] for name in mlp.inner],
+            [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()],
+            seen.tokens.to(mlp.down.weight.device),
+            self.config.joint,
+        )
+        for (name, linear), weight in zip(mlp.inner.items(), fitted, strict=True):
+            self._store(result, name, linear, torch.cat([weight, result.weights[name][rows.stop :]]))
+            change = linear.weight - originals[name]
+            result.losses[name] = output_error(change, originals[name], seen.entering.h)
+
     def _regroup(self, mlp: Mlp, result: PrunedLayer, h: torch.Tensor) -> torch.Tensor:
         """Deal the 2:4 columns of down to better groups, the rows of the pruned inner linears with them."""
         cols = result.layouts[mlp.down_name].sparse
-        upper = factorize(h, self.config.damping, name=mlp.down_name).upper[:, :cols]
-        weight = mlp.down.weight[:, :cols].float()
+        factor = factorize(h, self.config.damping, name=mlp.down_name)
+        upper = factor.upper[:, :cols]
+        weight = mlp.down.weight[:, :cols].float().masked_fill(factor.dead[:cols], 0.0)  # as OBS does
         order = regroup(weight, upper.t() @ upper, self.config.regroup, self.config.seed).cpu()
         order = torch.cat([order, torch.arange(cols, mlp.intermediate)])
         self._reorder(mlp, order)

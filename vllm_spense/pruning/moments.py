@@ -76,8 +76,8 @@ class InputStatistics:
 class DenseStream:
     """The dense model's hidden states from layer to layer, beside those of the pruned one.
 
-    ``reader`` and ``down``: the inputs of these linears of the present layer, one tensor per sample, in host
-    memory: 2 · tokens · (hidden + intermediate) numbers of the compute dtype.
+    ``reader`` and ``down``: the inputs of these linears of the present layer, one tensor per sample, where
+    the hidden states are kept: tokens · (hidden + intermediate) numbers of the compute dtype.
     """
 
     def __init__(self, inputs: LayerInputs) -> None:
@@ -92,11 +92,12 @@ class DenseStream:
             self._inputs.advance(index, layer.module)
             return
         with (
-            watching(layer.mlp.reader, lambda x: self.reader.append(x.cpu())),
-            watching(layer.mlp.down, lambda x: self.down.append(x.cpu())),
+            watching(layer.mlp.reader, lambda x: self.reader.append(self._inputs.keep(x))),
+            watching(layer.mlp.down, lambda x: self.down.append(self._inputs.keep(x))),
         ):
             self._inputs.advance(index, layer.module)
 
     def permute(self, order: torch.Tensor) -> None:
         """As the intermediate indices of the layer were."""
-        self.down = [x[..., order] for x in self.down]
+        for x in self.down:
+            x.copy_(x[..., order])

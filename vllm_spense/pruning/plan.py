@@ -21,6 +21,7 @@ from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
 from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
+from vllm_spense.pruning.rounding import BLOCKS, ITERATIONS
 from vllm_spense.pruning.rows import ROWS
 from vllm_spense.pruning.source import SourceModel, meta_network, source_directory
 
@@ -220,10 +221,18 @@ class _Sizes:
         return GradientPlan(max(device), kept, flop, flop / self.rates.flop)
 
     def activations(self, layer: DecoderLayer) -> int:
-        """Hidden states in bf16, attention's outputs and, where they are kept, down's inputs."""
+        """Hidden states in bf16, attention's outputs and, where they are kept, down's inputs.
+
+        For an asymmetric objective the dense model's hidden states and its inputs of this MLP, too.
+        """
         hidden = self.tokens * self.model.hidden_size
-        kept = self.tokens * layer.mlp.intermediate if self._keeps(layer.mlp) and layer.mlp else 0
-        return hidden * 2 + (hidden + kept) * self.dtype.itemsize
+        inner = 0 if layer.mlp is None else self.tokens * layer.mlp.intermediate
+        wide = hidden + (inner if self._keeps(layer.mlp) else 0)
+        streams = 1
+        if self.config.asymmetric:
+            wide += hidden + inner if layer.mlp is not None else 0
+            streams = 2
+        return streams * hidden * 2 + wide * self.dtype.itemsize
 
     def _keeps(self, mlp: Mlp | None) -> bool:
         return mlp is not None and self.tokens * mlp.intermediate * self.dtype.itemsize <= KEEP_BYTES
@@ -249,7 +258,10 @@ class _Sizes:
         if self.config.refit:  # H, H damped, U and a block's temporaries
             shapes = [(min(x.out_features, ROWS), x.in_features) for x in layouts.values() if x.sparse]
             solver = max([solver] + [4 * k * (3 * k + REFINE_BUFFERS * rows) for rows, k in shapes])
-        return resident + 4 * hidden**2 + max(sample + 4 * inner**2, solver + 3 * max(packed))
+        options = self.config
+        more = 2 * options.search_damping + (options.asymmetric > 0) + (options.order == "energy")
+        matrices = 4 * (hidden**2 + more * inner**2)
+        return resident + matrices + max(sample + 4 * inner**2, solver + 3 * max(packed))
 
     def _output(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> int:
         wide = 1 if self.config.weight_dtype == "fp8" else 2
@@ -275,6 +287,7 @@ class _Sizes:
         tokens = float(self.tokens)
         flop = 2 * tokens * sum(w.numel() for linear in layer.dense.values() for w in linear.parameters())
         flop += self._attention(tokens, self.config.seq_len)
+        original = flop
         sides: list[int] = []
         solved: list[str] = []
         if (attention := target(layer, self.config)) is not None:
@@ -285,10 +298,15 @@ class _Sizes:
             inner = sum(2 * tokens * linear.weight.numel() for linear in mlp.inner.values())
             passes = self.config.scores_indices + 1 + (not self._keeps(mlp))
             flop += passes * inner + 2 * tokens * mlp.down.weight.numel()
+            original += inner + 2 * tokens * mlp.down.weight.numel()
             sides += [mlp.reader.in_features, mlp.intermediate]
             solved += [*mlp.inner, mlp.down_name]
         statistics = sum(tokens * k * (k + 512) for k in sides)  # the blocks on and above the diagonal
         work = _Work(flop, statistics)
+        if self.config.asymmetric:  # the dense model runs, too, and its inputs meet those of the pruned one
+            work.flop += original
+            if mlp is not None:
+                work.fp32 += sum(2 * tokens * k**2 + 4 / 3 * k**3 for k in sides[-2:])
         if self.config.method == "obs":
             work.fp32 += sum(4 / 3 * k**3 for k in sides)
             for name in solved:
@@ -308,6 +326,12 @@ class _Sizes:
             work.fp32 += 2.0 * gemms * rows * k**2
             passes = fits * config.refit * ITERATION_PASSES + config.refine * ROUND_PASSES
             work.moved += 4.0 * passes * rows * k
+        if (
+            config.rounding_refit and layout.sparse
+        ):  # of all rows, those of D start from a target of their own
+            n = layout.out_features
+            work.fp32 += 2.0 * (BLOCKS * (1 + ITERATIONS) * n + n - rows) * k**2
+            work.moved += 4.0 * BLOCKS * ITERATIONS * ITERATION_PASSES * n * k
 
 
 def _network(directory: Path) -> tuple[Any, torch.dtype]:

@@ -23,7 +23,7 @@ def refit(
 
     Conjugate gradients on ``W H = target`` restricted to kept entries, preconditioned by the diagonal, all
     rows at once (each with its own step). ``h [K, K]`` is positive definite, ``target [N, K]`` = W* H.
-    Returns a new tensor; entries that are not kept must be zero, and stay so.
+    Returns a new tensor; entries that are not kept stay what they are.
     """
     diagonal = h.diagonal()
     residual = (target - weight @ h) * kept

@@ -22,14 +22,17 @@ def round_and_refit(weight: torch.Tensor, sparse: int, h: torch.Tensor, target: 
 
     The grid is that of :func:`~vllm_spense.format.quantize_per_channel` for the given weight, which finds it
     again when the result is stored. ``h [K, K]`` positive definite and ``target [N, K]``: see
-    :func:`~.refit.refit`. Blocks are rounded in the order of the columns.
+    :func:`~.refit.refit`. Blocks are rounded in the order of the columns. Returns a new tensor.
     """
     _, scale = quantize_per_channel(weight)
     free = torch.ones_like(weight)
     free[:, :sparse] = (weight[:, :sparse] != 0).float()
-    for columns in torch.arange(weight.shape[1], device=weight.device).tensor_split(BLOCKS):
-        units = (weight[:, columns] / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
-        weight[:, columns] = units.to(FP8_DTYPE).float() * scale[:, None]
-        free[:, columns] = 0
+    weight = weight.clone()
+    columns = weight.shape[1]
+    for i in range(BLOCKS):
+        block = slice(columns * i // BLOCKS, columns * (i + 1) // BLOCKS)
+        units = (weight[:, block] / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
+        weight[:, block] = units.to(FP8_DTYPE).float() * scale[:, None]
+        free[:, block] = 0
         weight = refit(weight, free, h, target, ITERATIONS)
     return weight

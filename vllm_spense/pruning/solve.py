@@ -26,7 +26,6 @@ from vllm_spense.pruning.trust import PruneWarning
 
 REFIT_DAMPING = 1e-4
 """Part of the Hessian's mean diagonal added for the least squares: for inputs that are never seen alone."""
-_TINY = 1e-30
 
 
 class Solver:
@@ -78,23 +77,26 @@ class Solver:
             return prune_magnitude(weight, layout)
         if config.method == "wanda":
             return prune_wanda(weight, layout, h)
-        rows, cols = layout.sparse_shape
         weight = self._retargeted(weight, h)
-        order = self._column_order(h, cols)
-        h = h[order][:, order]
-        factor = self._factored(h, weight[:rows, order], cols)
+        order = self._column_order(h, layout.sparse_shape[1])
+        if order is None:
+            return self._solved(weight, layout, h)
+        return self._solved(weight[:, order], layout, h[order][:, order])[:, order.argsort()]
+
+    def _solved(self, weight: torch.Tensor, layout: Layout, h: torch.Tensor) -> torch.Tensor:
+        """By OBS and what follows it; ``weight`` and ``h`` have their columns in the order of OBS."""
+        config = self.config
+        rows, cols = layout.sparse_shape
+        factor = self._factored(h, weight[:rows], cols)
         shared = [factor.upper, factor.dead]
-        if config.refit and not bool(factor.dead.all()):  # no input, no error: nothing to answer to
+        refits = config.refit and not bool(factor.dead.all())  # no input, no error: nothing to answer to
+        if refits:
             shared.append(h.clone())
             shared[-1].diagonal().add_(REFIT_DAMPING * h.diagonal().mean())
         result = weight.clone()
-        solved = self._on_devices(partial(self._solve_rows, cols), weight[:rows, order], shared)
-        result[:rows] = solved[:, order.argsort()]
-        if (
-            config.rounding == "refit" and rows < len(weight) and len(shared) > 2
-        ):  # no OBS there, but rounding errors
-            rest = self._on_devices(self._round_rows, weight[rows:, order], shared[2:])
-            result[rows:] = rest[:, order.argsort()]
+        result[:rows] = self._on_devices(partial(self._solve_rows, cols), weight[:rows], shared)
+        if refits and config.rounding_refit and rows < len(weight):  # no OBS there, but rounding errors
+            result[rows:] = self._on_devices(self._round_rows, weight[rows:], shared[2:])
         return result
 
     def _on_devices(
@@ -126,29 +128,30 @@ class Solver:
             rounds=config.refine,
             seed=config.seed,
         )
-        return round_and_refit(pruned, cols, damped, target) if config.rounding == "refit" else pruned
+        return round_and_refit(pruned, cols, damped, target) if config.rounding_refit else pruned
 
     def _round_rows(self, weight: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
         """``weight [rows, K]``, all dense, on its FP8 grid."""
-        return round_and_refit(weight.clone(), 0, damped, weight @ damped)
+        return round_and_refit(weight, 0, damped, weight @ damped)
 
     def _retargeted(self, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """The weight whose outputs come closest to those of ``weight`` for the inputs x* of ``cross``."""
         if self.cross is None:
             return weight
-        damped = h.clone()
-        damped.diagonal().add_(self.config.damping * h.diagonal().mean() + _TINY)
+        upper = factorize(h, self.config.damping, name=self.name).upper
         missing = weight @ (self.cross - h)
-        return weight + torch.cholesky_solve(missing.t(), torch.linalg.cholesky(damped)).t()
+        return weight + missing @ upper.t() @ upper
 
-    def _column_order(self, h: torch.Tensor, cols: int) -> torch.Tensor:
-        """Order [K] in which OBS visits the columns: groups of four stay, dense columns stay at the end."""
-        if self._order is None:
-            self._order = torch.arange(len(h), device=h.device)
-            if self.config.order == "energy":
-                groups = self._order[:cols].view(-1, GROUP)
-                ranked = h.diagonal()[groups].sum(1).argsort(descending=True, stable=True)
-                self._order = torch.cat([groups[ranked].flatten(), self._order[cols:]])
+    def _column_order(self, h: torch.Tensor, cols: int) -> torch.Tensor | None:
+        """Order [K] in which OBS visits the columns: groups of four stay, dense columns stay at the end.
+
+        None where that is the order in which they stand.
+        """
+        if self._order is None and self.config.order == "energy":
+            columns = torch.arange(len(h), device=h.device)
+            groups = columns[:cols].view(-1, GROUP)
+            ranked = h.diagonal()[groups].sum(1).argsort(descending=True, stable=True)
+            self._order = torch.cat([groups[ranked].flatten(), columns[cols:]])
         return self._order
 
     def _factored(self, h: torch.Tensor, weight: torch.Tensor, cols: int) -> Factor:
@@ -172,7 +175,7 @@ class Solver:
         if self.halves is None:
             return config.damping
         order = self._order
-        fit, held_out = (half[order][:, order] for half in self.halves)
+        fit, held_out = (h if order is None else h[order][:, order] for h in self.halves)
         losses = {}
         for damping in (config.damping, config.damping / 10, min(1.0, config.damping * 10)):
             factor = factorize(fit, damping, name=self.name)

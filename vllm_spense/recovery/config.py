@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Objective = Literal["distill", "tokens"]
+Objective = Literal["both", "distill", "tokens"]
 Train = Literal["mlp", "all"]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -15,9 +15,9 @@ class RecoveryConfig(BaseModel):
     """Options of :func:`vllm_spense.recovery.recover`; raises ``pydantic.ValidationError`` (a ValueError).
 
     ``calibration``: a text file, or a dataset name ``org/name``. ``objective``: KL divergence from the
-    dense model's next-token distributions, or cross entropy with the text's own next tokens. ``train``:
-    the MLPs' kept weights and all norms, or those of attention, too. A step reads ``batch`` fresh windows
-    of ``seq_len`` tokens. ``seed`` chooses them; pruning's own seed would choose pruning's windows again.
+    dense model's next-token distributions, cross entropy with the text's own next tokens, or their mean.
+    ``train``: the MLPs' kept weights and all norms, or those of attention, too. A step reads ``batch`` fresh
+    windows of ``seq_len`` tokens. ``seed`` chooses them; pruning's own would choose pruning's windows again.
     ``learning_rate``: the highest, between a linear warm-up over the first tenth of ``steps`` and a
     cosine decay to zero.
     """
@@ -25,7 +25,7 @@ class RecoveryConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     calibration: str
-    objective: Objective = "distill"
+    objective: Objective = "both"
     train: Train = "mlp"
     steps: Positive = 100
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4

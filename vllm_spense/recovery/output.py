@@ -17,6 +17,7 @@ from vllm_spense.recovery.student import Student
 
 _CARD = "README.md"
 _OBJECTIVES = {
+    "both": "towards the dense model's next-token distributions and the text's next tokens in equal parts",
     "distill": "towards the dense model's next-token distributions (KL divergence)",
     "tokens": "on the text's next tokens (cross entropy)",
 }

@@ -72,7 +72,7 @@ def _original(dense: str | Path | None) -> Path:
     """The dense model's directory."""
     if dense is None:
         raise ValueError(
-            "objective 'distill' learns from the dense model: give it (--dense MODEL), or choose "
+            "objectives 'both' and 'distill' learn from the dense model: give it (--dense MODEL), or choose "
             "--objective tokens"
         )
     directory = source_directory(dense)

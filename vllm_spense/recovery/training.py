@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from vllm_spense.recovery.config import RecoveryConfig
+from vllm_spense.recovery.config import Objective, RecoveryConfig
 from vllm_spense.recovery.student import Student
 
 BETAS = (0.9, 0.95)
@@ -47,7 +47,7 @@ def train(
     """Change the student's trainable parameters in place; returns the mean loss of each step.
 
     ``windows [steps * batch, seq_len]`` int64. Windows go through one by one, so that the logits of one
-    are in memory, and their gradients add up. ``teacher``: None to learn from the text's next tokens.
+    are in memory, and their gradients add up. ``teacher``: None for objective ``tokens``.
     On CPUs equal arguments give equal parameters. Raises :class:`RecoveryError` naming the step.
     """
     device = student.parameters[0].device
@@ -59,7 +59,7 @@ def train(
         optimizer.zero_grad()
         loss = 0.0
         for window in batch:
-            part = window_loss(student.model, teacher, window) / len(batch)
+            part = window_loss(student.model, teacher, window, config.objective) / len(batch)
             part.backward()
             loss += float(part.detach())
         norm = float(nn.utils.clip_grad_norm_(student.parameters, MAX_NORM))
@@ -87,17 +87,22 @@ def learning_rate(step: int, config: RecoveryConfig) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * (step - warm_up) / (config.steps - warm_up))) / 2
 
 
-def window_loss(model: nn.Module, teacher: nn.Module | None, window: torch.Tensor) -> torch.Tensor:
+def window_loss(
+    model: nn.Module, teacher: nn.Module | None, window: torch.Tensor, objective: Objective
+) -> torch.Tensor:
     """Mean loss over the ``seq_len - 1`` next tokens of ``window [seq_len]``, with its graph.
 
-    KL(teacher ‖ model), or without a teacher the cross entropy with the tokens that come.
+    ``distill``: KL(teacher ‖ model); ``tokens``: cross entropy with the tokens that come; ``both``: the mean
+    of the two. Only ``tokens`` needs no teacher.
     """
     logits = _logits(model, window)
-    if teacher is None:
+    if objective == "tokens":
         return cross_entropy(logits, window[1:])
+    assert teacher is not None
     with torch.no_grad():
         wanted = _logits(teacher, window).log_softmax(-1)
-    return kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+    distance = kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+    return distance if objective == "distill" else (distance + cross_entropy(logits, window[1:])) / 2
 
 
 def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,123 @@
+"""Gate and up fitted to the MLP's intermediate values, against row-by-row solves and finite differences."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import make_family
+from tiny_text import write_text
+from torch.nn.functional import gelu, silu
+
+from vllm_spense.format import Checkpoint
+from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.pruning.joint import RIDGE, _slope, _step, _value, fit_jointly
+
+T, R, K = 300, 6, 16
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, K] with correlated features, and two weights [R, K]."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, K, generator=g) + 2 * torch.randn(T, 1, generator=g)
+    return x, torch.randn(R, K, generator=g) / 4, torch.randn(R, K, generator=g) / 4
+
+
+def two_of_four(weight: torch.Tensor) -> torch.Tensor:
+    kept = torch.zeros_like(weight).unflatten(1, (-1, 4))
+    kept.scatter_(2, weight.abs().unflatten(1, (-1, 4)).topk(2, 2).indices, 1.0)
+    return weight * kept.flatten(1)
+
+
+def test_a_step_is_the_weighted_ridge_regression_of_each_row() -> None:
+    x, weight, _ = inputs()
+    weight = two_of_four(weight)
+    slope, missing = torch.randn(T, R).exp(), torch.randn(T, R)
+    found = _step(weight, x, slope, missing, 60)
+    for row in range(R):
+        kept = weight[row] != 0
+        a = (slope[:, row, None] * x[:, kept]).double()
+        h = a.t() @ a
+        h += RIDGE * torch.diag(h.diagonal())
+        best = torch.linalg.solve(h, a.t() @ missing[:, row].double())
+        torch.testing.assert_close((found - weight)[row, kept].double(), best, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found != 0, weight != 0)
+
+
+@pytest.mark.parametrize("activation", [silu, gelu])
+@pytest.mark.parametrize("which", [0, 1])
+def test_slopes_are_those_of_finite_differences(activation: object, which: int) -> None:
+    inner = [torch.randn(5, 3, dtype=torch.float64) for _ in range(2)]
+    ahead, behind = ([z.clone() for z in inner] for _ in range(2))
+    ahead[which] += 1e-6
+    behind[which] -= 1e-6
+    expected = (_value(activation, ahead) - _value(activation, behind)) / 2e-6
+    torch.testing.assert_close(_slope(activation, inner, which), expected)
+    if which == 0:
+        single = (activation(inner[0] + 1e-6) - activation(inner[0] - 1e-6)) / 2e-6
+        torch.testing.assert_close(_slope(activation, inner[:1], 0), single)
+
+
+@pytest.mark.parametrize("linears", [1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_intermediate_values_come_closer(linears: int, biased: bool) -> None:
+    x, *weights = inputs(1)
+    originals = weights[:linears]
+    biases = [torch.linspace(-1, 1, R) if biased else None for _ in originals]
+    pruned = [two_of_four(w) for w in originals]
+    fitted = fit_jointly(silu, pruned, originals, biases, x, 8)
+
+    def error(candidates: list[torch.Tensor]) -> torch.Tensor:
+        def value(ws: list[torch.Tensor]) -> torch.Tensor:
+            return _value(
+                silu, [x @ w.t() + (0 if b is None else b) for w, b in zip(ws, biases, strict=True)]
+            )
+
+        return (value(candidates) - value(originals)).square().sum(0)
+
+    assert (error(fitted) < error(pruned)).all()
+    assert error(fitted).sum() < 0.3 * error(pruned).sum()
+    for new, old in zip(fitted, pruned, strict=True):
+        assert torch.equal(new != 0, old != 0)
+    same = fit_jointly(silu, originals, originals, biases, x, 8)
+    for new, old in zip(same, originals, strict=True):
+        torch.testing.assert_close(new, old)
+
+
+def test_rows_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, *originals = inputs(2)
+    pruned = [two_of_four(w) for w in originals]
+    biases = [torch.randn(R), None]
+    whole = fit_jointly(silu, pruned, originals, biases, x, 3)
+    monkeypatch.setattr("vllm_spense.pruning.joint.ROWS", 4)
+    for part, all_rows in zip(fit_jointly(silu, pruned, originals, biases, x, 3), whole, strict=True):
+        torch.testing.assert_close(part, all_rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
+    """Other weights than without, 2:4 as before, and the dense rows exactly the same."""
+    model, text = make_family(kind, tmp_path / "model"), write_text(tmp_path / "text.txt")
+    found = []
+    for joint in (0, 4):
+        out = tmp_path / f"out{joint}"
+        config = PruneConfig(
+            calibration=str(text),
+            num_samples=8,
+            seq_len=48,
+            alignment=8,
+            weight_dtype="bf16",
+            allocation="uniform",
+            joint=joint,
+        )
+        with warnings.catch_warnings(action="ignore"):
+            prune(model, out, config)
+        checkpoint = Checkpoint(out)
+        name = next(n for n in checkpoint.require_spense().modules if "up_proj" in n or "fc1" in n)
+        found.append(checkpoint.module_tensors(name))
+    plain, fitted = found
+    assert torch.equal(plain["dense_weight"], fitted["dense_weight"])
+    assert not torch.equal(plain["sparse_values"], fitted["sparse_values"])
+    assert torch.equal(plain["sparse_meta"], fitted["sparse_meta"])
