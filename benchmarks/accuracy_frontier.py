@@ -59,11 +59,16 @@ class Row:
         """What decides the pruned model besides the seed; figures made with other settings are stale."""
         if self.options is None:
             return None
-        inherited = (self.base.settings() if self.base else None) or {"weight_dtype": "bf16"}
-        return inherited | self.options
+        settings = self.config(0, Path("any")).decisive()
+        return {name: value for name, value in settings.items() if name != "seed"}
+
+    def _options(self) -> dict[str, Any]:
+        """Own ones over those of the base; a row without a base is pruned for bf16 weights."""
+        inherited = {"weight_dtype": "bf16"} if self.base is None else self.base._options()
+        return inherited | (self.options or {})
 
     def config(self, seed: int, calibration: Path) -> PruneConfig:
-        config = PruneConfig(seed=seed, calibration=str(calibration), **(self.settings() or {}))
+        config = PruneConfig(seed=seed, calibration=str(calibration), **self._options())
         return config if config.needs_calibration else config.model_copy(update={"calibration": None})
 
     @property
@@ -96,17 +101,17 @@ ABLATIONS = [
     Row("a-regroup", "(a) down's columns dealt to better groups, 16 rounds", {"regroup": 16}, BASE),
     Row("b-order", "(b) OBS visits the groups with the largest inputs first", {"order": "energy"}, BASE),
     Row("c-damping", "(c) damping chosen per layer on held-out windows", {"search_damping": True}, BASE),
-    Row("d-obs", "(d) OBS alone: no least squares, no better pairs", {"refit": 0, "refine": 0}, BASE),
-    Row("d-refit", "(d) least squares, no better pairs", {"refine": 0}, BASE),
-    Row("d-asymmetric", "(d) asymmetric objective, half", {"asymmetric": 0.5}, BASE),
-    Row("d-joint", "(d) gate and up fitted to the intermediate values", {"joint": 4}, BASE),
+    Row("d-no-joint", "(d) without the joint fit of gate and up", {"joint": 0}, BASE),
+    Row("d-refit", "(d) … and without better pairs", {"joint": 0, "refine": 0}, BASE),
+    Row("d-obs", "(d) … and without least squares: OBS alone", {"joint": 0, "refine": 0, "refit": 0}, BASE),
+    Row("d-asymmetric", "(d) asymmetric objective, half, no joint fit", {"asymmetric": 0.5}, BASE),
     Row("e-scores", "(e) SpenseGPT+'s index scores", {"selection": "spensegpt+"}, BASE),
     Row("f-uniform", "(f) the same dense ratio in every layer", {"allocation": "uniform"}, BASE),
     Row("f-time", "(f) budget of predicted decode time", {"allocation": "time"}, BASE),
     Row("g-fp8", "(g) FP8 weights, rounded to nearest", FP8, BASE),
     Row(
         "g-fp8-refit",
-        "(g) FP8 weights, rounding made up for",
+        "(g) FP8 weights, rounding made up for, no joint fit",
         {"weight_dtype": "fp8", "rounding": "refit"},
         BASE,
     ),

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_llama, make_spense
+from typer.testing import CliRunner
 
 import vllm_spense
+from vllm_spense.cli.app import app
 from vllm_spense.cli.doctor import Finding, doctor, supported
 
 
@@ -132,6 +134,31 @@ def test_bad_input_is_one_clear_error(
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ("--regroup 4", {"regroup": 4}),
+        ("--order energy", {"order": "energy"}),
+        ("--search-damping", {"search_damping": True}),
+        ("--no-search-damping", {"search_damping": False}),
+        ("--asymmetric 0.25", {"asymmetric": 0.25}),
+        ("--rounding refit", {"rounding": "refit"}),
+    ],
+)
+def test_options_that_are_not_given_are_the_presets(
+    arguments: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr("vllm_spense.pruning.PruneConfig", lambda **options: given.append(options))
+    monkeypatch.setattr("vllm_spense.cli.app.show_plan", lambda *_: None)
+    command = ["prune", "MODEL", "-o", "OUT", "--dry-run", *arguments.split()]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    names = ("regroup", "order", "search_damping", "asymmetric", "rounding")
+    assert {name: given[0][name] for name in names if name in given[0]} == expected
 
 
 def test_python_face() -> None:

@@ -23,6 +23,7 @@ _PAPER: dict[str, Any] = {
     "allocation": "uniform",
     "refit": 0,
     "refine": 0,
+    "joint": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "guided": {
@@ -31,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocation": "bytes",
         "refit": 8,
         "refine": 4,
+        "joint": 4,
     },
     "spensegpt+": _PAPER,
     "spensegpt": _PAPER | {"selection": "spensegpt"},
@@ -86,7 +88,7 @@ class PruneConfig(BaseModel):
     order: Order = "natural"
     search_damping: bool = False
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
-    joint: Annotated[int, Field(ge=0, le=1000)] = 0
+    joint: Annotated[int, Field(ge=0, le=1000)] = 4
     rounding: Rounding = "nearest"
     gradient_samples: Positive = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -114,7 +116,10 @@ class PruneConfig(BaseModel):
             return given
         default = "spensegpt+" if {"method", "selection"} & set(given) else "guided"
         preset = given.get("preset", default)
-        return PRESETS.get(preset, {}) | {"preset": preset} | given
+        settings = PRESETS.get(preset, {}) | {"preset": preset}
+        if given.get("rounding") == "refit" or given.get("asymmetric"):
+            settings["joint"] = 0
+        return settings | given
 
     @model_validator(mode="after")
     def _refined_obs(self) -> PruneConfig:
