@@ -68,7 +68,7 @@ class Row:
         return inherited | (self.options or {})
 
     def config(self, seed: int, calibration: Path) -> PruneConfig:
-        config = PruneConfig(seed=seed, calibration=str(calibration), **self._options())
+        config = PruneConfig(seed=seed, calibration=str(calibration), restart=True, **self._options())
         return config if config.needs_calibration else config.model_copy(update={"calibration": None})
 
     @property

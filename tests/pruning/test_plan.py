@@ -45,7 +45,8 @@ def test_qwen3_32b_fits_one_gpu_and_a_modest_host(tmp_path: Path) -> None:
     assert 10e9 < found.device_bytes <= 40e9
     assert 4e9 < found.host_bytes <= 32e9
     hidden = 128 * 16384 * 5120
-    assert found.activation_bytes == 2 * 2 * hidden  # hidden states and attention's outputs in bf16
+    joint = 32768 * 5120 * 4  # tokens of the joint fit in fp32
+    assert found.activation_bytes == 2 * 2 * hidden + joint  # hidden states, attention's outputs in bf16
     assert found.source_bytes == pytest.approx(2 * 32.76e9, rel=0.01)
     mlp = 64 * 3 * 5120 * 25600
     attention = 64 * 2 * 5120 * (8192 + 1024)
@@ -59,6 +60,7 @@ def test_qwen3_32b_fits_one_gpu_and_a_modest_host(tmp_path: Path) -> None:
     statistics = tokens * (5120**2 + 25600**2)
     # 5 fits of 8 iterations and a residual, 4 choices of pairs, W H; half of the rows of gate and up
     least_squares = 50 * 2 * (2 * 12800 * 5120**2 + 5120 * 25600**2)
+    least_squares += 26 * 2 * 32768 * 12800 * 5120  # the joint fit of gate and up
     assert statistics + least_squares < layer.flop_fp32 < 1.1 * (statistics + least_squares)
     assert 0.2 * 3600 < found.seconds < 4 * 3600
     assert found.gradient is not None
@@ -86,6 +88,19 @@ def test_the_gradient_pass_of_qwen3_32b(tmp_path: Path) -> None:
     assert plan(model, PruneConfig(**PAPER, preset="spensegpt+"), "h200").gradient is None
 
 
+def test_the_joint_fit_costs_gemms_over_some_tokens(tmp_path: Path) -> None:
+    """For gate and up: all values, dense and before each step; curvature, residual, two per iteration."""
+    model = config_only(tmp_path / "model")
+    gemms = 2 + 2 * (2 + 2 + 2 * 4)
+    for options, tokens in ((PAPER, 32768), (PAPER | {"num_samples": 4, "seq_len": 128}, 512)):
+        fitted, plain = (plan(model, PruneConfig(**options, joint=n), "h200") for n in (4, 0))
+        more = fitted.layers[5].flop_fp32 - plain.layers[5].flop_fp32
+        assert more == pytest.approx(gemms * 2 * tokens * 12800 * 5120)
+        assert fitted.layers[5].seconds > plain.layers[5].seconds
+    fitted, plain = (plan(model, PruneConfig(**PAPER, joint=n), "h200") for n in (4, 0))
+    assert fitted.activation_bytes - plain.activation_bytes == 32768 * 5120 * 4
+
+
 def test_refit_adds_temporaries_of_a_block_of_rows(tmp_path: Path) -> None:
     """Where a layer is wider than long: 4096 rows of 2048 columns, twelve times, beside H, H damped and U."""
     model = config_only(tmp_path / "model", hidden_size=2048, intermediate_size=4096)
@@ -107,7 +122,8 @@ def test_what_makes_a_plan_larger(tmp_path: Path) -> None:
         return plan(config_only(model, **(config or {})), PruneConfig(**(PAPER | changes)), "h200")
 
     base = planned()
-    assert planned(num_samples=64).activation_bytes * 2 == base.activation_bytes
+    joint = planned().activation_bytes - planned(joint=0).activation_bytes  # the same number of tokens
+    assert (planned(num_samples=64).activation_bytes - joint) * 2 == base.activation_bytes - joint
     assert planned(num_samples=64).device_bytes == base.device_bytes
     assert planned({"num_hidden_layers": 32}).device_bytes == base.device_bytes
     assert planned({"num_hidden_layers": 32}).host_bytes == base.host_bytes, "one layer at a time"

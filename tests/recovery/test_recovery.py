@@ -157,7 +157,7 @@ def test_equal_runs_give_equal_bytes(root: Path, recovered: dict[str, Path], tmp
 def test_provenance_and_card(root: Path, recovered: dict[str, Path], tmp_path: Path) -> None:
     recover(recovered["bf16"], tmp_path / "twice", options(root, objective="tokens", steps=1))
     entries = Checkpoint(tmp_path / "twice").require_spense().provenance["recovery"]
-    assert [e["objective"] for e in entries] == ["both", "tokens"]
+    assert [e["objective"] for e in entries] == ["distill", "tokens"]
     assert [e["tokens"] for e in entries] == [4 * 2 * 64, 2 * 64]
     assert entries[0]["text"]["source"] == "text.txt"
     assert "calibration" not in entries[0]

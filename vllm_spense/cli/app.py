@@ -76,6 +76,10 @@ def prune(
     asymmetric: Annotated[
         float | None, typer.Option(help="Share of earlier layers' error to make up for", min=0, max=1)
     ] = None,
+    joint: Annotated[
+        int | None,
+        typer.Option(help="Iterations that fit gate and up to intermediate values", min=0),
+    ] = None,
     rounding: Annotated[
         Literal["nearest", "refit"] | None, typer.Option(help="To FP8; refit: other weights make up for it")
     ] = None,
@@ -122,6 +126,7 @@ def prune(
         "order": order,
         "search_damping": search_damping,
         "asymmetric": asymmetric,
+        "joint": joint,
         "rounding": rounding,
         "gradient_samples": gradient_samples,
     }
@@ -171,7 +176,7 @@ def recover(
     objective: Annotated[
         Literal["both", "distill", "tokens"],
         typer.Option(help="Learn the dense model's distributions, the text's next tokens, or both"),
-    ] = "both",
+    ] = "distill",
     train: Annotated[
         Literal["mlp", "all"], typer.Option(help="MLPs and norms, or the linears of attention, too")
     ] = "mlp",

@@ -18,6 +18,7 @@ from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder, decoder_layers
 from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.joint import JOINT_TOKENS
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
 from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
@@ -39,6 +40,8 @@ REFINE_BUFFERS = 12
 """Temporaries of a block of rows, as large as it, in the least squares and the choice of pairs."""
 ITERATION_PASSES, ROUND_PASSES = 29, 100
 """Reads and writes of a matrix besides the GEMMs: per iteration of least squares, per choice of pairs."""
+JOINT_BUFFERS, JOINT_PASSES = 10, 6
+"""Matrices [tokens, rows of a block] at once in the joint fit; reads and writes of one besides the GEMMs."""
 CHECK_FACTOR = 3.5
 """fp32 copies of a tensor while it is looked through for NaN: the values, their magnitudes, two masks."""
 
@@ -232,7 +235,13 @@ class _Sizes:
         if self.config.asymmetric:
             wide += hidden + inner if layer.mlp is not None else 0
             streams = 2
-        return streams * hidden * 2 + wide * self.dtype.itemsize
+        joint = self._joint_tokens * self.model.hidden_size * 4 if layer.mlp is not None else 0
+        return streams * hidden * 2 + wide * self.dtype.itemsize + joint
+
+    @property
+    def _joint_tokens(self) -> int:
+        """Tokens that gate and up are fitted to, kept in fp32."""
+        return min(self.tokens, JOINT_TOKENS) if self.config.joint and self.calibrated else 0
 
     def _keeps(self, mlp: Mlp | None) -> bool:
         return mlp is not None and self.tokens * mlp.intermediate * self.dtype.itemsize <= KEEP_BYTES
@@ -258,6 +267,9 @@ class _Sizes:
         if self.config.refit:  # H, H damped, U and a block's temporaries
             shapes = [(min(x.out_features, ROWS), x.in_features) for x in layouts.values() if x.sparse]
             solver = max([solver] + [4 * k * (3 * k + REFINE_BUFFERS * rows) for rows, k in shapes])
+        if mlp is not None:
+            rows = min(mlp.intermediate, ROWS)
+            solver = max(solver, 4 * self._joint_tokens * (hidden + JOINT_BUFFERS * rows))
         options = self.config
         more = 2 * options.search_damping + (options.asymmetric > 0) + (options.order == "energy")
         matrices = 4 * (hidden**2 + more * inner**2)
@@ -311,7 +323,17 @@ class _Sizes:
             work.fp32 += sum(4 / 3 * k**3 for k in sides)
             for name in solved:
                 self._solve(work, layouts[name])
+            if mlp is not None:
+                self._fit_jointly(work, len(mlp.inner), layouts[next(iter(mlp.inner))])
         return work
+
+    def _fit_jointly(self, work: _Work, linears: int, layout: Layout) -> None:
+        """Add the joint fit of ``linears`` with this layout."""
+        values = self._joint_tokens * layout.sparse_shape[0]
+        # All values, dense and in front of each step; then curvature, residual and two per iteration.
+        gemms = linears + linears * (linears + 2 + 2 * self.config.joint)
+        work.fp32 += 2.0 * gemms * values * layout.in_features
+        work.moved += 4.0 * linears * (3 + self.config.joint) * JOINT_PASSES * values
 
     def _solve(self, work: _Work, layout: Layout) -> None:
         """Add OBS and what follows it."""
@@ -326,9 +348,7 @@ class _Sizes:
             work.fp32 += 2.0 * gemms * rows * k**2
             passes = fits * config.refit * ITERATION_PASSES + config.refine * ROUND_PASSES
             work.moved += 4.0 * passes * rows * k
-        if (
-            config.rounding_refit and layout.sparse
-        ):  # of all rows, those of D start from a target of their own
+        if config.rounding_refit and layout.sparse:  # all rows; those of D start from a target of their own
             n = layout.out_features
             work.fp32 += 2.0 * (BLOCKS * (1 + ITERATIONS) * n + n - rows) * k**2
             work.moved += 4.0 * BLOCKS * ITERATIONS * ITERATION_PASSES * n * k

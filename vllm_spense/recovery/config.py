@@ -25,7 +25,7 @@ class RecoveryConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     calibration: str
-    objective: Objective = "both"
+    objective: Objective = "distill"
     train: Train = "mlp"
     steps: Positive = 100
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
