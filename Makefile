@@ -78,6 +78,7 @@ accuracy: setup
 
 frontier: setup
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS)
+	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS) --ablations --seeds 0
 
 gpu:
 	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET)

@@ -100,7 +100,7 @@ def test_costs_are_those_of_a_plain_backward_pass(kind: str, model) -> None:
     costs = [cost for cost in found if len(cost)]
     for cost, wanted in zip(costs, expected, strict=True):
         assert cost.dtype == torch.float32
-        assert (cost > 0).all()
+        assert (cost > 0).all() or kind == "opt", "ReLU never opens for some"
         torch.testing.assert_close(cost.double(), wanted, rtol=2e-3, atol=2e-3 * float(wanted.mean()))
     assert expected[0].max() > 3 * expected[0].median(), "there is something to choose"
 

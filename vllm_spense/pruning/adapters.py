@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vllm_spense.format import Layout
+from vllm_spense.format import CheckpointError, Layout
 from vllm_spense.pruning.conversion import checkpoint_name
 from vllm_spense.pruning.trust import PruneWarning
 
@@ -131,6 +131,17 @@ def layer_name(module: str) -> str:
     path = module.split(".")
     number = next(i for i, step in enumerate(path) if step.isdigit())
     return ".".join(path[: number + 1])
+
+
+def check_weights(layer: DecoderLayer) -> None:
+    """Raises :class:`CheckpointError` naming the first tensor of ``layer`` with NaN or infinity."""
+    for child, tensor in layer.module.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                "the source model's weight holds NaN or infinity",
+                tensor=checkpoint_name(f"{layer.name}.{child}"),
+                fix="get an intact copy of the source model",
+            )
 
 
 def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:

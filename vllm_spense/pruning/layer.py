@@ -17,7 +17,7 @@ from vllm_spense.pruning.activations import (
     replaying,
     watching,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp
+from vllm_spense.pruning.adapters import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.attention import (
     Attention,
     group_order,
@@ -27,7 +27,6 @@ from vllm_spense.pruning.attention import (
     target,
 )
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.conversion import checkpoint_name
 from vllm_spense.pruning.hessian import output_error
 from vllm_spense.pruning.joint import JOINT_TOKENS, fit_jointly
 from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
@@ -99,7 +98,7 @@ class LayerPruner:
         sizes that no layout fits, :class:`SolverError` when OBS fails.
         """
         result = PrunedLayer({}, self.layouts(index, layer))
-        self._check_weights(layer)
+        check_weights(layer)
         self.skip(index, layer)
         attention = target(layer, self.config)
         if self.config.weight_dtype == "fp8":
@@ -173,15 +172,6 @@ class LayerPruner:
         except ValueError as error:
             raise ValueError(f"{mlp.name}: {error}") from None
         return dict.fromkeys(mlp.inner, rows) | {mlp.down_name: cols}
-
-    def _check_weights(self, layer: DecoderLayer) -> None:
-        for child, tensor in layer.module.named_parameters():
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(
-                    "the source model's weight holds NaN or infinity",
-                    tensor=checkpoint_name(f"{layer.name}.{child}"),
-                    fix="get an intact copy of the source model",
-                )
 
     # -- statistics ------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.sparse24 import magnitude_mask
 from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.adapters import Mlp
+from vllm_spense.pruning.adapters import Mlp, check_weights
 from vllm_spense.pruning.source import SourceModel
 
 DOWN_SHARE = 0.2
@@ -44,6 +44,7 @@ def index_costs(
     for index, layer in enumerate(layers):
         fronts.append(inputs.keep(inputs.hidden))
         with source.resident(layer.module):
+            check_weights(layer)
             inputs.advance(index, layer.module)
         if progress is not None:
             progress(index + 1, 2 * len(layers))
