@@ -33,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spense(assets: Path, work: Path) -> Path:
     """SmolLM2-135M-Instruct, SpenseGPT+ at dense ratio 0.5, little calibration."""
     text = assets / "wikipedia" / "train.txt"
-    config = PruneConfig(calibration=str(text), num_samples=16, seq_len=256)
+    config = PruneConfig(preset="spensegpt+", calibration=str(text), num_samples=16, seq_len=256)
     prune(assets / "SmolLM2-135M-Instruct", work / "spense", config)
     return work / "spense"
 
