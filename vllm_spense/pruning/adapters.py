@@ -7,7 +7,6 @@ OPT). Routed experts stay as they are. Everything else is refused by name.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from vllm_spense.format import CheckpointError, Layout
 from vllm_spense.pruning.conversion import checkpoint_name
-from vllm_spense.pruning.trust import PruneWarning
+from vllm_spense.pruning.trust import warn
 
 _FORMS = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -152,11 +151,9 @@ def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> N
     parameters = [p for block in blocks for p in block.parameters()]
     size = sum(p.numel() for p in parameters) * stored.itemsize
     experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
-    warnings.warn(
+    warn(
         f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
-        "dense and not in FP8; only shared experts and ordinary MLPs are pruned",
-        PruneWarning,
-        stacklevel=3,
+        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
     )
 
 

@@ -18,8 +18,8 @@ from vllm_spense.format import Layout
 from vllm_spense.pruning.activations import LayerInputs, Stop, watching
 from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.hessian import Hessian
-from vllm_spense.pruning.selection import index_scores, permutation
+from vllm_spense.pruning.hessian import Hessian, squares
+from vllm_spense.pruning.selection import index_scores, permutation, permute_columns, permute_rows
 
 _INNER = ("q_proj", "k_proj", "v_proj")
 _OUT = ("o_proj", "out_proj", "dense")
@@ -121,7 +121,7 @@ def observe(
     """Hessian in front of q, k and v and, if ``scored``, sums of squares in front of o, of all samples."""
     device = attention.out.weight.device
     h_in = Hessian(attention.reader.in_features, device)
-    squares = torch.zeros(attention.out.in_features, device=device)
+    sums = torch.zeros(attention.out.in_features, device=device)
 
     def see_inner(x: torch.Tensor) -> None:
         h_in.add(x)
@@ -129,12 +129,12 @@ def observe(
             raise Stop
 
     def see_out(x: torch.Tensor) -> None:
-        squares.add_(x.reshape(-1, x.shape[-1]).float().square().sum(0))
+        sums.add_(squares(x))
         raise Stop
 
     with watching(attention.reader, see_inner), watching(attention.out, see_out):
         inputs.feed(index, layer.module)
-    return h_in.matrix(next(iter(attention.inner))), squares if scored else None
+    return h_in.matrix(next(iter(attention.inner))), sums if scored else None
 
 
 def observe_out(attention: Attention, index: int, layer: DecoderLayer, inputs: LayerInputs) -> torch.Tensor:
@@ -168,12 +168,8 @@ def move_groups(attention: Attention, order: torch.Tensor) -> dict[str, torch.Te
     """Put the groups into ``order [groups]``, in place; returns the order of the rows of q, k and v."""
     rows = {name: _of_features(order, linear.out_features) for name, linear in attention.inner.items()}
     for name, linear in attention.inner.items():
-        moved = rows[name].to(linear.weight.device)
-        linear.weight.copy_(linear.weight[moved])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[moved])
-    columns = _of_features(order, attention.out.in_features).to(attention.out.weight.device)
-    attention.out.weight.copy_(attention.out.weight[:, columns])
+        permute_rows(linear, rows[name])
+    permute_columns(attention.out, _of_features(order, attention.out.in_features))
     return rows
 
 

@@ -26,21 +26,15 @@ _PAPER: dict[str, Any] = {
     "joint": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "guided": {
-        "method": "obs",
-        "selection": "fisher",
-        "allocation": "bytes",
-        "refit": 8,
-        "refine": 4,
-        "joint": 4,
-    },
+    "guided": {},
     "spensegpt+": _PAPER,
     "spensegpt": _PAPER | {"selection": "spensegpt"},
     "sparsegpt": _PAPER | {"dense_ratio": 0.0},
     "wanda": _PAPER | {"method": "wanda", "dense_ratio": 0.0},
     "magnitude": _PAPER | {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0.0},
 }
-"""Named settings. The paper's are exactly those of arXiv 2606.10445; the last three prune strictly."""
+"""Named settings; ``guided`` is the fields' own defaults. The paper's are exactly those of arXiv 2606.10445;
+the last three prune strictly."""
 
 
 class PruneConfig(BaseModel):
@@ -117,7 +111,8 @@ class PruneConfig(BaseModel):
         default = "spensegpt+" if {"method", "selection"} & set(given) else "guided"
         preset = given.get("preset", default)
         settings = PRESETS.get(preset, {}) | {"preset": preset}
-        if given.get("rounding") == "refit" or given.get("asymmetric"):
+        rounds = given.get("rounding") == "refit" and given.get("weight_dtype") != "bf16"
+        if rounds or given.get("asymmetric"):
             settings["joint"] = 0
         return settings | given
 

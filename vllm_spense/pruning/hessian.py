@@ -55,8 +55,9 @@ class Hessian:
         held = self._held_out
         if held is None or not held._tokens:
             return None
-        rest = self._mirrored() - held._mirrored()
-        return rest * (2.0 / (self._tokens - held._tokens)), held._mirrored() * (2.0 / held._tokens)
+        held_out = held._mirrored()
+        rest = self._mirrored() - held_out
+        return rest * (2.0 / (self._tokens - held._tokens)), held_out * (2.0 / held._tokens)
 
     def _mirrored(self) -> torch.Tensor:
         upper = self._sum.triu()
@@ -66,8 +67,15 @@ class Hessian:
 def output_error(change: torch.Tensor, weight: torch.Tensor, h: torch.Tensor | None) -> float:
     """Relative squared output error tr(Δ H Δᵀ) / tr(W H Wᵀ); H = I when there are no statistics."""
 
-    def energy(w: torch.Tensor) -> float:
-        return float(((w if h is None else w @ h) * w).sum(dtype=torch.float64))
+    whole = output_energy(weight, h)
+    return output_energy(change, h) / whole if whole > 0 else 0.0
 
-    whole = energy(weight)
-    return energy(change) / whole if whole > 0 else 0.0
+
+def output_energy(weight: torch.Tensor, h: torch.Tensor | None) -> float:
+    """tr(W H Wᵀ); H = I when there are no statistics."""
+    return float(((weight if h is None else weight @ h) * weight).sum(dtype=torch.float64))
+
+
+def squares(x: torch.Tensor) -> torch.Tensor:
+    """Sums of squares [K] over the tokens of ``x [..., K]``, in fp32."""
+    return x.reshape(-1, x.shape[-1]).float().square().sum(0)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from vllm_spense.pruning.refit import conjugate_gradients
 from vllm_spense.pruning.rows import ROWS
 
 JOINT_TOKENS = 32768
@@ -83,16 +84,10 @@ def _step(
     kept = (weight != 0).float()
     squared = slope.square()
     curvature = squared.t() @ x.square() + _TINY
-    change = torch.zeros_like(weight)
     residual = ((slope * missing).t() @ x) * kept
-    scaled = residual / curvature
-    direction, energy = scaled, (residual * scaled).sum(1, keepdim=True)
-    for _ in range(iterations):
-        image = ((squared * (x @ direction.t())).t() @ x) * kept + RIDGE * curvature * direction
-        step = energy / ((direction * image).sum(1, keepdim=True) + _TINY)
-        change = change + step * direction
-        residual = residual - step * image
-        scaled = residual / curvature
-        before, energy = energy, (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + energy / (before + _TINY) * direction
-    return weight + change
+
+    def apply(direction: torch.Tensor) -> torch.Tensor:
+        return ((squared * (x @ direction.t())).t() @ x) * kept + RIDGE * curvature * direction
+
+    start = torch.zeros_like(weight)
+    return weight + conjugate_gradients(apply, start, residual, curvature, iterations)

@@ -27,11 +27,18 @@ from vllm_spense.pruning.attention import (
     target,
 )
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.hessian import output_error
+from vllm_spense.pruning.hessian import output_error, squares
 from vllm_spense.pruning.joint import JOINT_TOKENS, fit_jointly
 from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
 from vllm_spense.pruning.regroup import regroup
-from vllm_spense.pruning.selection import DenseChoice, dense_count, index_scores, permutation
+from vllm_spense.pruning.selection import (
+    DenseChoice,
+    dense_count,
+    index_scores,
+    permutation,
+    permute_columns,
+    permute_rows,
+)
 from vllm_spense.pruning.solve import Solver
 from vllm_spense.pruning.solvers import factorize
 
@@ -58,13 +65,13 @@ class PrunedLayer:
 @dataclass
 class _Observed:
     """What the unpruned layer showed: attention's outputs per sample (on the CPU), the moments in front
-    of the inner linears, some of their inputs [T, K] fp32 (on the CPU) if these are fitted jointly, and the
-    sums of squares in front of down if indices are scored.
+    of the inner linears, per sample some of their inputs [T, K] fp32 (on the CPU; only where they are fitted
+    jointly), and the sums of squares in front of down if indices are scored.
     """
 
     attention: list[torch.Tensor]
     entering: Moments
-    tokens: torch.Tensor
+    tokens: list[torch.Tensor]
     down_squares: torch.Tensor | None
 
 
@@ -135,13 +142,12 @@ class LayerPruner:
         order = self._permute(index, mlp, dense, seen)
         result.row_order |= dict.fromkeys(mlp.inner, order)
         entering = Moments() if seen is None else seen.entering
-        joint = seen is not None and self.config.joint and result.layouts[mlp.down_name].sparse
-        originals = {k: v.weight.to(torch.float32, copy=True) for k, v in mlp.inner.items()} if joint else {}
         solver = entering.solver(self.config, " and ".join(mlp.inner))
-        for name, linear in mlp.inner.items():
-            self._solve(result, solver, name, linear)
-        if seen is not None and joint:
-            self._fit_jointly(mlp, result, originals, seen)
+        if seen is not None and seen.tokens:
+            self._solve_jointly(mlp, result, solver, torch.cat(seen.tokens))
+        else:
+            for name, linear in mlp.inner.items():
+                self._solve(result, solver, name, linear)
         # The inner linears are pruned now, so down sees other inputs than before.
         entering, kept = (Moments(), []) if seen is None else self._observe_down(index, layer, mlp, seen)
         if entering.h is not None and self.config.regroup and result.layouts[mlp.down_name].sparse:
@@ -183,19 +189,20 @@ class LayerPruner:
         scored = self.config.selection == "spensegpt+" and 0 < dense < mlp.intermediate
         originals = None if self.dense is None else self.dense.reader
         entering = InputStatistics(mlp.reader.in_features, device, self.config, originals)
-        squares = torch.zeros(mlp.intermediate, device=device)
-
-        share = JOINT_TOKENS // len(self.inputs.hidden) if self.config.joint else 0
+        sums = torch.zeros(mlp.intermediate, device=device)
+        fitted = self.config.joint and dense < mlp.intermediate
+        share = JOINT_TOKENS // len(self.inputs.hidden)
         tokens: list[torch.Tensor] = []
 
         def see_inner(x: torch.Tensor) -> None:
             entering.add(x)
-            tokens.append(x.flatten(0, -2)[:share].float().cpu())
+            if fitted:
+                tokens.append(x.flatten(0, -2)[:share].float().cpu())
             if not scored:
                 raise Stop
 
         def see_down(x: torch.Tensor) -> None:
-            squares.add_(x.reshape(-1, x.shape[-1]).float().square().sum(0))
+            sums.add_(squares(x))
             raise Stop
 
         with (
@@ -204,12 +211,12 @@ class LayerPruner:
             watching(mlp.down, see_down),
         ):
             self.inputs.feed(index, layer.module)
-        if not torch.isfinite(squares).all():
+        if not torch.isfinite(sums).all():
             raise CheckpointError(
                 "the calibration inputs of this layer hold NaN or infinity", module=mlp.down_name
             )
         moments = entering.moments(next(iter(mlp.inner)))
-        return _Observed(attention, moments, torch.cat(tokens), squares if scored else None)
+        return _Observed(attention, moments, tokens, sums if scored else None)
 
     def _observe_down(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed
@@ -270,27 +277,26 @@ class LayerPruner:
         self._reorder(mlp, order)
         return order
 
-    def _fit_jointly(
-        self, mlp: Mlp, result: PrunedLayer, originals: dict[str, torch.Tensor], seen: _Observed
-    ) -> None:
-        """Fit the 2:4 rows of the pruned inner linears to the intermediate values of the ``originals``."""
+    def _solve_jointly(self, mlp: Mlp, result: PrunedLayer, solver: Solver, tokens: torch.Tensor) -> None:
+        """Prune the inner linears, then fit their 2:4 rows to the dense intermediate values of ``tokens``."""
         if mlp.activation is None:
             raise ValueError(
                 f"{mlp.name}: its activation function was not found, so that joint cannot be used"
             )
+        originals = {k: v.weight.to(torch.float32, copy=True) for k, v in mlp.inner.items()}
+        pruned = {name: solver.prune(w, result.layouts[name]) for name, w in originals.items()}
         rows = slice(result.layouts[mlp.down_name].sparse)
         fitted = fit_jointly(
             mlp.activation,
-            [result.weights[name][rows] for name in mlp.inner],
-            [originals[name][rows] for name in mlp.inner],
+            [weight[rows] for weight in pruned.values()],
+            [weight[rows] for weight in originals.values()],
             [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()],
-            seen.tokens.to(mlp.down.weight.device),
+            tokens.to(mlp.down.weight.device),
             self.config.joint,
         )
         for (name, linear), weight in zip(mlp.inner.items(), fitted, strict=True):
-            self._store(result, name, linear, torch.cat([weight, result.weights[name][rows.stop :]]))
-            change = linear.weight - originals[name]
-            result.losses[name] = output_error(change, originals[name], seen.entering.h)
+            whole = torch.cat([weight, pruned[name][rows.stop :]])
+            self._finish(result, solver, name, linear, originals[name], whole)
 
     def _regroup(self, mlp: Mlp, result: PrunedLayer, h: torch.Tensor) -> torch.Tensor:
         """Deal the 2:4 columns of down to better groups, the rows of the pruned inner linears with them."""
@@ -308,18 +314,27 @@ class LayerPruner:
 
     def _reorder(self, mlp: Mlp, order: torch.Tensor) -> None:
         """Permute the intermediate dimension by ``order [I]`` (on the CPU) in all linears."""
-        here = order.to(mlp.down.weight.device)
         for linear in mlp.inner.values():
-            linear.weight.copy_(linear.weight[here])
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias[here])
-        mlp.down.weight.copy_(mlp.down.weight[:, here])
+            permute_rows(linear, order)
+        permute_columns(mlp.down, order)
         if self.dense is not None:
             self.dense.permute(order)
 
     def _solve(self, result: PrunedLayer, solver: Solver, name: str, linear: nn.Linear) -> None:
         original = linear.weight.to(torch.float32, copy=True)
-        self._store(result, name, linear, solver.prune(original, result.layouts[name]))
+        self._finish(result, solver, name, linear, original, solver.prune(original, result.layouts[name]))
+
+    def _finish(
+        self,
+        result: PrunedLayer,
+        solver: Solver,
+        name: str,
+        linear: nn.Linear,
+        original: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> None:
+        """Store what became of the ``original``, and what that lost."""
+        self._store(result, name, linear, weight)
         result.losses[name] = output_error(linear.weight - original, original, solver.h)
         if solver.raised_damping is not None:
             result.damping[solver.name] = solver.raised_damping

@@ -23,7 +23,7 @@ from vllm_spense.format import (
 from vllm_spense.pruning.adapters import DecoderLayer
 from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.calibration import CalibrationText
-from vllm_spense.pruning.card import model_card
+from vllm_spense.pruning.card import CARD_NAME, model_card
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import PrunedLayer
@@ -117,7 +117,7 @@ def write_rest(
     writer.copy_side_files(source.checkpoint.directory)
     sizes = written.tensor_parallel_sizes
     card = model_card(base_model, config, written.mlp_sparsity, sizes, losses, provenance)
-    writer.write_text("README.md", card)
+    writer.write_text(CARD_NAME, card)
 
 
 def facts(records: list[LayerRecord], config: PruneConfig, layers: list[DecoderLayer]) -> Written:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from vllm_spense.format.report import inspect
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.format.writer import check_target
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
-from vllm_spense.pruning.adapters import DecoderLayer, warn_about_experts
+from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
 from vllm_spense.pruning.allocation import dense_counts
 from vllm_spense.pruning.calibration import (
     CalibrationText,
@@ -43,7 +42,6 @@ from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
 from vllm_spense.pruning.trust import warn_about_calibration, warn_about_size, warnings_as_errors
 
-_LAYER = re.compile(r"(.*?\.layers\.\d+)\.")
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
 
@@ -279,7 +277,7 @@ def _report_of(directory: Path, config: PruneConfig, seconds: float) -> PruneRep
     return PruneReport(
         directory=directory,
         config=config,
-        layers=len({m[1] for m in map(_LAYER.match, Checkpoint(directory).tensors) if m}),
+        layers=len({layer_name(n) for n in Checkpoint(directory).tensors if ".layers." in n}),
         mlp_sparsity=report.mlp_sparsity,
         losses=said["losses"],
         damping=said["raised_damping"],

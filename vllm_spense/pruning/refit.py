@@ -7,6 +7,8 @@ left to right and never comes back; here every kept weight answers to every othe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_spense.format.layout import GROUP
@@ -25,20 +27,33 @@ def refit(
     rows at once (each with its own step). ``h [K, K]`` is positive definite, ``target [N, K]`` = W* H.
     Returns a new tensor; entries that are not kept stay what they are.
     """
-    diagonal = h.diagonal()
     residual = (target - weight @ h) * kept
+    return conjugate_gradients(lambda p: (p @ h) * kept, weight, residual, h.diagonal(), iterations)
+
+
+def conjugate_gradients(
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    residual: torch.Tensor,
+    diagonal: torch.Tensor,
+    iterations: int,
+) -> torch.Tensor:
+    """``start [N, K]`` moved towards the solution of N systems, one per row and each with its own steps.
+
+    ``apply`` maps directions [N, K] by the systems' positive definite matrices, whose diagonals are
+    ``diagonal`` ([K], or [N, K]), the preconditioner; ``residual [N, K]`` is what ``start`` leaves.
+    """
     scaled = residual / diagonal
-    direction = scaled.clone()
-    energy = (residual * scaled).sum(1, keepdim=True)
+    direction, energy = scaled, (residual * scaled).sum(1, keepdim=True)
     for _ in range(iterations):
-        image = (direction @ h) * kept
+        image = apply(direction)
         step = energy / ((direction * image).sum(1, keepdim=True) + _TINY)
-        weight = weight + step * direction
+        start = start + step * direction
         residual = residual - step * image
         scaled = residual / diagonal
         before, energy = energy, (residual * scaled).sum(1, keepdim=True)
         direction = scaled + energy / (before + _TINY) * direction
-    return weight
+    return start
 
 
 def refine(
@@ -90,12 +105,17 @@ def _best_pairs(weight: torch.Tensor, gradient: torch.Tensor, curvature: torch.T
     best = torch.full(weight.shape[:2], -torch.inf, device=weight.device)
     kept = torch.zeros_like(weight)
     for p, q in PAIRS:
-        a, b, c = curvature[:, p, p], curvature[:, p, q], curvature[:, q, q]
-        x, y = pull[..., p], pull[..., q]
-        gain = (c * x * x - 2 * b * x * y + a * y * y) / (a * c - b * b)
+        gain = pair_energy(pull, curvature, p, q)
         better = gain > best
         best = torch.where(better, gain, best)
         pair = torch.zeros(GROUP, device=weight.device)
         pair[[p, q]] = 1
         kept = torch.where(better[..., None], pair, kept)
     return kept
+
+
+def pair_energy(vectors: torch.Tensor, matrices: torch.Tensor, p: int, q: int) -> torch.Tensor:
+    """``v_pqᵀ (M_pq)⁻¹ v_pq`` [N, G] of entries p and q of ``vectors [N, G, n]``, ``matrices [G, n, n]``."""
+    a, b, c = matrices[:, p, p], matrices[:, p, q], matrices[:, q, q]
+    x, y = vectors[..., p], vectors[..., q]
+    return (c * x * x - 2 * b * x * y + a * y * y) / (a * c - b * b)

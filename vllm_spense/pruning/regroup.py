@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 
 from vllm_spense.format.layout import GROUP
+from vllm_spense.pruning.refit import pair_energy
 
 _TWO = 2 * GROUP
 _PAIRS = tuple(combinations(range(_TWO), 2))
@@ -47,11 +48,7 @@ def _losses(weight: torch.Tensor, h_inverse: torch.Tensor, columns: torch.Tensor
     """Loss [35, P], summed over rows, of each of the ways to deal the ``columns [P, 8]``."""
     w = weight[:, columns]
     inverse = h_inverse[columns[:, :, None], columns[:, None, :]]
-    drop = {}
-    for p, q in _PAIRS:
-        a, b, c = inverse[:, p, p], inverse[:, p, q], inverse[:, q, q]
-        x, y = w[..., p], w[..., q]
-        drop[p, q] = (c * x * x - 2 * b * x * y + a * y * y) / (a * c - b * b)
+    drop = {(p, q): pair_energy(w, inverse, p, q) for p, q in _PAIRS}
 
     def group(members: tuple[int, ...]) -> torch.Tensor:
         return torch.stack([drop[pair] for pair in combinations(members, 2)]).amin(0).sum(0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from vllm_spense.format.layout import META_GROUP
 from vllm_spense.pruning.solvers import element_scores
@@ -70,6 +71,19 @@ def index_scores(
     for vector in vectors:
         total += vector / (vector.mean() + _EPSILON)
     return total
+
+
+def permute_rows(linear: nn.Linear, order: torch.Tensor) -> None:
+    """Put the outputs of ``linear``, rows and bias, into ``order [N]``, in place."""
+    here = order.to(linear.weight.device)
+    linear.weight.copy_(linear.weight[here])
+    if linear.bias is not None:
+        linear.bias.copy_(linear.bias[here])
+
+
+def permute_columns(linear: nn.Linear, order: torch.Tensor) -> None:
+    """Put the inputs of ``linear`` into ``order [K]``, in place."""
+    linear.weight.copy_(linear.weight[:, order.to(linear.weight.device)])
 
 
 def permutation(scores: torch.Tensor | None, intermediate: int, dense: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from vllm_spense.format import CheckpointError
 from vllm_spense.format.sparse24 import magnitude_mask
 from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.adapters import Mlp, check_weights
+from vllm_spense.pruning.hessian import squares
 from vllm_spense.pruning.source import SourceModel
 
 DOWN_SHARE = 0.2
@@ -100,15 +101,11 @@ class _Moments:
         self.leaving = torch.zeros(linear.out_features, device=linear.weight.device)
 
     def see(self, _linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.entering += _energy(args[0].detach())
+        self.entering += squares(args[0].detach())
         output.register_hook(self._see_gradient)
 
     def _see_gradient(self, gradient: torch.Tensor) -> None:
-        self.leaving += _energy(gradient)
-
-
-def _energy(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1]).float().square().sum(0)
+        self.leaving += squares(gradient)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,6 +10,7 @@ import torch
 from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.hessian import output_energy
 from vllm_spense.pruning.refit import refine
 from vllm_spense.pruning.rounding import round_and_refit
 from vllm_spense.pruning.rows import solve_by_rows, solver_devices
@@ -22,7 +22,7 @@ from vllm_spense.pruning.solvers import (
     prune_magnitude,
     prune_wanda,
 )
-from vllm_spense.pruning.trust import PruneWarning
+from vllm_spense.pruning.trust import warn
 
 REFIT_DAMPING = 1e-4
 """Part of the Hessian's mean diagonal added for the least squares: for inputs that are never seen alone."""
@@ -161,11 +161,9 @@ class Solver:
             self._factor = factorize(h, wanted, name=self.name, strict=self.config.strict)
             if self._factor.escalations:
                 self.raised_damping = self._factor.damping
-                warnings.warn(
+                warn(
                     f"{self.name}: the input Hessian needed damping {self._factor.damping:g} instead of "
-                    f"{wanted:g}; more calibration text may prune better",
-                    PruneWarning,
-                    stacklevel=2,
+                    f"{wanted:g}; more calibration text may prune better"
                 )
         return self._factor
 
@@ -180,5 +178,5 @@ class Solver:
         for damping in (config.damping, config.damping / 10, min(1.0, config.damping * 10)):
             factor = factorize(fit, damping, name=self.name)
             change = obs_rows(weight, cols, factor.upper, factor.dead, config.block_size) - weight
-            losses[damping] = float(((change @ held_out) * change).sum(dtype=torch.float64))
+            losses[damping] = output_energy(change, held_out)
         return min(losses, key=losses.__getitem__)

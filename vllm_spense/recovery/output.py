@@ -11,11 +11,11 @@ import torch
 from vllm_spense.format import Checkpoint, CheckpointWriter, pack_linear
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.pruning.calibration import CalibrationText
+from vllm_spense.pruning.card import CARD_NAME
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.student import Student
 
-_CARD = "README.md"
 _OBJECTIVES = {
     "both": "towards the dense model's next-token distributions and the text's next tokens in equal parts",
     "distill": "towards the dense model's next-token distributions (KL divergence)",
@@ -51,7 +51,7 @@ def write(
                 writer.add(f"{module}.{short}", tensor)
         writer.write_config(_config(checkpoint, config, text))
         writer.copy_side_files(checkpoint.directory)
-        writer.write_text(_CARD, _card(checkpoint.directory, config, text))
+        writer.write_text(CARD_NAME, _card(checkpoint.directory, config, text))
 
 
 def _module(
@@ -63,9 +63,7 @@ def _module(
         return stored
     dtype = checkpoint.require_spense().torch_dtype
     scale = stored.get("weight_scale", torch.ones(1))[:, None]
-    value = (
-        round_stochastically(value / scale, dtype, generator) * scale
-    )  # pack_linear finds this scale again
+    value = round_stochastically(value / scale, dtype, generator) * scale  # pack_linear finds this scale
     return pack_linear(value, checkpoint.layout(name), weight_dtype=dtype, bias=stored.get("bias"))
 
 
@@ -96,7 +94,7 @@ def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationTex
 
 def _card(directory: Path, config: RecoveryConfig, text: CalibrationText) -> str:
     """The checkpoint's model card with a section on this run at its end."""
-    path = directory / _CARD
+    path = directory / CARD_NAME
     card = path.read_text(encoding="utf-8") if path.is_file() else f"# {directory.name}\n"
     return f"""\
 {card.rstrip()}
