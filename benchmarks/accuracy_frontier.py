@@ -41,6 +41,7 @@ from vllm_spense.evaluation.agreement import agreement
 from vllm_spense.evaluation.continuation import continuation, text_items
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
 from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.recovery import RecoveryConfig, recover
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy_frontier.json"
 SEQ_LEN, MAX_TOKENS = 512, 16384
@@ -48,18 +49,22 @@ SEQ_LEN, MAX_TOKENS = 512, 16384
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``options`` go to PruneConfig over those of ``base``; None: the dense model."""
+    """One line of the table. ``options`` go to PruneConfig over those of ``base``; None: the dense model.
+    ``recovery``: options of a training run behind pruning; None: no such run."""
 
     key: str
     label: str
     options: dict[str, Any] | None
     base: Row | None = field(default=None, repr=False)
+    recovery: dict[str, Any] | None = None
 
     def settings(self) -> dict[str, Any] | None:
         """What decides the pruned model besides the seed; figures made with other settings are stale."""
         if self.options is None:
             return None
         settings = self.config(0, Path("any")).decisive()
+        if self.recovery is not None:
+            settings["recovery"] = RecoveryConfig(calibration="any", **self.recovery).decisive()
         return {name: value for name, value in settings.items() if name != "seed"}
 
     def _options(self) -> dict[str, Any]:
@@ -70,6 +75,19 @@ class Row:
     def config(self, seed: int, calibration: Path) -> PruneConfig:
         config = PruneConfig(seed=seed, calibration=str(calibration), restart=True, **self._options())
         return config if config.needs_calibration else config.model_copy(update={"calibration": None})
+
+    def make(self, seed: int, dense: Path, calibration: Path, out: Path) -> float:
+        """Write the row's model to ``out``; seconds that took."""
+        done = prune(dense, out, self.config(seed, calibration), report)
+        if self.recovery is None:
+            return done.seconds
+        pruned = out.with_name(f"{out.name}-pruned")
+        shutil.rmtree(pruned, ignore_errors=True)
+        out.rename(pruned)
+        config = RecoveryConfig(calibration=str(calibration), **self.recovery)
+        trained = recover(pruned, out, config, dense)
+        shutil.rmtree(pruned)
+        return done.seconds + trained.seconds
 
     @property
     def seeded(self) -> bool:
@@ -115,6 +133,8 @@ ABLATIONS = [
         {"weight_dtype": "fp8", "rounding": "refit"},
         BASE,
     ),
+    Row("h-distill", "(h) recovered: 100 windows, distilled", {}, BASE, {}),
+    Row("h-both", "(h) … distilled and trained on their tokens", {}, BASE, {"objective": "both"}),
     Row("i-attention", "(i) attention pruned, too", {"targets": "mlp+attention"}, BASE),
     Row("samples-32", "32 calibration windows", {"num_samples": 32}, BASE),
 ]
@@ -207,8 +227,8 @@ def measure(row: Row, seed: int, bench: Bench, arguments: argparse.Namespace) ->
         else:
             if arguments.again or not directory.is_dir() or "cost" not in store.entry():
                 shutil.rmtree(directory, ignore_errors=True)
-                done = prune(bench.model, directory, row.config(seed, bench.text / "train.txt"), report)
-                store.save("cost", asdict(cost(directory)) | {"prune_seconds": done.seconds})
+                seconds = row.make(seed, bench.model, bench.text / "train.txt", directory)
+                store.save("cost", asdict(cost(directory)) | {"prune_seconds": seconds})
             model = load_model(directory)
         for metric in wanted:
             started = time.monotonic()

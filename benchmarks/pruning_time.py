@@ -34,11 +34,10 @@ from benchmarks.results_file import ROOT, provenance, read, write
 from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, solve, source
 from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.hessian import Hessian
+from vllm_spense.pruning.joint import JOINT_TOKENS
 
-RESULTS, GPU_RESULT = (
-    ROOT / "benchmarks" / "results",
-    ROOT / "benchmarks" / "results" / "gpu" / "pruning.json",
-)
+RESULTS = ROOT / "benchmarks" / "results"
+GPU_RESULT = RESULTS / "gpu" / "pruning.json"
 TABLE = ROOT / "docs" / "pruning_time.md"
 PRESETS = ("guided", "spensegpt+", "spensegpt")
 WORDS = 200_000
@@ -134,6 +133,7 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("factorise {}", solve, "factorize"),
     ("OBS {}", solve, "obs_rows"),
     ("refit and refine {}", solve, "refine"),
+    ("joint fit", layer, "fit_jointly"),
     ("round and pack", layer.LayerPruner, "_store"),
     ("round and pack", pipeline, "pack_layer"),
     ("select", layer.LayerPruner, "_permute"),
@@ -144,9 +144,13 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
 """Functions of the pruner by stage; {} tells by the columns of the first matrix whose input it is."""
 
 
-def is_linear(stage: str) -> bool:
-    """Whether the stage takes time in proportion to the calibration windows."""
-    return stage in ("embed", "forward") or stage.startswith("Hessian")
+def growth(stage: str, shape: Shape, samples: int) -> float:
+    """How much longer the stage takes with all windows of ``shape`` than with ``samples``."""
+    if stage in ("embed", "forward") or stage.startswith("Hessian"):
+        return shape.samples / samples
+    if stage == "joint fit":  # of so many tokens and no more
+        return min(shape.samples * shape.seq_len, JOINT_TOKENS) / min(samples * shape.seq_len, JOINT_TOKENS)
+    return 1.0
 
 
 @contextmanager
@@ -223,7 +227,7 @@ def extrapolate(runs: dict[str, list[dict[str, float]]], shape: Shape, samples: 
     for name, seconds in sorted(medians[few].items(), key=lambda item: -item[1]):
         one = medians["1"].get(name, 0.0)
         per_layer = (seconds - one) / (shape.few - 1)
-        times = shape.samples / samples if is_linear(name) else 1.0
+        times = growth(name, shape, samples)
         total = times * (one + (shape.layers - 1) * per_layer)
         stages[name] = {"layer": per_layer, "once": one - per_layer, "times": times, "model": total}
     return stages
@@ -240,7 +244,7 @@ def summary(runs: Runs, shape: Shape, samples: int) -> dict[str, Any]:
         "measured": {"layers": [1, shape.few], "samples": samples, "seq_len": shape.seq_len, "runs": runs},
         "extrapolated": (
             f"{shape.layers} layers from {shape.few}; {shape.samples} windows from {samples} for embed, "
-            "forward and Hessian; random weights, half of each MLP dense, a vocabulary of "
+            "forward, Hessian and joint fit; random weights, half of each MLP dense, a vocabulary of "
             f"{shape.config['vocab_size']}"
         ),
         "stages": stages,

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import pruning_time
-from benchmarks.pruning_time import SHAPES, Bench, Shape, Stopwatch, extrapolate, summary, table
+from benchmarks.pruning_time import SHAPES, Bench, Shape, Stopwatch, extrapolate, growth, summary, table
 
 SHAPE = Shape({"vocab_size": 10}, layers=10, samples=64, seq_len=8, few=3, goal=60, paper={"spensegpt+": 90})
 
@@ -45,6 +45,14 @@ def test_a_model_is_what_comes_once_and_what_each_layer_adds() -> None:
     assert stages["forward"] == {"layer": 2.0, "once": 0.5, "times": 8.0, "model": 8 * 20.5}
     assert stages["OBS down"] == {"layer": 3.0, "once": 1.0, "times": 1.0, "model": 31.0}
     assert stages["other"]["model"] == 7.0
+
+
+def test_the_joint_fit_grows_up_to_its_most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, times in ((1 << 20, 8.0), (256, 4.0), (64, 1.0), (16, 1.0)):  # of 512 tokens, and 64 measured
+        monkeypatch.setattr(pruning_time, "JOINT_TOKENS", most)
+        assert growth("joint fit", SHAPE, 8) == times
+    assert growth("Hessian of down", SHAPE, 8) == 8.0
+    assert growth("OBS down", SHAPE, 8) == 1.0
 
 
 def test_incomplete_presets_are_left_out_and_the_table_compares() -> None:

@@ -12,8 +12,8 @@ from tiny_text import write_text
 from torch.nn.functional import gelu, silu
 
 from vllm_spense.format import Checkpoint
-from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.joint import RIDGE, _slope, _step, _value, fit_jointly
+from vllm_spense.pruning import PruneConfig, joint, prune
+from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly
 
 T, R, K = 300, 6, 16
 
@@ -31,16 +31,22 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     return weight * kept.flatten(1)
 
 
-def test_a_step_is_the_weighted_ridge_regression_of_each_row() -> None:
+@pytest.mark.parametrize("chunk", [T, 64])
+def test_a_step_is_the_weighted_ridge_regression_of_each_row(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "CHUNK", chunk)
     x, weight, _ = inputs()
     weight = two_of_four(weight)
     slope, missing = torch.randn(T, R).exp(), torch.randn(T, R)
-    found = _step(weight, x, slope, missing, 60)
+    squares = slope.square().split(joint.CHUNK)
+    found = _step(weight, x, squares, (slope * missing).t() @ x, x.t() @ x, 60)
     for row in range(R):
         kept = weight[row] != 0
         a = (slope[:, row, None] * x[:, kept]).double()
         h = a.t() @ a
-        h += RIDGE * torch.diag(h.diagonal())
+        mean = slope[:, row].square().mean() * x[:, kept].square().sum(0)
+        h += joint.RIDGE * K / T * torch.diag(mean)
         best = torch.linalg.solve(h, a.t() @ missing[:, row].double())
         torch.testing.assert_close((found - weight)[row, kept].double(), best, rtol=1e-3, atol=1e-5)
     assert torch.equal(found != 0, weight != 0)
@@ -62,7 +68,10 @@ def test_slopes_are_those_of_finite_differences(activation: object, which: int) 
 
 @pytest.mark.parametrize("linears", [1, 2])
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_intermediate_values_come_closer(linears: int, biased: bool) -> None:
+def test_the_intermediate_values_come_closer(
+    linears: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "RIDGE", 5.0)
     x, *weights = inputs(1)
     originals = weights[:linears]
     biases = [torch.linspace(-1, 1, R) if biased else None for _ in originals]
@@ -91,7 +100,8 @@ def test_rows_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = [two_of_four(w) for w in originals]
     biases = [torch.randn(R), None]
     whole = fit_jointly(silu, pruned, originals, biases, x, 3)
-    monkeypatch.setattr("vllm_spense.pruning.joint.ROWS", 4)
+    monkeypatch.setattr(joint, "ROWS", 4)
+    monkeypatch.setattr(joint, "CHUNK", 70)
     for part, all_rows in zip(fit_jointly(silu, pruned, originals, biases, x, 3), whole, strict=True):
         torch.testing.assert_close(part, all_rows)
 
@@ -101,8 +111,8 @@ def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
     """Other weights than without, 2:4 as before, and the dense rows exactly the same."""
     model, text = make_family(kind, tmp_path / "model"), write_text(tmp_path / "text.txt")
     found = []
-    for joint in (0, 4):
-        out = tmp_path / f"out{joint}"
+    for iterations in (0, 2):
+        out = tmp_path / f"out{iterations}"
         config = PruneConfig(
             calibration=str(text),
             num_samples=8,
@@ -110,7 +120,7 @@ def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
             alignment=8,
             weight_dtype="bf16",
             allocation="uniform",
-            joint=joint,
+            joint=iterations,
         )
         with warnings.catch_warnings(action="ignore"):
             prune(model, out, config)

@@ -76,13 +76,13 @@ class PruneConfig(BaseModel):
     method: Method = "obs"
     selection: Selection = "fisher"
     allocation: Allocation = "bytes"
-    refit: Annotated[int, Field(ge=0, le=1000)] = 8
+    refit: Annotated[int, Field(ge=0, le=1000)] = 4
     refine: Annotated[int, Field(ge=0, le=1000)] = 4
     regroup: Annotated[int, Field(ge=0, le=1000)] = 0
     order: Order = "natural"
     search_damping: bool = False
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
-    joint: Annotated[int, Field(ge=0, le=1000)] = 4
+    joint: Annotated[int, Field(ge=0, le=1000)] = 2
     rounding: Rounding = "nearest"
     gradient_samples: Positive = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5

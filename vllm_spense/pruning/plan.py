@@ -18,7 +18,7 @@ from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder, decoder_layers
 from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.joint import JOINT_TOKENS
+from vllm_spense.pruning.joint import JOINT_TOKENS, SHARED_ITERATIONS
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
 from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
@@ -40,8 +40,8 @@ REFINE_BUFFERS = 12
 """Temporaries of a block of rows, as large as it, in the least squares and the choice of pairs."""
 ITERATION_PASSES, ROUND_PASSES = 29, 100
 """Reads and writes of a matrix besides the GEMMs: per iteration of least squares, per choice of pairs."""
-JOINT_BUFFERS, JOINT_PASSES = 10, 6
-"""Matrices [tokens, rows of a block] at once in the joint fit; reads and writes of one besides the GEMMs."""
+JOINT_PASSES = 6
+"""Reads and writes of a matrix [tokens, rows] besides the GEMMs, per iteration of the joint fit."""
 CHECK_FACTOR = 3.5
 """fp32 copies of a tensor while it is looked through for NaN: the values, their magnitudes, two masks."""
 
@@ -268,8 +268,8 @@ class _Sizes:
             shapes = [(min(x.out_features, ROWS), x.in_features) for x in layouts.values() if x.sparse]
             solver = max([solver] + [4 * k * (3 * k + REFINE_BUFFERS * rows) for rows, k in shapes])
         if mlp is not None:
-            rows = min(mlp.intermediate, ROWS)
-            solver = max(solver, 4 * self._joint_tokens * (hidden + JOINT_BUFFERS * rows))
+            rows = min(mlp.intermediate, ROWS)  # values and slopes of all tokens, of a block of rows
+            solver = max(solver, 4 * self._joint_tokens * (hidden + 2 * rows))
         options = self.config
         more = 2 * options.search_damping + (options.asymmetric > 0) + (options.order == "energy")
         matrices = 4 * (hidden**2 + more * inner**2)
@@ -329,10 +329,14 @@ class _Sizes:
 
     def _fit_jointly(self, work: _Work, linears: int, layout: Layout) -> None:
         """Add the joint fit of ``linears`` with this layout."""
-        values = self._joint_tokens * layout.sparse_shape[0]
-        # All values, dense and in front of each step; then curvature, residual and two per iteration.
-        gemms = linears + linears * (linears + 2 + 2 * self.config.joint)
-        work.fp32 += 2.0 * gemms * values * layout.in_features
+        tokens, k, rows = self._joint_tokens, layout.in_features, layout.sparse_shape[0]
+        values = tokens * rows
+        # All values, dense and in front of each step; then the residual and two per iteration.
+        gemms = linears + linears * (linears + 1 + 2 * self.config.joint)
+        work.fp32 += 2.0 * gemms * values * k
+        if values:
+            solves = linears * self.config.joint * SHARED_ITERATIONS
+            work.fp32 += 2.0 * (tokens + solves * rows) * k**2
         work.moved += 4.0 * linears * (3 + self.config.joint) * JOINT_PASSES * values
 
     def _solve(self, work: _Work, layout: Layout) -> None:

@@ -28,31 +28,32 @@ def refit(
     Returns a new tensor; entries that are not kept stay what they are.
     """
     residual = (target - weight @ h) * kept
-    return conjugate_gradients(lambda p: (p @ h) * kept, weight, residual, h.diagonal(), iterations)
+    diagonal = h.diagonal()
+    return conjugate_gradients(lambda p: (p @ h) * kept, weight, residual, lambda r: r / diagonal, iterations)
+
+
+Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 def conjugate_gradients(
-    apply: Callable[[torch.Tensor], torch.Tensor],
-    start: torch.Tensor,
-    residual: torch.Tensor,
-    diagonal: torch.Tensor,
-    iterations: int,
+    apply: Map, start: torch.Tensor, residual: torch.Tensor, precondition: Map, iterations: int
 ) -> torch.Tensor:
     """``start [N, K]`` moved towards the solution of N systems, one per row and each with its own steps.
 
-    ``apply`` maps directions [N, K] by the systems' positive definite matrices, whose diagonals are
-    ``diagonal`` ([K], or [N, K]), the preconditioner; ``residual [N, K]`` is what ``start`` leaves.
+    ``apply`` maps directions [N, K] by the systems' positive definite matrices, ``precondition`` about back;
+    ``residual [N, K]`` is what ``start`` leaves.
     """
-    scaled = residual / diagonal
-    direction, energy = scaled, (residual * scaled).sum(1, keepdim=True)
+    direction = torch.zeros_like(residual)
+    before = torch.full_like(residual[:, :1], torch.inf)
     for _ in range(iterations):
+        scaled = precondition(residual)
+        energy = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + energy / (before + _TINY) * direction
         image = apply(direction)
         step = energy / ((direction * image).sum(1, keepdim=True) + _TINY)
         start = start + step * direction
         residual = residual - step * image
-        scaled = residual / diagonal
-        before, energy = energy, (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + energy / (before + _TINY) * direction
+        before = energy
     return start
 
 
