@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
@@ -57,8 +58,9 @@ class CheckpointWriter:
         self._shards: list[list[str]] = []
 
     def __enter__(self) -> CheckpointWriter:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self._new_directory("")
+        with writing(self.directory):
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = self._new_directory("")
         return self
 
     def __exit__(
@@ -101,7 +103,8 @@ class CheckpointWriter:
         self._total_bytes += _payload_bytes(shard)
 
     def write_text(self, name: str, text: str) -> None:
-        (self.temporary / name).write_text(text)
+        with writing(self.directory):
+            (self.temporary / name).write_text(text)
 
     def write_config(self, config: dict[str, Any]) -> None:
         self.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
@@ -159,10 +162,11 @@ class CheckpointWriter:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        write_manifest(self.temporary)
-        for path in self.temporary.iterdir():
-            sync(path)
-        sync(self.temporary)
+        with writing(self.directory):
+            write_manifest(self.temporary)
+            for path in self.temporary.iterdir():
+                sync(path)
+            sync(self.temporary)
         self.check(self.temporary)
         check_target(self.directory, self.overwrite)
         self._publish()
@@ -178,8 +182,23 @@ class CheckpointWriter:
             shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the file system refuses inside becomes an ``OSError`` that names ``path`` and a way on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            f"{path} cannot be written ({reason}): free space on its disk, or choose another output directory"
+        ) from error
+
+
 def check_target(directory: Path, overwrite: bool) -> None:
     """Refuse, before any work is done, an output path that could not be written at the end."""
+    above = next(path for path in directory.parents if path.exists())
+    if not above.is_dir():
+        raise FileExistsError(f"{above} is a file; choose another output directory")
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; choose another output directory")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
@@ -190,7 +209,8 @@ def check_target(directory: Path, overwrite: bool) -> None:
 
 def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """One safetensors file of contiguous CPU tensors."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    with writing(path):
+        save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes it private, but a server may run as another user
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vllm_spense.format import CheckpointError
+from vllm_spense.format.writer import writing
 from vllm_spense.pruning.adapters import decoder, decoder_layers
 
 Hook = Callable[[torch.Tensor], None]
@@ -34,8 +35,9 @@ def on_disk(directory: Path) -> Allocate:
         count = torch.Size(shape).numel()
         handle, path = tempfile.mkstemp(prefix="activations-", dir=directory)
         try:
-            # Real blocks now: a hole that cannot be filled later is a SIGBUS, not an error message.
-            os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
+            with writing(directory):
+                # Real blocks now: a hole that cannot be filled later is a SIGBUS, not an error message.
+                os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
             return torch.from_file(path, shared=True, size=count, dtype=dtype).view(*shape)
         finally:
             os.close(handle)

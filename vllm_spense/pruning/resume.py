@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from vllm_spense.format import ModuleSpec
 from vllm_spense.format.manifest import MANIFEST_NAME, sha256
-from vllm_spense.format.writer import save_shard, sync
+from vllm_spense.format.writer import save_shard, sync, writing
 
 _STATE, _LOCK, _COSTS = "state.json", "lock", "costs.safetensors"
 _STATE_VERSION = 1
@@ -58,8 +58,9 @@ class WorkDirectory:
         self._begun = False
 
     def __enter__(self) -> WorkDirectory:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._handle = self._lock()
+        with writing(self.out):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._handle = self._lock()
         return self
 
     def __exit__(
@@ -173,10 +174,11 @@ class WorkDirectory:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         partial = self.path / f"partial-{name}"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        sync(partial)
-        partial.rename(self.path / name)
-        sync(self.path)
+        with writing(self.out):
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            sync(partial)
+            partial.rename(self.path / name)
+            sync(self.path)
 
     def _lock(self) -> int:
         path = self.path / _LOCK
