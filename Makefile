@@ -16,7 +16,7 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast lint format demo accuracy frontier clean gpu gpu-plan gpu-report \
+.PHONY: help setup kernels kernels-check test test-fast fuzz lint format demo accuracy frontier clean gpu gpu-plan gpu-report \
 	$(GPU_STAGES)
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make kernels    the CUDA extension with all CUTLASS instances (needs nvcc; 10 minutes)"
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
+	@echo "make fuzz       6000 damaged checkpoints through verify and serving (minutes; FUZZ='--seed 7 --cases 20000')"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
@@ -60,6 +61,9 @@ test: setup $(EXTENSION)
 
 test-fast: setup $(EXTENSION)
 	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest -m "not vllm and not model"
+
+fuzz: $(VENV)/.ready
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m fuzz $(FUZZ)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -18,14 +18,16 @@ SPARSE = 112  # of 208: 56 columns per rank at TP 2, still a multiple of 8
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_llama(out: Path, *, bias: bool = True, seed: int = 0, inter: int = INTER) -> Path:
+def make_llama(
+    out: Path, *, bias: bool = True, seed: int = 0, inter: int = INTER, layers: int = LAYERS
+) -> Path:
     """A random Llama with an untied head and weights large enough that every layer moves the tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=inter,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 import vllm_spense
 from vllm_spense.cli.app import app
-from vllm_spense.cli.doctor import Finding, doctor, supported
 
 
 def spense(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -43,8 +42,20 @@ def test_inspect(models: Path) -> None:
     assert len(report["modules"]) == 14
     assert report["mlp_sparsity"] == pytest.approx(0.5 * 112 / 208)
     assert report["bytes"] < report["dense_bytes"]
+    assert report["dense_ratio"] == pytest.approx(96 / 208)
+    ratios = {m["name"]: m["dense_ratio"] for m in report["modules"]}
+    assert ratios["model.layers.1.mlp.up_proj"] == pytest.approx(96 / 208)
+    assert ratios["model.layers.1.self_attn.q_proj"] == 1
     table = spense("inspect", models / "spense").stdout
-    assert "with a 2:4 region" in table
+    saved = 1 - report["bytes"] / report["dense_bytes"]
+    for fact in (
+        "14 linear layers: 6 hybrid with a 2:4 region (26.9% zeros there), 8 all-dense FP8",
+        "mean dense ratio of the hybrid MLP layers: 0.462",
+        f"weights: {report['bytes'] / 2**20:.2f} MiB, as dense FP8 {report['dense_bytes'] / 2**20:.2f} MiB",
+        f"({saved:.1%} saved)",
+        "tensor parallel sizes: 1, 2",
+    ):
+        assert fact in table
 
 
 def test_verify_right_and_damaged(models: Path, tmp_path: Path) -> None:
@@ -166,35 +177,6 @@ def test_python_face() -> None:
         assert callable(getattr(vllm_spense, name))
     with pytest.raises(AttributeError):
         vllm_spense.nonsense  # noqa: B018
-
-
-def test_doctor_finds_the_plugin() -> None:
-    findings = {f.topic: f for f in doctor()}
-    assert findings["plugin"].status == "ok", findings["plugin"]
-    assert findings["vllm"].status == "ok"
-    assert not [f for f in findings.values() if f.status == "error"]
-    assert isinstance(findings["GPU"], Finding)
-
-
-def test_doctor_names_a_plugin_that_is_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
-    finding = next(f for f in doctor() if f.topic == "VLLM_PLUGINS")
-    assert finding.status == "error"
-
-
-@pytest.mark.parametrize(
-    ("version", "good"),
-    [
-        ("0.23.1", False),
-        ("0.24.0", True),
-        ("0.32.0+cpu", True),
-        ("0.33.2", True),
-        ("0.34.0", False),
-        ("?", False),
-    ],
-)
-def test_supported_versions(version: str, good: bool) -> None:
-    assert supported(version) is good
 
 
 def test_tune_plans_without_a_gpu_and_refuses_to_measure(models: Path) -> None:

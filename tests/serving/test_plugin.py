@@ -6,8 +6,6 @@ import json
 import logging
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from vllm_spense.format import (
 )
 from vllm_spense.format.layout import Split
 from vllm_spense.ops import prune_and_pack, quantize_per_token
-from vllm_spense.serving import plugin
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM = 48, 96, 4, 2, 8
 MLP, ATTN = "model.layers.0.mlp", "model.layers.0.self_attn"
@@ -255,16 +252,19 @@ def test_load_time_mode_leaves_routers_alone() -> None:
     assert type(layer.quant_method) is UnquantizedLinearMethod
 
 
-def captured(logger: str, action: Callable[[], object]) -> str:
+def captured(name: str, action: Callable[[], object]) -> str:
     """Messages of one logger; vLLM's loggers do not propagate, so caplog alone would miss them."""
     records: list[str] = []
-    handler = logging.Handler()
+    handler, logger = logging.Handler(), logging.getLogger(name)
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(logger).addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
         action()
     finally:
-        logging.getLogger(logger).removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
     return "\n".join(records)
 
 
@@ -272,6 +272,67 @@ def test_load_time_mode_warns() -> None:
     from vllm_spense.serving.config import SpenseConfig
 
     assert "shows speed, NOT quality" in captured("vllm_spense.serving.config", SpenseConfig)
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_the_start_up_log_counts_real_layers() -> None:
+    config = make_config(drop=f"{ATTN}.o_proj")
+    layers = {name: make_layer(name, config) for name in SHARDS}
+
+    def finish() -> None:
+        for name in ("gate_up_proj", "qkv_proj", "down_proj"):
+            load(layers[name], name, FP8_DTYPE, True)
+            layers[name].quant_method.process_weights_after_loading(layers[name])
+
+    block = captured("vllm.spense", finish)
+    assert block.count("Spense:") == 1
+    assert "3 linear layers: 2 hybrid (2:4 + dense), 1 all-dense FP8; 1 more left unquantized" in block
+    assert "mean dense ratio of the hybrid MLP layers: 0.333" in block
+    assert "back ends: cpu 3" in block
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_a_pipeline_stage_logs_the_layers_that_it_holds() -> None:
+    """The config lists all modules of the model, vLLM creates only those of this stage."""
+    layer = make_layer("down_proj", make_config())
+
+    def finish() -> None:
+        load(layer, "down_proj", FP8_DTYPE, True)
+        layer.quant_method.process_weights_after_loading(layer)
+
+    assert "1 linear layers: 1 hybrid" in captured("vllm.spense", finish)
+
+
+@pytest.mark.usefixtures("vllm_process")
+def test_the_start_up_log_of_load_time_mode_and_none_of_a_reload() -> None:
+    """vLLM processes these layers while it loads; a reload processes all of them again."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    from vllm_spense.serving.config import SpenseConfig
+
+    config = SpenseConfig()
+    layers = {name: make_layer(name, config, bias=False) for name in ("gate_up_proj", "down_proj", "o_proj")}
+    model = torch.nn.ModuleDict(layers)
+    layerwise.record_metadata_for_reloading(model)
+
+    def load_dense() -> None:
+        for name, layer in layers.items():
+            for module, shard in SHARDS[name]:
+                layout = LAYOUTS[module]
+                weight = torch.randn(layout.out_features, layout.in_features).bfloat16()
+                layer.weight.weight_loader(layer.weight, weight, *shard)
+
+    def reload() -> None:
+        layerwise.initialize_layerwise_reload(model)
+        load_dense()
+
+    block = captured("vllm.spense", load_dense)
+    assert block.count("Spense:") == 1
+    assert "3 linear layers: 2 hybrid (2:4 + dense), 1 all-dense FP8; 0 more left unquantized" in block
+    assert "mean dense ratio of the hybrid MLP layers: 0.500" in block
+    before = layers["down_proj"].weight_packed.clone()
+    assert captured("vllm.spense", reload) == ""
+    assert not torch.equal(layers["down_proj"].weight_packed, before)
 
 
 def test_config_crosses_process_borders() -> None:
@@ -317,53 +378,6 @@ def test_a_bad_config_is_refused(version: object) -> None:
 def test_a_hub_name_is_no_directory() -> None:
     """Nothing local to check: vLLM downloads it, and the values are checked after loading."""
     make_config().maybe_update_config("somebody/some-model")
-
-
-def test_registering_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.layers import quantization
-
-    from vllm_spense.serving.config import SpenseConfig
-
-    plugin.register()
-    plugin.register()
-    assert quantization.QUANTIZATION_METHODS.count("spense") == 1
-    assert quantization.get_quantization_config("spense") is SpenseConfig
-
-
-def test_register_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.layers import quantization
-
-    def explode(name: str) -> None:
-        raise RuntimeError("moved in the next version")
-
-    monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(quantization, "register_quantization_config", explode)
-    message = captured("vllm.spense", plugin.register)
-    assert "could not register with this vLLM" in message
-    assert "spense doctor" in message
-    assert plugin._registered is False
-
-
-def test_register_survives_a_vllm_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.quantization", None)
-    assert "could not register" in captured("vllm.spense", plugin.register)
-    assert plugin._registered is False
-
-
-def test_importing_the_plugin_is_cheap() -> None:
-    """Entry points are imported in every vLLM process, whatever model it serves."""
-    code = "import sys, vllm_spense.serving.plugin; print(sorted({'vllm', 'torch'} & set(sys.modules)))"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_the_entry_point_names_register() -> None:
-    from importlib.metadata import entry_points
-
-    (point,) = entry_points(group="vllm.general_plugins", name="spense")
-    assert point.load() is plugin.register
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, tiny_spense: Path) -> None:

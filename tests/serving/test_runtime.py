@@ -7,7 +7,7 @@ import torch
 
 from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
 from vllm_spense.ops.linear import OUT_DTYPES
-from vllm_spense.serving.linear import install
+from vllm_spense.serving.method import install
 
 N, K = 48, 64
 BOUND = 2e-2  # relative Frobenius error: bf16 rounding, and another order of scales
@@ -86,6 +86,16 @@ def test_a_back_end_that_cannot_run_is_refused(case, monkeypatch) -> None:
     spec, tensors, _ = case
     monkeypatch.setenv("SPENSE_BACKEND", "cuda")
     with pytest.raises(ValueError, match="'cuda' cannot run this layer: runs on CUDA devices"):
+        make_runtime(spec, tensors, torch.nn.Module())
+
+
+def test_unquantized_layers_cannot_be_asked_for(case, monkeypatch) -> None:
+    """They would leave out the scales of FP8 weights."""
+    from vllm_spense.serving.runtime import make_runtime
+
+    spec, tensors, _ = case
+    monkeypatch.setenv("SPENSE_BACKEND", "vllm-unquantized")
+    with pytest.raises(ValueError, match="unknown back end 'vllm-unquantized'"):
         make_runtime(spec, tensors, torch.nn.Module())
 
 

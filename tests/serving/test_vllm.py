@@ -18,6 +18,7 @@ from vllm_runs import Pool
 
 from vllm_spense.format.export import export
 from vllm_spense.format.manifest import write_manifest
+from vllm_spense.format.report import inspect
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
@@ -108,7 +109,7 @@ def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     lora = EAGER | {"enable_lora": True, "max_lora_rank": 8}
     add("lora", "spense", lora, lora=str(models / "lora"))
     add("lora-twin", "twin", lora, lora=str(models / "lora"))
-    add("reload", "spense-other", EAGER, reload=str(models / "spense"))
+    add("reload", "spense-other", EAGER, {"VLLM_LOGGING_LEVEL": "INFO"}, reload=str(models / "spense"))
     add("no-shard", "no-shard", EAGER)
     add("bad-nibble", "bad-nibble", EAGER)
     for mode in MODES:
@@ -151,6 +152,20 @@ def test_lora_changes_the_tokens(runs: Pool) -> None:
 
 def test_reload_weights_from_another_checkpoint(runs: Pool) -> None:
     assert runs["reload"].outputs == runs["eager"].outputs
+
+
+def test_the_start_up_log_says_what_was_loaded(runs: Pool, models: Path) -> None:
+    """One block of one rank, none of the reload; the bytes are those of `spense inspect`."""
+    log, report = runs["reload"].log, inspect(models / "spense-other")
+    assert log.count("Spense:") == 1
+    for fact in (
+        "Spense: 8 linear layers: 4 hybrid (2:4 + dense), 4 all-dense FP8; 0 more left unquantized",
+        f"mean dense ratio of the hybrid MLP layers: {report.dense_ratio:.3f}",
+        f"{report.stored_bytes / 2**20:.2f} MiB, as dense FP8 {report.dense_bytes / 2**20:.2f} MiB",
+        "back ends: cpu 8",
+    ):
+        assert fact in log
+    assert "fell back" not in log
 
 
 @pytest.mark.parametrize(

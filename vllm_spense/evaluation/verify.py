@@ -92,10 +92,12 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
                 tensor=kind,
                 fix=REPRUNE,
             )
-    known = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-    for module in linears:
-        if module not in known:
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for module, parts in linears.items():
+        if f"{module}.weight" not in known:
             raise CheckpointError("the model has no such module", file=path, module=module, fix=REPRUNE)
+        if f"{module}.bias" not in known and any(modules[part].bias for part in parts):
+            raise CheckpointError("the checkpoint has a bias, the model none", module=module, fix=REPRUNE)
     return True
 
 

@@ -15,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import TENSOR_NAMES, Layout
+from vllm_spense.format.manifest import read_text_file
 from vllm_spense.format.pack import unpack_linear
 from vllm_spense.format.schema import SpenseCheckpointConfig, parse_config
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_JSON_BYTES = 1 << 28
+_MAX_JSON_BYTES = 1 << 26
+"""Ten times the index of the largest models; parsed, JSON can take twenty times its size in memory."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,7 @@ class TensorInfo:
 def read_json(path: Path) -> Any:
     """Parse a JSON object file; :class:`CheckpointError` names the file when it cannot be read."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(read_text_file(path, _MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             "the file is missing", file=path, fix="give a Hugging Face model directory"
@@ -182,7 +182,7 @@ def _open(file: Path):
     try:
         with safe_open(file, framework="pt") as stream:
             yield stream
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:  # the last: address space
         raise CheckpointError(
             f"the safetensors file cannot be read ({error})", file=file, fix=REPRUNE
         ) from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 
 class CheckpointError(ValueError):
     """A checkpoint does not hold what it promises.
 
     The message names the place (file, module, tensor), what was expected and found, and how to
-    mend it, so that nobody has to open the file to understand the problem.
+    mend it, so that nobody has to open the file to understand the problem. It is one line of printable
+    text of bounded length, whatever names the file holds.
     """
 
     def __init__(
@@ -28,12 +31,19 @@ class CheckpointError(ValueError):
 
     def _text(self) -> str:
         named = (("file", self.file), ("module", self.module), ("tensor", self.tensor))
-        where = ", ".join(f"{kind} {name}" for kind, name in named if name)
-        text = f"{where}: {self.problem}" if where else self.problem
+        where = ", ".join(f"{kind} {_shown(name, 500)}" for kind, name in named if name)
+        problem = _shown(self.problem, 1500)
+        text = f"{where}: {problem}" if where else problem
         return f"{text}. Fix: {self.fix}" if self.fix else text
 
     def __reduce__(self):  # keeps the fields when it crosses a process border
         return _rebuild, (self.problem, self.file, self.module, self.tensor, self.fix)
+
+
+def _shown(text: str, limit: int) -> str:
+    """Text from a file, fit for a terminal and a log: no control characters, no lone surrogates."""
+    text = re.sub(r"\s*\n\s*", " ", text[: limit + 1] + ("…" if len(text) > limit else ""))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _rebuild(problem, file, module, tensor, fix) -> CheckpointError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,19 @@ def sha256(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_text_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most ``limit`` bytes; ``OSError`` or ``ValueError`` otherwise.
+
+    A pipe in its place would be waited for, a device read without end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no regular file")
+    if status.st_size > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
+    return path.read_bytes()
 
 
 def write_manifest(directory: Path) -> None:
@@ -60,16 +74,14 @@ def read_manifest(directory: Path) -> dict[str, dict[str, object]]:
     """The manifest's entries by file name; raises :class:`CheckpointError` when it is malformed."""
     path = directory / MANIFEST_NAME
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("larger than 16 MiB")
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(read_text_file(path, _MAX_BYTES))
         if raw["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {raw['version']!r}, expected {MANIFEST_VERSION}")
         entries = raw["files"]
         for name, entry in entries.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{name!r} leaves the directory")
-            if not isinstance(entry["size"], int) or len(entry["sha256"]) != 64:
+            if type(entry["size"]) is not int or len(entry["sha256"]) != 64:  # a bool is no size
                 raise ValueError(f"bad entry for {name!r}")
     except FileNotFoundError:
         raise CheckpointError("the manifest is missing", file=path, fix=REPRUNE) from None
@@ -91,8 +103,7 @@ def check_manifest(
     """
     listed = read_manifest(directory)
     for path in sorted(directory.iterdir()):  # else dropping an entry would switch its check off
-        loaded = is_weight_file(path.name) or path.name == "config.json"
-        if loaded and only(path.name) and path.name not in listed:
+        if is_loaded_file(path.name) and only(path.name) and path.name not in listed:
             raise CheckpointError("the manifest does not list this file", file=path, fix=REPRUNE)
     entries = {n: e for n, e in listed.items() if only(n)}
     for name, entry in entries.items():  # sizes first: cheap, and truncation is the common damage
@@ -127,6 +138,11 @@ def _raise_if_any(differs: Callable[[str], bool], names: Iterable[str], director
                 )
 
 
+def is_loaded_file(name: str) -> bool:
+    """What the plugin checks at load: config.json, the tensors and their index, not a chat template."""
+    return name == "config.json" or is_weight_file(name)
+
+
 def is_weight_file(name: str) -> bool:
-    """What the plugin checks at load: the tensors and their index, not a chat template."""
+    """The tensors and their index."""
     return name.endswith((".safetensors", ".safetensors.index.json"))

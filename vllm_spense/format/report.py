@@ -1,4 +1,4 @@
-"""What a Spense checkpoint contains, in numbers: for ``spense inspect`` and for start-up logs."""
+"""What a Spense checkpoint contains, in numbers: for ``spense inspect``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ class ModuleReport:
     stored_bytes: int
     dense_bytes: int
     loss: float | None
+
+    @property
+    def dense_ratio(self) -> float:
+        """Share of the weights that lie in the dense region."""
+        return 1 - 2 * self.sparsity
+
+    @property
+    def attention(self) -> bool:
+        return ".self_attn." in self.name
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,12 @@ class CheckpointReport:
     @property
     def mlp_sparsity(self) -> float:
         """The same without attention."""
-        return _zeros([m for m in self.hybrid if ".self_attn." not in m.name])
+        return _zeros([m for m in self.hybrid if not m.attention])
+
+    @property
+    def dense_ratio(self) -> float:
+        """Dense share of the MLP weights that have a 2:4 region; 1 when there are none."""
+        return 1 - 2 * self.mlp_sparsity
 
 
 def _zeros(modules: list[ModuleReport]) -> float:

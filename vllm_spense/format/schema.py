@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import Layout, Split
@@ -17,10 +25,22 @@ MAX_FEATURES = 1 << 24
 Extent = Annotated[int, Field(strict=True, ge=0, le=MAX_FEATURES)]
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_.\-]+$")]
 WeightDtype = Literal["float8_e4m3fn", "bfloat16"]
+MAX_NESTING = 16
+"""Of the provenance: vLLM pickles the configuration for its workers, and pickle recurses."""
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "bfloat16": torch.bfloat16,
 }
+
+
+def _shallow(provenance: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [provenance]
+    for _ in range(MAX_NESTING):
+        inner = [i for node in level for i in (node.values() if isinstance(node, dict) else node)]
+        level = [i for i in inner if isinstance(i, (dict, list))]
+        if not level:
+            return provenance
+    raise ValueError(f"nested more than {MAX_NESTING} deep")
 
 
 class _Strict(BaseModel):
@@ -73,7 +93,7 @@ class SpenseCheckpointConfig(_Strict):
     ]
     ignore: list[Name] = []
     modules: dict[Name, ModuleSpec]
-    provenance: dict[str, Any] = {}
+    provenance: Annotated[dict[str, Any], AfterValidator(_shallow)] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> SpenseCheckpointConfig:

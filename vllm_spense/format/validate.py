@@ -18,6 +18,9 @@ _BIAS_DTYPES = ("BF16", "F16", "F32")
 _PLAIN_DTYPES = (*_BIAS_DTYPES, "F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 """Norms, embeddings, heads, buffers. An FP8 or FP4 tensor there lost its scale: engines cast it silently."""
 
+_COUNTED = ("layers", "layer", "experts", "blocks", "labels")
+_MOST_LABELS = 1 << 16
+
 
 def expected_tensors(
     spec: ModuleSpec, weight_dtype: str
@@ -48,6 +51,7 @@ def check_headers(checkpoint: Checkpoint) -> None:
     """
     config = checkpoint.require_spense()
     check_sharding(config, checkpoint.directory / CONFIG_NAME)
+    check_counts(checkpoint)
     tensors = checkpoint.tensors
     for module, spec in config.modules.items():
         expected = expected_tensors(spec, config.weight_dtype)
@@ -146,6 +150,28 @@ def check_sharding(config: SpenseCheckpointConfig, file: Path | None = None) -> 
                     module=module,
                     fix=REPRUNE,
                 )
+
+
+def check_counts(checkpoint: Checkpoint) -> None:
+    """Layers, experts and labels that config.json counts: building a model takes time and memory for each.
+
+    Every layer and expert has a tensor of its own, so more of them than tensors are a contradiction.
+    """
+
+    def walk(node: Mapping[str, object]) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value)
+            last = key.rpartition("_")[2]
+            limit = _MOST_LABELS if last == "labels" else len(checkpoint.tensors)
+            if last in _COUNTED and isinstance(value, (int, float)) and value > limit:
+                raise CheckpointError(
+                    f"{key} is {str(value)[:20]}, more than the {limit} that this checkpoint can have",
+                    file=checkpoint.directory / CONFIG_NAME,
+                    fix=REPRUNE,
+                )
+
+    walk({k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
 
 
 def check_checkpoint(checkpoint: Checkpoint, progress: Callable[[str], None] = lambda module: None) -> None:

@@ -83,6 +83,15 @@ def available_backends() -> list[Backend]:
     return list(_BACKENDS)
 
 
+def preferred_backend(device: torch.device) -> Backend:
+    """What a layer with a 2:4 region should run on: fp32 GEMMs on CPUs, the compiled kernels elsewhere.
+
+    Its ``why_not`` is the reason why a layer on this device fell back to another one.
+    """
+    name = CpuBackend.name if device.type == "cpu" else CudaBackend.name
+    return next(backend for backend in _BACKENDS if backend.name == name)
+
+
 def select_backend(spec: LinearSpec, device: torch.device, name: str | None = None) -> Backend:
     """The first legal back end, or the named one; ``ValueError`` says why a named one cannot run."""
     for backend in _BACKENDS:

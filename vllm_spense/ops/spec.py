@@ -61,9 +61,15 @@ class LinearSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the stored weights in FP8: values and metadata of the 2:4 region, the dense region."""
+        """Bytes of the stored weights: values and metadata of the 2:4 region, the dense region; no scales."""
         (sparse_rows, sparse_columns), (rows, columns) = self.sparse_shape, self.dense_shape
-        return sparse_rows * sparse_columns * 5 // 8 + rows * columns
+        sparse, width = sparse_rows * sparse_columns, self.weight_dtype.itemsize
+        return sparse * width // 2 + sparse // 8 + rows * columns * width
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same weights if all of them were dense; no scales."""
+        return self.out_features * self.in_features * self.weight_dtype.itemsize
 
     @property
     def row_extents(self) -> tuple[int, ...]:

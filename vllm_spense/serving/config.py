@@ -16,9 +16,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_weight_file
+from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_loaded_file
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers
+from vllm_spense.serving.summary import LoadSummary
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -42,6 +43,7 @@ class SpenseConfig(QuantizationConfig):
     def __init__(self, checkpoint: SpenseCheckpointConfig | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self.summary = LoadSummary()
         self.modules: dict[str, ModuleSpec] = {} if checkpoint is None else dict(checkpoint.modules)
         if checkpoint is None:
             logger.warning(
@@ -100,7 +102,7 @@ class SpenseConfig(QuantizationConfig):
         if key in _verified:
             return
         check_headers(Checkpoint(directory))
-        check_manifest(directory, only=is_weight_file)
+        check_manifest(directory, only=is_loaded_file)
         _verified.add(key)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -117,11 +119,13 @@ class SpenseConfig(QuantizationConfig):
         names = self.shard_names(prefix)
         if self.checkpoint is None:
             if isinstance(layer, compat.ReplicatedLinear):  # routers and gates, read as .weight
+                self.summary.skip(layer)
                 return compat.UnquantizedLinearMethod()
             split = ONLINE_SPLITS.get(prefix.rpartition(".")[2])
-            return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO)
+            return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO, self.summary)
         listed = [name in self.modules for name in names]
         if not any(listed):
+            self.summary.skip(layer)
             return compat.UnquantizedLinearMethod()
         if not all(listed):
             raise CheckpointError(
@@ -131,7 +135,7 @@ class SpenseConfig(QuantizationConfig):
                 fix=REPRUNE,
             )
         specs = {name: self.modules[name] for name in names}
-        return SpenseLinearMethod(prefix, specs, self.checkpoint)
+        return SpenseLinearMethod(prefix, specs, self.checkpoint, self.summary)
 
     def shard_names(self, prefix: str) -> list[str]:
         """Checkpoint names of the layers that vLLM fuses under ``prefix``.

@@ -1,4 +1,4 @@
-"""The vLLM linear method of a Spense checkpoint: create, load, check, prepare, apply."""
+"""The vLLM linear method of a Spense checkpoint: create, load, check."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import torch
 
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.validate import check_values
-from vllm_spense.ops.dispatch import LinearSpec
+from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.random_weights import fill_random
 from vllm_spense.serving import compat
-from vllm_spense.serving.loading import Loaded, LoadPlan, check_heads, make_loader, make_plan
-from vllm_spense.serving.runtime import Runtime, make_runtime
+from vllm_spense.serving.loading import LoadPlan, check_heads, make_loader, make_plan
+from vllm_spense.serving.method import SpenseMethod
+from vllm_spense.serving.summary import LoadSummary
 
-_DONE = "_already_called_process_weights_after_loading"
 
-
-class SpenseLinearMethod(compat.LinearMethodBase):
+class SpenseLinearMethod(SpenseMethod):
     """Linear method of one vLLM layer, possibly fused from several checkpoint modules."""
 
-    def __init__(self, prefix: str, specs: dict[str, ModuleSpec], config: SpenseCheckpointConfig) -> None:
-        self.prefix = prefix
+    def __init__(
+        self,
+        prefix: str,
+        specs: dict[str, ModuleSpec],
+        config: SpenseCheckpointConfig,
+        summary: LoadSummary,
+    ) -> None:
+        super().__init__(prefix, summary)
         self.specs = specs
         self.config = config
-        self.loaded: Loaded = set()
-        self.dummy = compat.load_format() == "dummy"
         self.plan: LoadPlan
-        self.spec: LinearSpec
-        self.runtime: Runtime
 
     def create_weights(
         self,
@@ -54,7 +55,6 @@ class SpenseLinearMethod(compat.LinearMethodBase):
         )
         if isinstance(layer, compat.QKVParallelLinear):
             check_heads(self.plan, layer.head_size)
-        self.spec = self.plan.spec()
         for name in self.plan.names:
             parameter = compat.BasevLLMParameter(
                 data=torch.empty(self.plan.shape(name), dtype=self.plan.dtype(name)),
@@ -68,31 +68,16 @@ class SpenseLinearMethod(compat.LinearMethodBase):
         layer.input_size_per_partition = input_size_per_partition
         layer.output_size_per_partition = sum(output_partition_sizes)
         layer.orig_dtype = params_dtype
+        self.created(layer, self.plan.names)
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Check completeness and every value, then turn the tensors into what the back end runs on."""
-        if getattr(layer, _DONE, False):
-            return
-        tensors: dict[str, torch.Tensor] = {name: getattr(layer, name).data for name in self.plan.names}
+    def collect(self, layer: Any) -> tuple[LinearSpec, Tensors]:
+        """The parameters as they are, complete and every value legal."""
+        tensors: Tensors = {name: getattr(layer, name).data for name in self.plan.names}
         if self.dummy and not self.loaded:
             fill_random(tensors, getattr(layer, "bias", None))
         else:
             self.plan.check_complete(self.loaded)
-        check_values(tensors, module=self.prefix)
-        self.runtime = make_runtime(self.spec, tensors, layer)
-        install(layer, self.runtime.prepare(tensors), self.plan.names)
-        self.runtime.finish(layer)
-        self.loaded.clear()  # a reload must bring everything again
-        setattr(layer, _DONE, True)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x [..., K]`` to ``y [..., N]`` in x's dtype."""
-        return self.runtime.apply(layer, x, bias)
-
-
-def install(layer: Any, prepared: dict[str, torch.Tensor], loaded_names: tuple[str, ...]) -> None:
-    """Replace the loaded parameters by the run-time tensors, so that sleep and reload find them."""
-    for name in loaded_names:
-        delattr(layer, name)
-    for name, tensor in prepared.items():
-        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        bias = getattr(layer, "bias", None)
+        self.plan.check_bias(bias is not None)
+        check_values(tensors if bias is None else {**tensors, "bias": bias.data}, module=self.prefix)
+        return self.plan.spec(), tensors

@@ -104,6 +104,17 @@ class LoadPlan:
                 fix=REPRUNE,
             )
 
+    def check_bias(self, wanted: bool) -> None:
+        """A bias that the model has and the checkpoint lacks would stay uninitialised memory."""
+        for module in self.modules:
+            if wanted and not module.bias:
+                raise CheckpointError(
+                    "the model in config.json has a bias here, quantization_config says that there is none",
+                    module=module.name,
+                    tensor="bias",
+                    fix=REPRUNE,
+                )
+
     def copy(self, name: TensorName, target: torch.Tensor, source: torch.Tensor, shard_id: object) -> int:
         """Copy this rank's part of one checkpoint tensor into the fused parameter.
 

@@ -8,19 +8,15 @@ import torch
 
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Axis, Layout, Split
+from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.online import online_layout, prune_and_pack
 from vllm_spense.serving import compat
-from vllm_spense.serving.linear import _DONE, install
-from vllm_spense.serving.loading import (
-    Loaded,
-    LoadPlan,
-    ModuleSlice,
-    shard_index,
-)
-from vllm_spense.serving.runtime import Runtime, make_runtime
+from vllm_spense.serving.loading import Loaded, LoadPlan, ModuleSlice, shard_index
+from vllm_spense.serving.method import SpenseMethod
+from vllm_spense.serving.summary import LoadSummary
 
 
-class SpenseOnlineLinearMethod(compat.LinearMethodBase):
+class SpenseOnlineLinearMethod(SpenseMethod):
     """Loads a dense weight layer by layer, keeps two of four by magnitude, rounds to FP8.
 
     ``split`` None leaves the layer dense (FP8 only). Each tensor-parallel rank prunes its own slice.
@@ -28,13 +24,10 @@ class SpenseOnlineLinearMethod(compat.LinearMethodBase):
 
     uses_meta_device = True  # the dense weight exists for one layer at a time
 
-    def __init__(self, prefix: str, split: str | None, dense_ratio: float) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, split: str | None, dense_ratio: float, summary: LoadSummary) -> None:
+        super().__init__(prefix, summary)
         self.split: Split = "input" if split == "input" else "output"
         self.dense_ratio = 1.0 if split is None else dense_ratio
-        self.loaded: Loaded = set()
-        self.dummy = compat.load_format() == "dummy"
-        self.runtime: Runtime
 
     def create_weights(
         self,
@@ -59,11 +52,10 @@ class SpenseOnlineLinearMethod(compat.LinearMethodBase):
         layer.logical_widths = output_partition_sizes
         layer.orig_dtype = params_dtype
         compat.initialize_online_processing(layer)
+        self.created(layer, ("weight",))
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Prune and pack the materialised weight, then prepare it like a checkpoint's layer."""
-        if getattr(layer, _DONE, False):
-            return
+    def collect(self, layer: Any) -> tuple[LinearSpec, Tensors]:
+        """The materialised weight, pruned and packed like a checkpoint's layer."""
         if not self.dummy:
             missing = set(range(len(self.widths))) - {i for _, i in self.loaded}
             if missing:
@@ -74,13 +66,9 @@ class SpenseOnlineLinearMethod(compat.LinearMethodBase):
                     fix="the checkpoint is incomplete; download it again",
                 )
         plan, tensors = self._pack(layer.weight.data)
-        self.runtime = make_runtime(plan.spec(), tensors, layer)
-        install(layer, self.runtime.prepare(tensors), ("weight",))
-        self.runtime.finish(layer)
-        self.loaded.clear()
-        setattr(layer, _DONE, True)
+        return plan.spec(), tensors
 
-    def _pack(self, weight: torch.Tensor) -> tuple[LoadPlan, dict[str, torch.Tensor]]:
+    def _pack(self, weight: torch.Tensor) -> tuple[LoadPlan, Tensors]:
         slices, packed = [], []
         for rows in weight.split(self.widths):
             layout = online_layout(self.split, rows.shape[0], rows.shape[1], self.dense_ratio)
@@ -92,7 +80,7 @@ class SpenseOnlineLinearMethod(compat.LinearMethodBase):
                     str(error), module=self.prefix, tensor="weight", fix="download the model again"
                 ) from None
         plan = LoadPlan(self.prefix, tuple(slices), torch.float8_e4m3fn)
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: Tensors = {}
         for name in plan.names:
             tensors[name] = torch.empty(plan.shape(name), dtype=plan.dtype(name), device=weight.device)
             start = 0
@@ -101,10 +89,6 @@ class SpenseOnlineLinearMethod(compat.LinearMethodBase):
                     tensors[name].narrow(0, start, part[name].shape[0]).copy_(part[name])
                     start += part[name].shape[0]
         return plan, tensors
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x [..., K]`` to ``y [..., N]`` in x's dtype."""
-        return self.runtime.apply(layer, x, bias)
 
 
 def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded):

@@ -6,6 +6,8 @@ import logging
 
 logger = logging.getLogger("vllm.spense")
 METHOD = "spense"
+failure: str | None = None
+"""Why the last :func:`register` failed; ``spense doctor`` shows it."""
 _registered = False
 
 
@@ -15,7 +17,7 @@ def register() -> None:
     Idempotent and lazy. Never raises: a failing plugin would stop vLLM for every model, so problems
     are logged here and explained by ``spense doctor``.
     """
-    global _registered
+    global _registered, failure
     if _registered:
         return
     try:
@@ -25,8 +27,22 @@ def register() -> None:
 
         register_quantization_config(METHOD)(SpenseConfig)
         _registered = True
-    except Exception:
+        failure = None
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
         logger.exception(
             "vllm-spense could not register with this vLLM; Spense checkpoints will not load. "
             "Run `spense doctor` for the reason"
         )
+        _withdraw()
+
+
+def _withdraw() -> None:
+    """Take our name back out of vLLM's list: it asks every listed method about every quantized model."""
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+        if METHOD in QUANTIZATION_METHODS:
+            QUANTIZATION_METHODS.remove(METHOD)
+    except Exception:
+        logger.debug("nothing to withdraw", exc_info=True)

@@ -14,14 +14,21 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.ops.dispatch import LinearSpec, Tensors, decompressed, select_backend
+from vllm_spense.ops.dispatch import (
+    LinearSpec,
+    Tensors,
+    decompressed,
+    preferred_backend,
+    select_backend,
+)
 from vllm_spense.serving import compat
 
 
 class Runtime(Protocol):
-    """What the linear method calls after loading."""
+    """What the linear method calls after loading; ``fallback``: why not the device's preferred back end."""
 
     name: str
+    fallback: str | None
 
     def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors: ...
 
@@ -33,19 +40,37 @@ class Runtime(Protocol):
 def make_runtime(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], layer: Any) -> Runtime:
     """Choose how a layer runs on the device that its tensors are on."""
     device = next(iter(tensors.values())).device
+    name, reason = choose(spec, device)
+    runtime: Runtime
+    if not spec.quantize_activations:  # not by its name: SPENSE_BACKEND must not reach it
+        runtime = DenseUnquantized(spec, layer.orig_dtype)
+    elif name == DenseFp8.name:
+        runtime = DenseFp8(spec, layer.orig_dtype)
+    else:
+        runtime = SpenseRuntime(spec, device, name)
+    runtime.fallback = reason
+    return runtime
+
+
+def choose(spec: LinearSpec, device: torch.device) -> tuple[str, str | None]:
+    """Name of what runs a layer, and why it is not the device's preferred back end (None: it is)."""
     if not spec.quantize_activations:
-        return DenseUnquantized(spec, layer.orig_dtype)
+        return DenseUnquantized.name, "bf16 weights run as vLLM's unquantized layers"
+    preferred = preferred_backend(device)
     wanted = os.environ.get("SPENSE_BACKEND") if spec.hybrid else None
+    if wanted:
+        return wanted, None if wanted == preferred.name else f"SPENSE_BACKEND={wanted} asks for it"
+    name = select_backend(spec, device).name
     # Right everywhere, but the reference decompresses in every call, and Triton was never measured to win.
-    if wanted == DenseFp8.name or (
-        not wanted and select_backend(spec, device).name in ("triton", "reference")
-    ):
-        return DenseFp8(spec, layer.orig_dtype)
-    return SpenseRuntime(spec, device, wanted)
+    if name in ("triton", "reference"):
+        name = DenseFp8.name
+    return name, None if name == preferred.name else preferred.why_not(spec, device)
 
 
 class SpenseRuntime:
     """Runs the dispatcher's back end on the layer's own parameters."""
+
+    fallback: str | None = None
 
     def __init__(self, spec: LinearSpec, device: torch.device, backend: str | None = None) -> None:
         self.spec = spec
@@ -72,6 +97,7 @@ class DenseUnquantized:
     """bf16 weights: the decompressed matrix in vLLM's unquantized linear method."""
 
     name = "vllm-unquantized"
+    fallback: str | None = None
 
     def __init__(self, spec: LinearSpec, dtype: torch.dtype) -> None:
         self.spec = spec
@@ -92,6 +118,7 @@ class DenseFp8:
     """FP8 weights on a device without a kernel of ours: vLLM's dense FP8 kernel (per token, per channel)."""
 
     name = "vllm-fp8"
+    fallback: str | None = None
 
     def __init__(self, spec: LinearSpec, dtype: torch.dtype) -> None:
         self.spec = spec

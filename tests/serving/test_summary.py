@@ -1,0 +1,221 @@
+"""The start-up log block: what it counts, when it is logged, and why a layer fell back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout
+from vllm_spense.format.report import inspect
+from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
+from vllm_spense.ops.dispatch import preferred_backend
+from vllm_spense.serving.method import SpenseMethod
+from vllm_spense.serving.runtime import choose
+from vllm_spense.serving.summary import LayerFacts, LoadSummary, describe
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GATE_UP = LinearSpec("output", 2 * 96, 48, (64, 64), (32, 32), FP8_DTYPE)
+DOWN = LinearSpec("input", 48, 96, (64,), (32,), FP8_DTYPE)
+ATTENTION = LinearSpec("output", 32, 48, (0,), (32,), FP8_DTYPE)
+
+
+@pytest.fixture
+def blocks() -> Iterator[list[str]]:
+    """What was logged at INFO; vLLM's loggers do not propagate."""
+    records: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.spense")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def facts(
+    spec: LinearSpec = DOWN,
+    prefix: str = "layers.0.mlp.down_proj",
+    backend: str = "cpu",
+    why: str | None = None,
+) -> LayerFacts:
+    return LayerFacts(prefix, spec, backend, why, 1 << 20)
+
+
+def test_bytes_and_counts_by_hand() -> None:
+    """gate_up holds 128 + 64 rows of 48, down 64 + 32 columns of 48 rows; 4 bytes of scale per row."""
+    specs = {"0.mlp.gate_up_proj": GATE_UP, "0.mlp.down_proj": DOWN, "0.self_attn.o_proj": ATTENTION}
+    layers = [facts(spec, name) for name, spec in specs.items()] * 40
+    scales = 4 * (192 + 48 + 32)
+    stored = 128 * 48 * 5 // 8 + 64 * 48 + 64 * 48 * 5 // 8 + 32 * 48 + 32 * 48 + scales
+    dense = 192 * 48 + 48 * 96 + 32 * 48 + scales
+    assert describe(layers, 3).splitlines() == [
+        "Spense: 120 linear layers: 80 hybrid (2:4 + dense), 40 all-dense FP8; 3 more left unquantized",
+        "  mean dense ratio of the hybrid MLP layers: 0.333",
+        f"  weights on this rank: {40 * stored / 2**20:.2f} MiB, as dense FP8 {40 * dense / 2**20:.2f} MiB "
+        f"({1 - stored / dense:.1%} saved); 120.00 MiB in memory",
+        "  back ends: cpu 120",
+    ]
+
+
+def test_the_mean_dense_ratio_is_that_of_mlp_weights() -> None:
+    """gate_up has twice the weights of down; attention and all-dense layers do not count."""
+    half = LinearSpec("input", 48, 96, (48,), (48,), FP8_DTYPE)
+    attention = LinearSpec("output", 32, 48, (32,), (0,), FP8_DTYPE)
+    layers = [facts(GATE_UP), facts(half), facts(attention, "layers.0.self_attn.o_proj"), facts(ATTENTION)]
+    assert f"MLP layers: {(2 / 3 + 1 / 2) / 3:.3f}\n" in describe(layers, 0)
+    assert "dense ratio" not in describe([facts(ATTENTION)], 0)
+
+
+@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+def test_bytes_are_those_of_inspect(dtype: torch.dtype, tiny_spense: Path, tiny_spense_bf16: Path) -> None:
+    directory = tiny_spense if dtype == FP8_DTYPE else tiny_spense_bf16
+    modules = Checkpoint(directory).require_spense().modules
+    layers = [facts(LinearSpec.of([s.layout()], dtype), f"{name}.") for name, s in modules.items()]
+    report = inspect(directory)
+    assert f"{report.stored_bytes / 2**20:.2f} MiB, as dense" in describe(layers, 0)
+    assert f"{'FP8' if dtype == FP8_DTYPE else 'bf16'} {report.dense_bytes / 2**20:.2f} MiB" in describe(
+        layers, 0
+    )
+    assert f"layers: {report.dense_ratio:.3f}\n" in describe(layers, 0)
+
+
+def test_one_line_per_reason() -> None:
+    layers = [facts(backend="cuda")] * 5 + [facts(backend="vllm-fp8", why="in_features 72")] * 2
+    layers += [facts(backend="vllm-fp8", why="no 2:4 region")] * 3
+    assert describe(layers, 0).splitlines()[3:] == [
+        "  back ends: cuda 5, vllm-fp8 5",
+        "  fell back to vllm-fp8: 3, no 2:4 region",
+        "  fell back to vllm-fp8: 2, in_features 72",
+    ]
+
+
+def test_one_block_when_the_last_layer_is_loaded(blocks: list[str]) -> None:
+    summary, layers = LoadSummary(), [torch.nn.Module() for _ in range(3)]
+    for layer in layers:
+        summary.expect(layer)
+    summary.skip(plain := torch.nn.Module())
+    for layer in layers:
+        assert blocks == []
+        summary.add(layer, facts())
+    assert len(blocks) == 1
+    assert "3 linear layers" in blocks[0]
+    assert "1 more left unquantized" in blocks[0]
+    assert isinstance(plain, torch.nn.Module)
+
+
+def test_a_reload_logs_nothing_and_counts_nothing_twice(blocks: list[str]) -> None:
+    summary, layers = LoadSummary(), [torch.nn.Module() for _ in range(2)]
+    for layer in layers:
+        summary.expect(layer)
+    for layer in layers * 3:
+        summary.add(layer, facts())
+    assert len(blocks) == 1
+    summary.expect(draft := torch.nn.Module())  # a draft model that shares the config
+    summary.add(draft, facts())
+    assert ["2 linear layers" in blocks[0], "3 linear layers" in blocks[1]] == [True, True]
+
+
+def test_layers_that_are_thrown_away_are_not_waited_for(blocks: list[str]) -> None:
+    """A model may build layers and drop them: other stages of a pipeline, unused towers."""
+    summary, kept = LoadSummary(), torch.nn.Module()
+    dropped = [torch.nn.Module() for _ in range(2)]
+    for layer in (kept, *dropped):
+        summary.expect(layer)
+    summary.skip(dropped[0])
+    del dropped, layer
+    gc.collect()
+    summary.add(kept, facts())
+    assert [block.splitlines()[0] for block in blocks] == [
+        "Spense: 1 linear layers: 1 hybrid (2:4 + dense), 0 all-dense FP8; 0 more left unquantized"
+    ]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_another_process_and_a_copy_start_empty(duplicate: Any, blocks: list[str]) -> None:
+    """Two configs, as those of a model and of its draft model, never count each other's layers."""
+    from vllm_spense.serving.config import SpenseConfig
+
+    config = SpenseConfig()
+    config.summary.expect(waiting := torch.nn.Module())
+    other = duplicate(config)
+    other.summary.expect(layer := torch.nn.Module())
+    other.summary.add(layer, facts())
+    assert "1 linear layers" in blocks[-1]
+    blocks.clear()
+    config.summary.add(waiting, facts())
+    assert "1 linear layers" in blocks[-1]
+
+
+class PackedMethod(SpenseMethod):
+    """Both linear methods without vLLM's model: a layer whose tensors are there already."""
+
+    def create_weights(self, layer: Any, *arguments: Any, **more: Any) -> None:
+        layer.weight = torch.nn.Parameter(torch.randn(48, 96), requires_grad=False)
+        self.created(layer, ("weight",))
+
+    def collect(self, layer: Any) -> tuple[LinearSpec, dict[str, torch.Tensor]]:
+        return DOWN, prune_and_pack(layer.weight.data, Layout("input", 48, 96, 64))
+
+
+def test_a_linear_method_reports_what_runs_the_layer(blocks: list[str], monkeypatch) -> None:
+    """In memory: fp32 of 48 × 96 weights and 48 scales, on a CPU."""
+    monkeypatch.delenv("SPENSE_BACKEND", raising=False)
+    summary, layers = LoadSummary(), [torch.nn.Module() for _ in range(60)]
+    methods = [PackedMethod(f"layers.{i}.mlp.down_proj", summary) for i in range(60)]
+    for method, layer in zip(methods, layers, strict=True):
+        method.create_weights(layer)
+    for method, layer in zip(methods, layers, strict=True):
+        method.process_weights_after_loading(layer)
+        method.process_weights_after_loading(layer)  # vLLM may call twice
+    assert len(blocks) == 1
+    assert blocks[0].endswith("  back ends: cpu 60")
+    assert f"; {60 * (48 * 96 * 4 + 48 * 4) / 2**20:.2f} MiB in memory" in blocks[0]
+
+
+def test_why_a_layer_falls_back_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPENSE_BACKEND", raising=False)
+    narrow = LinearSpec("input", 48, 72, (40,), (32,), FP8_DTYPE)
+    # No GPU is needed to ask: what follows cuda in the list is stood in for.
+    monkeypatch.setattr(
+        "vllm_spense.serving.runtime.select_backend", lambda *_: SimpleNamespace(name="triton")
+    )
+    assert choose(narrow, GPU) == (
+        "vllm-fp8",
+        "in_features 72 must be a multiple of 16 (TMA row pitch)",
+    )
+    name, why = choose(ATTENTION, GPU)
+    assert (name, why) == ("vllm-fp8", "there is no 2:4 region: a dense kernel is the right one")
+    assert preferred_backend(GPU).name == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "name", "why"),
+    [
+        ("", CPU, "cpu", None),
+        ("cpu", CPU, "cpu", None),
+        ("cuda", GPU, "cuda", None),
+        ("vllm-fp8", CPU, "vllm-fp8", "SPENSE_BACKEND=vllm-fp8 asks for it"),
+        ("triton", GPU, "triton", "SPENSE_BACKEND=triton asks for it"),
+    ],
+)
+def test_the_environment_is_a_reason(monkeypatch, wanted: str, device, name: str, why: str | None) -> None:
+    monkeypatch.setenv("SPENSE_BACKEND", wanted)
+    assert choose(DOWN, device) == (name, why)
+
+
+def test_bf16_weights_are_a_reason() -> None:
+    layout = online_layout("input", 48, 96, 0.5)
+    name, why = choose(LinearSpec.of([layout], torch.bfloat16), CPU)
+    assert name == "vllm-unquantized"
+    assert why == "bf16 weights run as vLLM's unquantized layers"

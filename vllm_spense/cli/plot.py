@@ -1,0 +1,84 @@
+"""Which layers of a checkpoint are kept dense, and what each lost: ``spense inspect --plot``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_spense.format.report import CheckpointReport, ModuleReport
+
+
+@dataclass
+class LayerSeries:
+    """What is drawn, by decoder layer: dense shares of MLPs and of attention, losses by linear."""
+
+    mlp: dict[int, float] = field(default_factory=dict)
+    attention: dict[int, float] = field(default_factory=dict)
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+def layer_series(report: CheckpointReport) -> LayerSeries:
+    """A report's numbers by decoder layer; attention only where it has a 2:4 region anywhere."""
+    series = LayerSeries()
+    groups: dict[tuple[bool, int], list[ModuleReport]] = {}
+    pruned_attention = any(module.attention for module in report.hybrid)
+    for module in report.modules:
+        found = re.search(r"\.(\d+)\.(.+)$", module.name)
+        if found is None:
+            continue
+        layer, linear = int(found[1]), found[2]
+        groups.setdefault((module.attention, layer), []).append(module)
+        if module.loss is not None:
+            series.losses.setdefault(linear, {})[layer] = module.loss
+    for (attention, layer), modules in groups.items():
+        if not attention:
+            series.mlp[layer] = _dense_ratio(modules)
+        elif pruned_attention:
+            series.attention[layer] = _dense_ratio(modules)
+    return series
+
+
+def _dense_ratio(modules: list[ModuleReport]) -> float:
+    sizes = [m.spec.out_features * m.spec.in_features for m in modules]
+    return sum(m.dense_ratio * size for m, size in zip(modules, sizes, strict=True)) / sum(sizes)
+
+
+def plot_layers(report: CheckpointReport, out: Path) -> None:
+    """Draw dense ratios above, losses below (relative output error on calibration text), as ``out``.
+
+    Raises ``ImportError`` with the fix when matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            "the plot needs matplotlib. Fix: pip install matplotlib (or 'vllm-spense[bench]')"
+        ) from None
+    series = layer_series(report)
+    figure = Figure(figsize=(7, 4.2))
+    above, below = figure.subplots(2, 1, sharex=True)
+    shares = list(series.mlp.values())
+    above.bar(list(series.mlp), [100 * share for share in shares], color="tab:blue", width=0.8)
+    if shares:
+        mean = 100 * sum(shares) / len(shares)
+        above.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean of MLPs {mean:.1f} %")
+    if series.attention:
+        attention = [100 * share for share in series.attention.values()]
+        above.plot(list(series.attention), attention, "_", color="tab:orange", label="attention")
+    above.set_ylabel("dense weights, %", fontsize=8)
+    for linear, losses in series.losses.items():
+        below.plot(list(losses), list(losses.values()), marker="o", markersize=3, linewidth=1, label=linear)
+    if not series.losses:
+        below.text(0.5, 0.5, "the checkpoint records no losses", ha="center", transform=below.transAxes)
+    below.set_ylabel("relative output error", fontsize=8)
+    below.set_xlabel("layer", fontsize=8)
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (above, below):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)

@@ -1,0 +1,101 @@
+"""The start-up log: what one rank loaded, what it saves, what runs it, and what fell back and why.
+
+vLLM tells a quantization config when a layer is created and when it is loaded, never that the model is
+complete. So the layers are counted: the block is logged when the last one that was created is loaded. What
+vLLM never creates (other pipeline stages) or throws away before loading is not waited for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from vllm_spense.ops.dispatch import LinearSpec
+
+logger = init_logger("vllm.spense")  # only loggers below "vllm" show INFO
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One loaded layer on this rank; ``fallback`` says why ``backend`` is not the device's preferred one."""
+
+    prefix: str
+    spec: LinearSpec
+    backend: str
+    fallback: str | None
+    memory_bytes: int
+
+
+class LoadSummary:
+    """The layers of one quantization config in this process, held weakly.
+
+    A reload brings the same layers to the same back ends, so nothing is logged again. A copy, and what
+    arrives in another process, starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._pending: WeakSet[torch.nn.Module] = WeakSet()
+        self._loaded: WeakKeyDictionary[torch.nn.Module, LayerFacts] = WeakKeyDictionary()
+        self._unquantized: WeakSet[torch.nn.Module] = WeakSet()
+
+    def __reduce__(self):
+        return LoadSummary, ()
+
+    def skip(self, layer: torch.nn.Module) -> None:
+        """A linear layer of the model that stays unquantized."""
+        self._unquantized.add(layer)
+
+    def expect(self, layer: torch.nn.Module) -> None:
+        """A Spense layer was created and will be loaded."""
+        self._pending.add(layer)
+
+    def add(self, layer: torch.nn.Module, facts: LayerFacts) -> None:
+        """A Spense layer was loaded; the last one of the model logs the block."""
+        logger.debug("%s runs on %s", facts.prefix, facts.backend)
+        self._loaded[layer] = facts
+        if layer in self._pending:
+            self._pending.discard(layer)
+            if not self._pending:
+                logger.info("%s", describe(list(self._loaded.values()), len(self._unquantized)))
+
+
+def describe(layers: Sequence[LayerFacts], unquantized: int) -> str:
+    """The log block, one fact per line."""
+    specs = [facts.spec for facts in layers]
+    hybrid = [facts for facts in layers if facts.spec.hybrid]
+    mlp = [facts.spec for facts in hybrid if ".self_attn." not in facts.prefix]
+    fp8 = specs[0].quantize_activations
+    dtype, scales = ("FP8", sum(4 * spec.out_features for spec in specs)) if fp8 else ("bf16", 0)
+    stored = sum(spec.weight_bytes for spec in specs) + scales
+    dense = sum(spec.dense_bytes for spec in specs) + scales
+    memory = sum(facts.memory_bytes for facts in layers)
+    backends = Counter(facts.backend for facts in layers)
+    reasons = Counter((facts.backend, facts.fallback) for facts in layers if facts.fallback)
+    lines = [
+        f"Spense: {len(layers)} linear layers: {len(hybrid)} hybrid (2:4 + dense), "
+        f"{len(layers) - len(hybrid)} all-dense {dtype}; {unquantized} more left unquantized",
+        f"weights on this rank: {mib(stored)}, as dense {dtype} {mib(dense)} "
+        f"({1 - stored / dense:.1%} saved); {mib(memory)} in memory",
+        "back ends: " + ", ".join(f"{name} {count}" for name, count in backends.most_common()),
+    ]
+    if mlp:
+        lines.insert(1, f"mean dense ratio of the hybrid MLP layers: {dense_ratio(mlp):.3f}")
+    lines += [f"fell back to {name}: {count}, {why}" for (name, why), count in reasons.most_common()]
+    return "\n  ".join(lines)
+
+
+def dense_ratio(specs: Sequence[LinearSpec]) -> float:
+    """Share of the weights that lie in the dense region."""
+    dense = sum(rows * columns for rows, columns in (spec.dense_shape for spec in specs))
+    return dense / sum(spec.out_features * spec.in_features for spec in specs)
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB"
