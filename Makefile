@@ -16,8 +16,8 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast fuzz lint format demo accuracy frontier clean gpu gpu-plan gpu-report \
-	$(GPU_STAGES)
+.PHONY: help setup kernels kernels-check test test-fast fuzz soak lint format demo accuracy frontier clean gpu gpu-plan \
+	gpu-report $(GPU_STAGES)
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
@@ -25,6 +25,7 @@ help:
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
 	@echo "make fuzz       6000 damaged checkpoints through verify and serving (minutes; FUZZ='--seed 7 --cases 20000')"
+	@echo "make soak       the server under 32 clients for ten minutes: errors, memory, answers"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
@@ -64,6 +65,13 @@ test-fast: setup $(EXTENSION)
 
 fuzz: $(VENV)/.ready
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m fuzz $(FUZZ)
+
+soak: setup build/soak/spense
+	$(PY) benchmarks/soak.py --model build/soak/spense
+
+build/soak/spense:
+	$(VENV)/bin/spense prune $(ASSETS)/SmolLM2-135M-Instruct -o $@ --calibration $(ASSETS)/wikipedia/train.txt \
+		--preset spensegpt+ --num-samples 16 --seq-len 256 --no-check
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
