@@ -66,7 +66,7 @@ COLUMNS = {
     "kl": Column("KL, nats", lambda run, dense: run["wikipedia"]["kl"], ".3f"),
     "top1": Column("top-1 agreement", lambda run, dense: run["wikipedia"]["top1"], ".1%"),
     "continuation": Column("continuation", lambda run, dense: run["continuation"]["accuracy"], ".1%"),
-    "seconds": Column("pruning, s", lambda run, dense: run["cost"]["prune_seconds"], ".0f"),
+    "seconds": Column("pruning, core s", lambda run, dense: run["cost"]["prune_seconds"], ".0f"),
     "mib": Column("MiB", lambda run, dense: run["cost"]["weight_bytes"] / 2**20, ".1f"),
     "bytes": Column(
         "bytes", lambda run, dense: run["cost"]["weight_bytes"] / dense["cost"]["weight_bytes"], ".1%"

@@ -18,10 +18,11 @@ from tiny_text import add_tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import accuracy_frontier, frontier_report
-from benchmarks.accuracy_frontier import ABLATIONS, BASE, ROWS, Row, Store, lock, measure
+from benchmarks.accuracy_frontier import ABLATIONS, BASE, ROWS, Remembered, Row, Store, lock, measure
 from benchmarks.frontier_cost import cost, enlarged, linear_layouts
 from benchmarks.frontier_report import Figure, Figures, insert
 from benchmarks.results_file import read
+from vllm_spense.evaluation import load_model
 from vllm_spense.format import Layout
 from vllm_spense.pruning import PruneConfig
 
@@ -79,6 +80,28 @@ def test_figures_made_with_other_settings_are_stale(tmp_path: Path) -> None:
     other.save("test/fiction", {"nll": 3.0})
     assert set(read(path)["runs"]["row/0"]) == {"settings", "test/fiction"}
     assert read(path)["runs"]["row/1"]["cost"]["weight_bytes"] == 2
+
+
+def test_stale_runs_are_not_shown() -> None:
+    row = Row("a", "method a", {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0})
+    fresh, stale = {"settings": row.settings()}, {"settings": {**(row.settings() or {}), "damping": 7}}
+    results = {"runs": {"a/0": fresh, "a/1": stale, "dense/0": {"settings": None}, "gone/0": fresh}}
+    shown = accuracy_frontier.current(results, {"a": row, "dense": Row("dense", "dense", None)})
+    assert shown == {"runs": {"a/0": fresh, "dense/0": {"settings": None}}}
+
+
+@torch.inference_mode()
+def test_the_reference_is_computed_once_and_unchanged(tmp_path: Path) -> None:
+    model = load_model(make_llama(tmp_path / "dense"))
+    remembered = Remembered(model)
+    windows = torch.arange(24).view(2, 1, 12)
+    expected = [model(input_ids=window, use_cache=False).logits for window in windows]
+    calls: list[int] = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        for window, logits in zip(windows, expected, strict=True):
+            torch.testing.assert_close(remembered(input_ids=window, use_cache=False).logits, logits)
+    assert len(calls) == len(windows)
 
 
 class FakeBench:
