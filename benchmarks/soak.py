@@ -112,7 +112,7 @@ def main() -> None:
         "minutes": options.minutes,
         "clients": options.clients,
         "requests": dict(tally.done),
-        "streamed_chunks": tally.tokens,
+        "streamed_chunks": tally.chunks,
         "errors": tally.errors[:20],
         "error_count": len(tally.errors),
         "memory_growth_second_half": growth,

@@ -35,7 +35,7 @@ class Tally:
     """What happened so far. ``errors``: everything that no client asked for, with its circumstances."""
 
     done: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
+    chunks: int = 0
     errors: list[str] = field(default_factory=list)
 
 
@@ -79,7 +79,7 @@ class Clients:
         """Prompt and answer of mixed lengths; a complete stream has its last chunk and at least one token."""
         body = self._body(max_tokens=self.random.choice((1, 4, 16, 64)))
         chunks = [chunk async for chunk in self._stream(body)]
-        self.tally.tokens += len(chunks)
+        self.tally.chunks += len(chunks)
         finish = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
         if not finish or finish[-1] not in ("length", "stop"):
             raise AssertionError(f"the stream ended without a reason: {finish[-3:]}")

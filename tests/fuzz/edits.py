@@ -127,7 +127,6 @@ def _json(change: Callable[..., None]) -> Callable[..., None]:
             node = content
             for key in path[:-1]:
                 node = node[key]
-            node[path[-1]] if change is not _set else None
             change(node, path[-1], *arguments)
         elif change is _set:
             content = arguments[0]
@@ -151,6 +150,7 @@ def _rename(node: Any, key: Any, new: str) -> None:
 
 
 def _twice(node: Any, key: Any, value: Any) -> None:
+    _ = node[key]  # a key that is not there cannot be there twice
     node[key + "@twice@"] = value  # loses the mark when written, so that the key is there twice
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from vllm_runs import ENVIRONMENT, Pool
@@ -19,9 +20,11 @@ PROMPTS = [
 ]
 OPENINGS = 28
 """More prompts: the first words of as many held-out documents."""
-CLOSER = 0.5
-"""Most that stock vLLM's dense FP8 may differ from our arithmetic (mean over prompts, first token's logprob),
-relative to the unpruned model: rounding in another order flips FP8 activations, but changes no weight."""
+LOGPROB_BOUND = 0.15
+"""Largest mean difference of first tokens' logprobs between our arithmetic and stock vLLM's dense FP8.
+
+Measured 0.116 here, against 0.387 for the unpruned model: rounding in another order flips FP8 activations.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +85,9 @@ def test_tokens_are_those_of_the_dense_twin(runs: Pool) -> None:
 def test_stock_vllm_agrees_on_the_exported_fp8_model(runs: Pool) -> None:
     """No plugin in the way: compressed-tensors FP8 in stock vLLM; it rounds in another order."""
     ours, stock, unpruned = (runs[n].first_logprobs for n in ("spense", "fp8", "unpruned"))
-    same, other = (sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) for theirs in (stock, unpruned))
     assert len(ours) == len(PROMPTS) + OPENINGS
-    assert same < CLOSER * other, f"{same / len(ours):.3f} against {other / len(ours):.3f}"
+    assert fmean(abs(a - b) for a, b in zip(ours, stock, strict=True)) < LOGPROB_BOUND
+    assert fmean(abs(a - b) for a, b in zip(ours, unpruned, strict=True)) > 2 * LOGPROB_BOUND
 
 
 def test_the_unpruned_model_gives_other_tokens(runs: Pool) -> None:

@@ -60,8 +60,7 @@ def _packages() -> Iterator[Finding]:
 
 def supported(version: str) -> bool:
     """Whether a vLLM version string lies in the tested range."""
-    number = _number(version)
-    return number is not None and SUPPORTED_VLLM[0] <= number <= SUPPORTED_VLLM[1]
+    return explain_version(version).status == "ok"
 
 
 def _number(version: str) -> tuple[int, int] | None:

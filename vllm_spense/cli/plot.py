@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_spense.format.report import CheckpointReport, ModuleReport
+from vllm_spense.format.report import CheckpointReport, ModuleReport, sparsity
 
 
 @dataclass
@@ -33,15 +33,10 @@ def layer_series(report: CheckpointReport) -> LayerSeries:
             series.losses.setdefault(linear, {})[layer] = module.loss
     for (attention, layer), modules in groups.items():
         if not attention:
-            series.mlp[layer] = _dense_ratio(modules)
+            series.mlp[layer] = 1 - 2 * sparsity(modules)
         elif pruned_attention:
-            series.attention[layer] = _dense_ratio(modules)
+            series.attention[layer] = 1 - 2 * sparsity(modules)
     return series
-
-
-def _dense_ratio(modules: list[ModuleReport]) -> float:
-    sizes = [m.spec.out_features * m.spec.in_features for m in modules]
-    return sum(m.dense_ratio * size for m, size in zip(modules, sizes, strict=True)) / sum(sizes)
 
 
 def plot_layers(report: CheckpointReport, out: Path) -> None:

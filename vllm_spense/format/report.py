@@ -57,12 +57,12 @@ class CheckpointReport:
     @property
     def sparsity(self) -> float:
         """Share of zeros among the weights of the layers that have a 2:4 region."""
-        return _zeros(self.hybrid)
+        return sparsity(self.hybrid)
 
     @property
     def mlp_sparsity(self) -> float:
         """The same without attention."""
-        return _zeros([m for m in self.hybrid if not m.attention])
+        return sparsity([m for m in self.hybrid if not m.attention])
 
     @property
     def dense_ratio(self) -> float:
@@ -70,7 +70,8 @@ class CheckpointReport:
         return 1 - 2 * self.mlp_sparsity
 
 
-def _zeros(modules: list[ModuleReport]) -> float:
+def sparsity(modules: list[ModuleReport]) -> float:
+    """Share of zeros among the weights of ``modules``; 0 when there are none."""
     weights = sum(m.spec.out_features * m.spec.in_features for m in modules)
     zeros = sum(m.sparsity * m.spec.out_features * m.spec.in_features for m in modules)
     return zeros / weights if weights else 0.0
