@@ -1,7 +1,8 @@
 """``make soak``: the OpenAI-compatible server on a Spense checkpoint under many clients for minutes.
 
 Passes if no request failed that should not, the server's memory did not grow over the second half, and the
-greedy answers were the same before, during and after. Writes what was counted as JSON.
+greedy answers were the same before, during and after. Then kills worker, engine and server (-9), one per
+start: no process may stay behind, and the next server must answer as before. Writes what was counted as JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import ROOT, provenance, write
 from benchmarks.soak_clients import Clients, Probe
+from benchmarks.soak_faults import kill_each
 from vllm_spense.cli.server import serve
 
 PROMPTS = (
@@ -106,6 +108,7 @@ def main() -> None:
         print(f"server ready after {server.start_seconds:.0f} s; {options.clients} clients", flush=True)
         with memory.watch():
             clients, probes, after = asyncio.run(soak(server.port, options.clients, options.minutes * 60))
+    faults = kill_each(options.model, options.log, (*ARGUMENTS, *options.server), probes)
     tally, growth = clients.tally, memory.growth()
     changed = [p.prompt for p, answer in zip(probes, after, strict=True) if p.answer != answer]
     result = {
@@ -120,11 +123,12 @@ def main() -> None:
             [round(t), size >> 20] for t, size in memory.readings[:: max(1, len(memory.readings) // 60)]
         ],
         "changed_answers": changed,
+        "faults": faults,
         "provenance": provenance(),
     }
     write(options.results, result)
     print(json.dumps({k: v for k, v in result.items() if k not in ("memory_mib", "provenance")}, indent=2))
-    failed = tally.errors or changed or growth > GROWTH
+    failed = tally.errors or changed or growth > GROWTH or any(f["survivors"] or f["changed"] for f in faults)
     print("FAILED" if failed else "passed")
     sys.exit(bool(failed))
 

@@ -1,43 +1,63 @@
-"""Run real vLLM once in a process of its own: greedy tokens and logprobs for given token ids, as JSON.
+"""Run real vLLM engines one after another in one process: greedy tokens and logprobs for token ids, as JSON.
 
-usage: python vllm_generate.py REQUEST.json RESPONSE.json
-REQUEST: {"model": DIR, "llm": {LLM keyword arguments}, "prompts": [[ids]], "max_tokens": n, "lora": DIR?,
-"reload": DIR?}
+usage: python vllm_generate.py REQUESTS.json RESPONSES
+REQUESTS: {name: {"model": DIR, "llm": {LLM keyword arguments}, "prompts": [[ids]], "max_tokens": n,
+"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?}}. ``calls`` go to every worker before
+prompts are answered; ``save``: where to leave a sharded state. The answer to each request is
+RESPONSES/name.json, what it printed RESPONSES/name.log; an engine that fails leaves only a log.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
+    requests, responses = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name, request in requests.items():
+        with (responses / f"{name}.log").open("w") as log:  # of this process and of the workers it starts
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        try:
+            answer = run(request)
+        except BaseException:  # vLLM ends some failed starts by SystemExit
+            traceback.print_exc()
+        else:
+            (responses / f"{name}.json").write_text(json.dumps(answer))
+        clean_up()
+        sys.stdout.flush()
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and logprobs per prompt, prompt tokens found in the cache, and the engine's counters."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.metrics.reader import Counter
 
-    extra = {}
-    if request.get("lora"):
-        from vllm.lora.request import LoRARequest
-
-        extra["lora_request"] = LoRARequest("test", 1, request["lora"])
-    llm = LLM(
-        request["model"],
-        skip_tokenizer_init=True,
-        max_model_len=256,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=64 << 20,
-        seed=0,
-        **request["llm"],
-    )
-    if request.get("reload"):
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": request["reload"]})
-    params = SamplingParams(
-        temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1, detokenize=False
-    )
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    outputs = llm.generate(prompts, params, use_tqdm=False, **extra)
-    result = [
+    options = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
+    llm = LLM(request["model"], skip_tokenizer_init=True, **(options | request["llm"]))
+    try:
+        for method, arguments in request.get("calls", []):
+            llm.collective_rpc(method, kwargs=arguments)
+        if request.get("save"):
+            llm.llm_engine.engine_core.save_sharded_state(request["save"])
+        params = SamplingParams(
+            temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+        lora = LoRARequest("test", 1, request["lora"]) if request.get("lora") else None
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+        counted = llm.get_metrics() if request["llm"].get("disable_log_stats") is False else []
+        metrics = {metric.name: metric.value for metric in counted if isinstance(metric, Counter)}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    answers = [
         {
             "tokens": list(o.outputs[0].token_ids),
             "logprobs": [
@@ -47,7 +67,15 @@ def main() -> None:
         }
         for o in outputs
     ]
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    return {"outputs": answers, "cached": [o.num_cached_tokens for o in outputs], "metrics": metrics}
+
+
+def clean_up() -> None:
+    """Forget the last engine's weights and process groups."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start real vLLM in processes of its own and collect its greedy tokens."""
+"""Start real vLLM engines in processes of their own and collect their greedy tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 400
+TIMEOUT = 600
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
 }
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The engine runs where its caller does: the next one starts in two seconds instead of fifteen."""
 
 
 def token_prompts(count: int = 6, vocab: int = 512, seed: int = 0) -> list[list[int]]:
@@ -29,10 +31,15 @@ def token_prompts(count: int = 6, vocab: int = 512, seed: int = 0) -> list[list[
 
 @dataclass(frozen=True)
 class Run:
-    """Outcome of one vLLM process: per prompt the tokens and their logprobs, or what it printed."""
+    """Outcome of one engine: what ``vllm_generate.py`` answered, None if it failed; and what it printed."""
 
-    outputs: list[dict[str, Any]] | None
+    answer: dict[str, Any] | None
     log: str
+
+    @property
+    def outputs(self) -> list[dict[str, Any]] | None:
+        """Tokens and logprobs of each prompt."""
+        return None if self.answer is None else self.answer["outputs"]
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -45,47 +52,63 @@ class Run:
         return [o["logprobs"][0] for o in self.outputs]
 
 
+Request = dict[str, Any]
+
+
 def generate(
-    work: Path, name: str, request: dict[str, Any], environment: dict[str, str] | None = None
-) -> Run:
-    """Run one request to completion; a failing engine is an outcome, not an exception."""
-    asked, answered = work / f"{name}.request.json", work / f"{name}.response.json"
-    asked.write_text(json.dumps({"prompts": token_prompts(), "max_tokens": 24, **request}))
+    work: Path, requests: dict[str, Request], environment: dict[str, str] | None = None
+) -> dict[str, Run]:
+    """Run all requests in one process; a failing engine is an outcome, not an exception."""
+    asked = work / f"{'+'.join(requests)[:100]}.requests.json"
+    complete = {name: {"prompts": token_prompts(), "max_tokens": 24, **r} for name, r in requests.items()}
+    asked.write_text(json.dumps(complete))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "vllm_generate.py"), str(asked), str(answered)],
-        env={**os.environ, **ENVIRONMENT, **(environment or {})},
+        [sys.executable, str(Path(__file__).parent / "vllm_generate.py"), str(asked), str(work)],
+        env={**os.environ, **ENVIRONMENT, **ONE_PROCESS, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=TIMEOUT,
     )
-    outputs = json.loads(answered.read_text()) if answered.exists() and done.returncode == 0 else None
-    return Run(outputs, done.stdout)
+
+    def outcome(name: str) -> Run:
+        answer, log = work / f"{name}.json", work / f"{name}.log"
+        printed = done.stdout + (log.read_text() if log.exists() else "")
+        return Run(json.loads(answer.read_text()) if answer.exists() else None, printed)
+
+    return {name: outcome(name) for name in requests}
 
 
 class Pool:
-    """Runs named requests, two at a time: the start-up of one engine keeps one core busy.
+    """Runs named requests, those of a group one after another in one process, and two groups at a time.
 
-    A run starts when a test first asks for it or for its partner, so `pytest -k tp2` starts two engines.
+    A group starts when a test first asks for one of its runs: `pytest -k tp2` starts the engines of one.
     """
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.executor = ThreadPoolExecutor(max_workers=2)
-        self.requests: dict[str, tuple[dict[str, Any], dict[str, str] | None]] = {}
-        self.partners: dict[str, tuple[str, ...]] = {}
-        self.futures: dict[str, Future[Run]] = {}
+        self.groups: dict[str, dict[str, Request]] = {}
+        self.environments: dict[str, dict[str, str]] = {}
+        self.futures: dict[str, Future[dict[str, Run]]] = {}
 
-    def add(self, name: str, request: dict[str, Any], environment: dict[str, str] | None = None) -> None:
-        """Declare a run: ``vllm_generate.py``'s request and additions to the environment."""
-        self.requests[name] = (request, environment)
+    def add(self, group: str, name: str, request: Request) -> None:
+        """Declare a run: ``vllm_generate.py``'s request."""
+        assert all(name not in requests for requests in self.groups.values())
+        self.groups.setdefault(group, {})[name] = request
 
-    def together(self, *names: str) -> None:
-        """These runs are started at the same time."""
-        self.partners |= dict.fromkeys(names, names)
+    def environment(self, group: str, **variables: str) -> None:
+        """Additions to the environment of a group's process."""
+        self.environments[group] = variables
+
+    def start(self, *groups: str) -> None:
+        """Begin with these groups already now."""
+        for group in groups:
+            if group not in self.futures:
+                arguments = (self.work, self.groups[group], self.environments.get(group))
+                self.futures[group] = self.executor.submit(generate, *arguments)
 
     def __getitem__(self, name: str) -> Run:
-        for each in self.partners.get(name, (name,)):
-            if each not in self.futures:
-                self.futures[each] = self.executor.submit(generate, self.work, each, *self.requests[each])
-        return self.futures[name].result()
+        group = next(group for group, requests in self.groups.items() if name in requests)
+        self.start(group)
+        return self.futures[group].result()[name]

@@ -195,6 +195,37 @@ def test_lora_finds_a_weight(name: str) -> None:
     assert not any(p.requires_grad for p in layer.parameters() if p.ndim > 1)
 
 
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("", FP8_DTYPE), ("reference", FP8_DTYPE), ("vllm-fp8", FP8_DTYPE), ("", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.usefixtures("vllm_process")
+def test_sleep_finds_every_tensor(
+    name: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sleep takes the memory of parameters and buffers away, waking (level 1) brings the bytes back.
+
+    Nothing else holds weights: without them the output is 0.
+    """
+    if backend:
+        monkeypatch.setenv("SPENSE_BACKEND", backend)
+    layer = make_layer(name, make_config(dtype=dtype))
+    dense = load(layer, name, dtype, True)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, dense.shape[1] - 1, generator=torch.Generator().manual_seed(1)).bfloat16()
+    awake, _ = layer(x)
+    slept = [(tensor, tensor.clone()) for tensor in (*layer.parameters(), *layer.buffers())]
+    for tensor, _ in slept:
+        tensor.data.zero_()
+    assert not layer(x)[0].any()
+    for tensor, kept in slept:
+        tensor.data.copy_(kept)
+    assert torch.equal(layer(x)[0], awake)
+    assert awake.any()
+
+
 @pytest.mark.usefixtures("vllm_process")
 def test_a_layer_that_is_not_listed_stays_unquantised() -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod

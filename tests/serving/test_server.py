@@ -60,8 +60,7 @@ def runs(assets: Path, spense: Path, work: Path) -> Pool:
     }
     for name, model in models.items():
         request = {"model": str(model), "llm": {"enforce_eager": True}, "prompts": prompts, "max_tokens": 16}
-        pool.add(name, request)
-    pool.together(*models)
+        pool.add("models", name, request)
     return pool
 
 

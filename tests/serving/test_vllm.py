@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
 TP2 = {"enforce_eager": True, "tensor_parallel_size": 2}
 MODES = ("eager", "compile", "tp2", "bf16", "lora")
-TP2_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.fixture(scope="module")
@@ -90,34 +90,32 @@ def damage(root: Path) -> None:
 def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     pool = Pool(tmp_path_factory.mktemp("runs"))
 
-    def add(name: str, model: str, llm: dict, environment: dict | None = None, **more: str) -> None:
-        pool.add(name, {"model": str(models / model), "llm": llm, **more}, environment)
+    def add(group: str, name: str, model: str, llm: dict, **more: Any) -> None:
+        pool.add(group, name, {"model": str(models / model), "llm": llm, **more})
 
-    add("eager", "spense", EAGER)
-    add("eager-twin", "twin", EAGER)
-    add("eager-dense", "dense", EAGER)
-    add("named", "spense", EAGER | {"quantization": "spense"})
-    add("compile", "spense", {})
-    add("compile-twin", "twin", {})
-    add("bf16", "spense-bf16", EAGER)
-    add("bf16-twin", "export-bf16", EAGER)
-    add("tp2", "spense", TP2, TP2_ENVIRONMENT)
-    add("tp2-twin", "twin-tp2", TP2, TP2_ENVIRONMENT)
-    add("online", "dense", EAGER | {"quantization": "spense"})
-    add("offline", "spense-half", EAGER)
-    add("dummy", "spense", EAGER | {"load_format": "dummy"})
+    add("load", "eager", "spense", EAGER)
+    add("load", "eager-twin", "twin", EAGER)
+    add("load", "eager-dense", "dense", EAGER)
+    add("load", "named", "spense", EAGER | {"quantization": "spense"})
+    add("load", "bf16", "spense-bf16", EAGER)
+    add("load", "bf16-twin", "export-bf16", EAGER)
+    add("load", "online", "dense", EAGER | {"quantization": "spense"})
+    add("load", "offline", "spense-half", EAGER)
+    add("load", "dummy", "spense", EAGER | {"load_format": "dummy"})
+    add("load", "no-shard", "no-shard", EAGER)
+    add("load", "bad-nibble", "bad-nibble", EAGER)
+    reload = ["reload_weights", {"weights_path": str(models / "spense")}]
+    add("load", "reload", "spense-other", EAGER, calls=[reload])
+    pool.environment("load", VLLM_LOGGING_LEVEL="INFO")
+    add("compile", "compile", "spense", {})
+    add("compile", "compile-twin", "twin", {})
     lora = EAGER | {"enable_lora": True, "max_lora_rank": 8}
-    add("lora", "spense", lora, lora=str(models / "lora"))
-    add("lora-twin", "twin", lora, lora=str(models / "lora"))
-    add("reload", "spense-other", EAGER, {"VLLM_LOGGING_LEVEL": "INFO"}, reload=str(models / "spense"))
-    add("no-shard", "no-shard", EAGER)
-    add("bad-nibble", "bad-nibble", EAGER)
-    for mode in MODES:
-        pool.together(mode, f"{mode}-twin")
-    pool.together("eager-dense", "named")
-    pool.together("online", "offline")
-    pool.together("dummy", "reload")
-    pool.together("no-shard", "bad-nibble")
+    add("lora", "lora", "spense", lora, lora=str(models / "lora"))
+    add("lora", "lora-twin", "twin", lora, lora=str(models / "lora"))
+    add("tp2", "tp2", "spense", TP2)
+    add("tp2", "tp2-twin", "twin-tp2", TP2)
+    pool.environment("tp2", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    pool.start("load", "compile")
     return pool
 
 

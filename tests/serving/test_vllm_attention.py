@@ -15,7 +15,6 @@ from vllm_spense.pruning import PruneConfig, prune
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
 TP2 = EAGER | {"tensor_parallel_size": 2}
-TP2_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     dense_twin(root / "spense", root / "twin-tp2", tp=2)
     pool = Pool(tmp_path_factory.mktemp("runs"))
     for name, model in (("one", "spense"), ("one-twin", "twin"), ("dense", "dense")):
-        pool.add(name, {"model": str(root / model), "llm": EAGER})
+        pool.add("one", name, {"model": str(root / model), "llm": EAGER})
     for name, model in (("two", "spense"), ("two-twin", "twin-tp2")):
-        pool.add(name, {"model": str(root / model), "llm": TP2}, TP2_ENVIRONMENT)
-    pool.together("one", "one-twin")
+        pool.add("two", name, {"model": str(root / model), "llm": TP2})
+    pool.environment("two", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    pool.start("one", "two")
     spec = Checkpoint(root / "spense").require_spense().modules["model.layers.1.self_attn.k_proj"]
     assert (spec.sparse, spec.dense) == (64, 64)
     return pool

@@ -1,9 +1,18 @@
-"""Real vLLM on CPU: Phi-3, fused on disk and in vLLM, served from a Spense checkpoint of its parts."""
+"""Real vLLM on CPU serves a Spense checkpoint of each model family with exactly the tokens of its dense twin.
+
+The table of models in README is made from this list: `python tests/serving/model_table.py`.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from model_table import FAMILIES, README, TABLE, table
+from tiny import make_spense
+from tiny_families import FAMILIES as OPTIONS
 from tiny_families import make_family
+from tiny_multimodal import NEW, OLD, make_paligemma
 from tiny_text import write_text
 from vllm_runs import Pool
 
@@ -12,32 +21,57 @@ from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
+PREFIXES = {"paligemma": OLD, "paligemma-new": NEW}
+SERVED = [*FAMILIES, "phi3-bf16", "paligemma-new"]
+
+
+def make(kind: str, root: Path, text: Path) -> None:
+    """The random model, its Spense checkpoint and the dense twin, in ``root``."""
+    if kind in PREFIXES:  # `spense prune` refuses multimodal models: straight through the format package
+        make_paligemma(root / "dense", prefix=PREFIXES[kind])
+        make_spense(root / "dense", root / "spense", inside="language_model")
+    else:
+        family, _, bf16 = kind.partition("-")
+        heads = {} if "head_dim" in OPTIONS[family] else {"head_dim": 32}  # a size that vLLM has on CPUs
+        make_family(family, root / "dense", hidden_size=128, **heads)
+        config = PruneConfig(
+            calibration=str(text),
+            preset="spensegpt+",
+            num_samples=4,
+            seq_len=64,
+            weight_dtype="bf16" if bf16 else "fp8",
+        )
+        prune(root / "dense", root / "spense", config)
+    # in bf16 the twin is an ordinary model, fused again where the original is fused on disk
+    export(root / "spense", root / "twin", format="bfloat16" if kind.endswith("bf16") else "spense-dense")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    root = tmp_path_factory.mktemp("phi3")
-    make_family("phi3", root / "dense", hidden_size=128, head_dim=None, sliding_window=None)  # heads of 32
+    """Two processes with half of the families each."""
+    root = tmp_path_factory.mktemp("families")
     text = write_text(root / "text.txt")
-    for dtype, format in (("bf16", "bfloat16"), ("fp8", "spense-dense")):
-        config = PruneConfig(calibration=str(text), num_samples=4, seq_len=64, weight_dtype=dtype)
-        prune(root / "dense", root / dtype, config)
-        export(root / dtype, root / f"{dtype}-twin", format=format)
     pool = Pool(tmp_path_factory.mktemp("runs"))
-    for name in ("bf16", "bf16-twin", "fp8", "fp8-twin", "dense"):
-        pool.add(name, {"model": str(root / name), "llm": EAGER})
-    pool.together("bf16", "bf16-twin")
-    pool.together("fp8", "fp8-twin")
+    for i, kind in enumerate(SERVED):
+        make(kind, root / kind, text)
+        llm = EAGER | ({"limit_mm_per_prompt": {"image": 0}} if kind in PREFIXES else {})
+        for name in ("spense", "twin", "dense"):
+            pool.add(str(i % 2), f"{kind}-{name}", {"model": str(root / kind / name), "llm": llm})
+    pool.start("0", "1")
     return pool
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_phi3_tokens_are_those_of_the_dense_twin(runs: Pool, dtype: str) -> None:
-    """bf16: stock vLLM on the export, which is fused again; fp8: the twin, which is not."""
-    assert runs[dtype].outputs == runs[f"{dtype}-twin"].outputs
-    assert len(runs[dtype].tokens) == 6
+@pytest.mark.parametrize("kind", SERVED)
+def test_tokens_are_those_of_the_dense_twin(runs: Pool, kind: str) -> None:
+    """And their logprobs; those of the unpruned model, as negative control, are others."""
+    served, twin, unpruned = (runs[f"{kind}-{name}"] for name in ("spense", "twin", "dense"))
+    assert served.outputs == twin.outputs
+    assert len(served.tokens) == 6
+    assert all(a != b for a, b in zip(served.first_logprobs, unpruned.first_logprobs, strict=True))
 
 
-def test_the_unpruned_phi3_gives_other_tokens(runs: Pool) -> None:
-    for dtype in ("bf16", "fp8"):
-        assert all(a != b for a, b in zip(runs[dtype].tokens, runs["dense"].tokens, strict=True))
+def test_readme_lists_what_is_tested() -> None:
+    assert {kind for kind, family in FAMILIES.items() if family.pruned} == set(OPTIONS)
+    before, after = TABLE
+    text = README.read_text()
+    assert text.split(before)[1].split(after)[0].strip() == table(), "run python tests/serving/model_table.py"

@@ -20,9 +20,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: ``http://127.0.0.1:port``, and how long it took to become ready."""
+    """A running server: ``http://127.0.0.1:port``, its first process, and the time it took to be ready."""
 
     port: int
+    pid: int
     start_seconds: float
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def serve(
                     raise RuntimeError(f"the server {state}; end of {log}:\n{tail}")
                 waiting(waited)
                 time.sleep(1)
-            yield Server(port, time.monotonic() - started)
+            yield Server(port, process.pid, time.monotonic() - started)
         finally:
             _stop(process)
 

@@ -30,6 +30,9 @@ ONLINE_DENSE_RATIO = 0.5
 ONLINE_SPLITS = {"gate_up_proj": "output", "gate_proj": "output", "up_proj": "output"}
 ONLINE_SPLITS |= {"down_proj": "input"}
 
+DRAFT_PREFIX = "draft_model."
+"""What vLLM puts before the names of all layers of a draft model (speculative decoding)."""
+
 _verified: set[tuple[str, int]] = set()
 """Directories (with the manifest's mtime) already checked in this process: vLLM builds configs often."""
 
@@ -91,6 +94,13 @@ class SpenseConfig(QuantizationConfig):
                     "pickled weights are never loaded", file=sorted(pickled)[0], fix="use safetensors files"
                 )
             return  # configuration only, for --load-format dummy
+        if sharded := sorted(directory.glob("model-rank-*.safetensors")):
+            raise CheckpointError(
+                "--load-format sharded_state is not supported: such files hold weights the way one back end "
+                "arranged them",
+                file=sharded[0],
+                fix="serve the Spense checkpoint that they were saved from",
+            )
         manifest = directory / MANIFEST_NAME
         if not manifest.is_file():
             raise CheckpointError(
@@ -142,6 +152,7 @@ class SpenseConfig(QuantizationConfig):
 
         Models that are fused on disk (Phi-3) map a layer to itself; a Spense checkpoint holds its parts.
         """
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         parent, _, last = prefix.rpartition(".")
 
         def full(parts: Sequence[str]) -> list[str]:
