@@ -14,7 +14,7 @@ HAS_CUDA = python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available()
 GPU_PY ?= $(shell $(HAS_CUDA) && echo python3 || echo $(PY))
 GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
-GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-cutlass
+GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
 
 .PHONY: help setup kernels kernels-check test test-fast fuzz soak lint format demo accuracy frontier clean gpu gpu-plan \
 	gpu-report $(GPU_STAGES)
@@ -32,7 +32,7 @@ help:
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
 	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
-	@echo "make gpu-build | gpu-test | gpu-tune | gpu-pruning | gpu-kernels | gpu-cutlass | gpu-report   one stage, under 9 minutes"
+	@echo "make gpu-build | -test | -tune | -pruning | -kernels | -serving | -cutlass | gpu-report   one stage, under 9 minutes"
 
 setup: $(VENV)/.ready $(ASSETS)/.ready
 

@@ -1,6 +1,6 @@
 """All evidence from one GPU machine by one command: build, test, tune, time. `make gpu` runs it.
 
-usage: python benchmarks/gpu.py [build] [test] [tune] [pruning] [kernels] [cutlass] [--budget S] [--plan]
+usage: python benchmarks/gpu.py [STAGE …] [--budget S] [--plan]
 
 Runs the stages in this order (all but cutlass if none is named) within the budget; each writes
 benchmarks/results/gpu/<stage>.json as it goes, so the same command continues after an interruption; what was
@@ -12,6 +12,7 @@ time limits: a kernel that hangs costs seconds. Configurations that failed a tes
   tune     the dispatch table for the benchmark's layers
   pruning  benchmarks/pruning_time.py: the pruner's stages on two layers of Qwen3-32B (needs transformers)
   kernels  benchmarks/kernel_spense_linear.py, then its report
+  serving  benchmarks/serving_decode.py: Spense against dense FP8 in vLLM (needs vllm)
   cutlass  compiles the CUTLASS instances as well (minutes per core); run test and kernels again afterwards
 
 `SPENSE_TRAP=1 python benchmarks/gpu.py build test` finds out where a kernel hangs: it says so and stops.
@@ -40,14 +41,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.results_file import RESULTS, ROOT, fingerprint, kernel_sources, provenance, read, write
 from benchmarks.supervise import supervise
 
-STAGES = ("build", "test", "tune", "pruning", "kernels", "cutlass")
+STAGES = ("build", "test", "tune", "pruning", "kernels", "serving", "cutlass")
 NEEDED = ("torch", "pydantic", "safetensors", "numpy", "pytest")
-WANTED = {"triton": "the Triton tests and torch.compile", "matplotlib": "the plot", "transformers": "pruning"}
+WANTED = {
+    "triton": "the Triton tests and torch.compile",
+    "matplotlib": "the plot",
+    "transformers": "pruning",
+    "vllm": "serving",
+}
 LIBRARY = ROOT / "vllm_spense" / "_C.abi3.so"
 HEADERS = "set CUTLASS_HOME to a CUTLASS 4.2 tree, or pip install --no-deps nvidia-cutlass==4.2.0.0"
 LONGEST = {"build": 300.0, "test": 480.0, "tune": 180.0, "pruning": 240.0, "cutlass": 500.0}
-SHARE = {"tune": 0.25, "pruning": 0.3}
-"""Of the time that is left: the benchmark of the kernels comes behind these."""
+SHARE = {"tune": 0.25, "pruning": 0.3, "kernels": 0.5}
+"""Of the time that is left, if there is a stage behind it that can run."""
 SAVING = 8.0
 """Seconds kept for writing results and the report."""
 
@@ -63,7 +69,8 @@ class Run:
         return self.end - time.monotonic() - SAVING
 
     def limit(self, stage: str) -> float:
-        return min(SHARE.get(stage, 1.0) * self.left(), LONGEST.get(stage, float("inf")))
+        last = stage == "kernels" and not importlib.util.find_spec("vllm")
+        return min((1.0 if last else SHARE.get(stage, 1.0)) * self.left(), LONGEST.get(stage, float("inf")))
 
     def state(self, stage: str) -> dict[str, Any]:
         """What an earlier call left."""
@@ -291,6 +298,28 @@ def stage_kernels(run: Run) -> bool:
     return ended.ok and "all rows" in tail[-1]
 
 
+def stage_serving(run: Run) -> bool:
+    if not importlib.util.find_spec("vllm"):
+        print("SKIP serving: needs vllm")
+        return True
+    path, limit, tail, start = run.path("serving_decode"), run.limit("serving"), [""], time.monotonic()
+    ended = supervise(
+        [
+            *(sys.executable, "benchmarks/serving_decode.py", "--results", str(path)),
+            *("--logs", str(run.results / "logs"), "--budget", str(max(limit - 90, 5))),
+        ],
+        limit=limit,
+        env={"PYTHONUNBUFFERED": "1", "SPENSE_TUNING_DIR": str(run.results)},
+        cwd=ROOT,
+        on_line=lambda line: _say(line) or tail.append(line),  # type: ignore[func-returns-value]
+    )
+    complete = ended.ok and tail[-1].startswith("0 points left")
+    state = "done" if complete else "partial" if ended.ok else "failed"
+    run.save("serving_run", state, start, reason=ended.reason, tail=tail[-30:])
+    print(f"{'PASS' if ended.ok else 'FAIL'} serving: {state} {ended.reason}", flush=True)
+    return complete
+
+
 def _best_and_worst(rows: list[dict[str, Any]]) -> None:
     known = sorted((r for r in rows if r.get("times_dense")), key=lambda r: r["times_dense"])
     for title, part in (("slowest against dense", known[:5]), ("fastest against dense", known[-5:][::-1])):
@@ -323,6 +352,7 @@ def to_bring() -> str:
 def show_plan(run: Run, stages: list[str]) -> None:
     """What would run, with limits, without touching a GPU."""
     from benchmarks import kernel_spense_linear as kernels
+    from benchmarks import serving_decode
     from benchmarks.gpu_tests import GROUPS, find_sanitizer
 
     print(f"to bring: {to_bring()}")
@@ -330,7 +360,7 @@ def show_plan(run: Run, stages: list[str]) -> None:
     print(f"missing here: {', '.join(missing_packages() + absent) or 'nothing'}")
     print(f"nvcc: {find_nvcc() or 'none'}; compute-sanitizer: {find_sanitizer() or 'none'}")
     for stage in stages:
-        record = "pruning_run" if stage == "pruning" else stage
+        record = f"{stage}_run" if stage in ("pruning", "serving") else stage
         state = run.state(record).get("state", "not run yet") if stage != "kernels" else ""
         limit = LONGEST.get(stage)
         text = f"up to {limit:.0f} s" if limit else "what is left"
@@ -346,6 +376,8 @@ def show_plan(run: Run, stages: list[str]) -> None:
             print(
                 f"  {len(list(layer_specs()))} layers × {len(TOKENS)} numbers of tokens, the first ones first"
             )
+        if stage == "serving":
+            serving_decode.main(["--dry-run", "--results", str(run.path("serving_decode"))])
         if stage == "kernels":
             kernels.dry_run(kernels.select(run.only or None), kernels.Device.here())
 
@@ -386,6 +418,7 @@ def main() -> int:
         "tune": stage_tune,
         "pruning": stage_pruning,
         "kernels": stage_kernels,
+        "serving": stage_serving,
         "cutlass": lambda run: stage_build(run, cutlass=True),
     }
     for stage in stages:

@@ -95,7 +95,7 @@ def supervise(
             on_line(lines[-1])
         finished = not reason
     finally:
-        code = _end(child, wait=10 if finished else 0)
+        code = end_group(child, wait=10 if finished else 0)
     if code is None:
         reason = reason or "killed"
         reason += ", and does not die"
@@ -111,7 +111,7 @@ def _pump(child: subprocess.Popen, chunks: queue.Queue) -> None:
     chunks.put(None)
 
 
-def _end(child: subprocess.Popen, wait: float) -> int | None:
+def end_group(child: subprocess.Popen, wait: float) -> int | None:
     """Let the child exit for ``wait`` seconds, then end its group; None if it lives on.
 
     SIGTERM comes first: a child that supervises others itself ends them.

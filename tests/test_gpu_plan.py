@@ -140,6 +140,8 @@ def test_a_hanging_child_and_its_children_are_killed_at_the_limit(tmp_path: Path
     assert time.monotonic() - start < 10
     assert (ended.ok, ended.killed) == (False, True)
     assert "over its limit of 2 s" in ended.reason
+    while alive(marker) and time.monotonic() - start < 10:  # signalled, but a busy machine takes its time
+        time.sleep(0.1)
     assert not alive(marker)
 
 
@@ -517,10 +519,11 @@ def test_plan_says_what_to_bring_and_needs_no_gpu(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("to bring: ")
     assert re.search(r"_C\.abi3\.so", lines[0])
-    stages = [line.split(":")[0] for line in lines if re.match(r"(build|test|tune|pruning|kernels):", line)]
-    assert stages == ["build", "test", "tune", "pruning", "kernels"]
+    titles = [line.split(":")[0] for line in lines]
+    assert [title for title in titles if title in gpu.STAGES] == list(gpu.STAGES[:-1])
     assert sum(line.startswith("Qwen3-32B/") for line in lines) == 144
-    assert "every row has a legal configuration" in lines[-1]
+    assert sum("every row has a legal configuration" in line for line in lines) == 1
+    assert sum(line.startswith("Qwen3-32B, dense ratio") for line in lines) == 2
 
 
 def test_without_a_gpu_nothing_is_measured(
@@ -533,12 +536,15 @@ def test_without_a_gpu_nothing_is_measured(
     assert "no CUDA device" in capsys.readouterr().out
 
 
-def test_stages_share_the_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vllm", [True, False])
+def test_stages_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm: bool) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: vllm or None)
     run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
     assert run.limit("build") == gpu.LONGEST["build"]
     assert run.limit("tune") == pytest.approx(0.25 * 592, abs=2)
     assert run.limit("pruning") == pytest.approx(0.3 * 592, abs=2)
-    assert run.limit("kernels") == pytest.approx(592, abs=2)
+    assert run.limit("kernels") == pytest.approx(592 / 2 if vllm else 592, abs=2)
+    assert run.limit("serving") == pytest.approx(592, abs=2)
     assert gpu.Run(tmp_path, 5, False, 1, []).left() < 0
 
 

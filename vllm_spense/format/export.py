@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,12 +93,18 @@ def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any
         config["dtype"] = format
         config.pop("torch_dtype", None)
         return config
+    config["quantization_config"] = dense_fp8_config(checkpoint.require_spense().ignore)
+    return config
+
+
+def dense_fp8_config(ignore: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of stock vLLM's dense FP8: weights per channel, activations per token."""
     common = {"num_bits": 8, "type": "float", "symmetric": True}
-    config["quantization_config"] = {
+    return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "ignore": list(checkpoint.require_spense().ignore),
+        "ignore": list(ignore),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -107,7 +113,6 @@ def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any
             }
         },
     }
-    return config
 
 
 def _without_sparsity(config: SpenseCheckpointConfig) -> SpenseCheckpointConfig:

@@ -1,0 +1,145 @@
+"""A vLLM engine in a process of its own, which times batches of random prompts when told to.
+
+usage: python benchmarks/serving_engine.py DIR [--length 4608]   (DIR: config.json alone, weights are random)
+
+Reads one JSON object a line from standard input, ``{"batch": n, "input": tokens, "output": tokens}``, and
+answers with a line ``RESULT {…}``; the first such line says that the engine is ready. :class:`Engine` is the
+other side. Two engines may stay on one GPU: only one is asked at a time, so A and B can be taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.supervise import end_group
+
+MARK = "RESULT "
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+"""The last: so that workers take the function which counts their memory."""
+
+
+class Engine:
+    """Starts at once; :meth:`wait` returns when it is ready, :meth:`time` measures."""
+
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self.stream = log.open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(model), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENVIRONMENT | os.environ,
+            start_new_session=True,
+        )
+        self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                self.answers.put(json.loads(line.removeprefix(MARK)))
+            else:
+                self.stream.write(line)
+                self.stream.flush()
+        self.answers.put(None)
+
+    def wait(self, timeout: float) -> dict[str, Any]:
+        """The next answer; ``RuntimeError`` with the end of the log if ``timeout`` seconds bring none."""
+        try:
+            answer = self.answers.get(timeout=max(timeout, 0.1))
+        except queue.Empty:
+            answer = None
+        if answer is None:
+            tail = "\n".join(self.log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"no answer from the engine; end of {self.log}:\n{tail}")
+        return answer
+
+    def time(self, batch: int, input: int, output: int, timeout: float) -> float:
+        """Seconds from ``batch`` prompts of ``input`` tokens to ``output`` tokens each."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"batch": batch, "input": input, "output": output}) + "\n")
+        self.process.stdin.flush()
+        return self.wait(timeout)["seconds"]
+
+    def stop(self) -> None:
+        """Ends the process with its workers."""
+        end_group(self.process, wait=0)
+        self.stream.close()
+
+
+def memory(worker: Any) -> dict[str, int]:
+    """Bytes of the model's parameters and buffers on one worker, and of all that torch holds on its GPU."""
+    import torch
+
+    model = worker.model_runner.get_model()
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return {"weights": sum(held.values()), "allocated": on_gpu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--length", type=int, default=4608, help="longest prompt and answer together")
+    parser.add_argument("--memory", type=float, default=0.45, help="share of the GPU's memory")
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=8192, help="most tokens of one step")
+    parser.add_argument("--eager", action="store_true")
+    arguments = parser.parse_args()
+    import torch
+    from vllm import LLM, SamplingParams
+
+    began = time.perf_counter()
+    cuda = torch.cuda.is_available()
+    space = {"gpu_memory_utilization": arguments.memory} if cuda else {"kv_cache_memory_bytes": 256 << 20}
+    llm = LLM(
+        arguments.model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=arguments.length,
+        max_num_seqs=arguments.sequences,
+        max_num_batched_tokens=arguments.chunk,
+        enable_prefix_caching=False,
+        enforce_eager=arguments.eager,
+        seed=0,
+        **space,
+    )
+    say({"start_seconds": time.perf_counter() - began, "memory": llm.collective_rpc(memory)})
+    vocab = llm.llm_engine.model_config.get_vocab_size()
+    rng = random.Random(0)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = [
+            {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(asked["input"])]}
+            for _ in range(asked["batch"])
+        ]
+        params = SamplingParams(temperature=0, max_tokens=asked["output"], ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        say({"seconds": time.perf_counter() - began})
+
+
+def say(answer: dict[str, Any]) -> None:
+    print(f"\n{MARK}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The serving benchmarks up to the GPU: configurations, order of measurements, resuming, real engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from tiny import LINEARS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import serving_decode
+from benchmarks.results_file import read
+from benchmarks.serving_decode import Point, figures, points
+from benchmarks.serving_models import DENSE, MODELS
+from vllm_spense.format import parse_config
+
+QWEN = MODELS["Qwen3-32B"]
+
+
+def test_sizes_by_hand() -> None:
+    """Per layer of Qwen3-32B: q and o 8192 x 5120, k and v 1024 x 5120, three of 25600 x 5120."""
+    attention = 2 * 8192 * 5120 + 2 * 1024 * 5120
+    mlp = 3 * 25600 * 5120
+    assert QWEN.linear_bytes(DENSE) == 64 * (attention + mlp)
+    assert QWEN.linear_bytes("0.5") == 64 * (attention + mlp - mlp * 3 // 16)  # half of it at 5/8 of a byte
+    assert QWEN.linear_bytes("0.25") == 64 * (attention + mlp - mlp * 9 // 32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configurations(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]
+    config = json.loads((model.write(tmp_path, "0.25") / "config.json").read_text())
+    spense = parse_config(config["quantization_config"])
+    assert len(spense.modules) == len(LINEARS) * model.layers
+    for module, spec in spense.modules.items():
+        share = spec.dense / (spec.dense + spec.sparse)
+        assert share == pytest.approx(0.25 if ".mlp." in module else 1.0, abs=0.02)
+        assert spec.bias == (name == "Seed-OSS-36B" and module.endswith(("q_proj", "k_proj", "v_proj")))
+    dense = json.loads((model.write(tmp_path, DENSE) / "config.json").read_text())
+    assert dense["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert {k: v for k, v in dense.items() if k != "quantization_config"} == {
+        k: v for k, v in config.items() if k != "quantization_config"
+    }
+
+
+def test_figures_by_hand() -> None:
+    found = figures(Point(32, 128, 129), dense=[2.0, 2.2, 2.4], spense=[2.0, 2.0, 1.6])
+    assert found["speed_up"] == pytest.approx(1.1)
+    assert found["speed_up_range"] == pytest.approx([1.0, 1.5])
+    assert found["dense_tokens_per_second"] == pytest.approx(32 * 128 / 2.2)
+    prefill = figures(Point(4, 8192, 1), dense=[2.0], spense=[1.0])
+    assert prefill["spense_tokens_per_second"] == pytest.approx(4 * 8192)
+
+
+class FakeEngine:
+    """Dense takes 3 ms per decoded token and 1 s per prompt batch, Spense 2 ms and 0.5 s."""
+
+    asked: ClassVar[list[tuple[str, int, int, int]]] = []
+    running: ClassVar[list[str]] = []
+
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        self.variant = model.name
+        self.running.append(self.variant)
+
+    def wait(self, timeout: float) -> dict[str, Any]:
+        return {"start_seconds": 1.0}
+
+    def time(self, batch: int, input: int, output: int, timeout: float) -> float:
+        self.asked.append((self.variant, batch, input, output))
+        step, prompt = (3e-3, 1.0) if self.variant == DENSE else (2e-3, 0.5)
+        return prompt + step * (output - 1)
+
+    def stop(self) -> None:
+        self.running.remove(self.variant)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    monkeypatch.setattr(FakeEngine, "asked", [])
+    monkeypatch.setattr(FakeEngine, "running", [])
+    monkeypatch.setattr(serving_decode, "Engine", FakeEngine)
+    return FakeEngine
+
+
+def run(tmp_path: Path, *more: str) -> dict[str, Any]:
+    common = ["--models", "tiny", "--ratios", "0.5", "--repeats", "2", "--length", "300"]
+    serving_decode.main([*common, "--results", str(tmp_path / "results.json"), *more])
+    return read(tmp_path / "results.json").get("pairs", {}).get("tiny/0.5", {})
+
+
+def test_engines_take_turns_and_decoding_is_told_from_prefill(tmp_path: Path, fake: type[FakeEngine]) -> None:
+    entry = run(tmp_path)
+    assert [p.key for p in points(128, 300)] == list(entry["points"])
+    assert entry["points"]["32x128+128"]["speed_up"] == pytest.approx(1.5)  # 3 ms against 2: no prompt in it
+    assert entry["points"]["1x128+1"]["speed_up"] == pytest.approx(2.0)
+    order = [variant for variant, *_ in fake.asked if variant]
+    first = [("dense", 32, 128, 128), ("dense", 32, 128, 1), ("0.5", 32, 128, 128), ("0.5", 32, 128, 1)]
+    assert fake.asked[:12] == first * 3  # a round to warm up and two that count
+    assert order.count("dense") == order.count("0.5")
+    assert fake.running == []
+
+
+def test_known_points_are_kept_and_other_sources_are_not(
+    tmp_path: Path, fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run(tmp_path)
+    fake.asked.clear()
+    run(tmp_path)
+    assert fake.asked == []
+    assert "0 points left" in capsys.readouterr().out
+    monkeypatch.setattr(serving_decode, "sources", lambda: "others")
+    assert run(tmp_path)["sources"] == "others"
+    assert fake.asked
+
+
+def test_without_time_nothing_is_started(tmp_path: Path, fake: type[FakeEngine]) -> None:
+    assert run(tmp_path, "--budget", "10") == {}
+    assert fake.asked == []
+
+
+def test_a_failing_engine_takes_the_other_one_along(
+    tmp_path: Path, fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(fake, "time", fail)
+    with pytest.raises(RuntimeError, match="no answer"):
+        run(tmp_path)
+    assert fake.running == []
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    serving_decode.main(["--dry-run", "--results", str(tmp_path / "none.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert "Qwen3-32B, dense ratio 0.5: 31.2 and 26.5 GB of linear weights, 11 points" in lines[0]
+
+
+@pytest.mark.vllm
+def test_real_engines_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights from config.json alone, in both variants; numbers have no meaning on a CPU."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    logs = str(tmp_path / "logs")
+    entry = run(tmp_path, "--eager", "--output", "4", "--repeats", "1", "--logs", logs)
+    assert len(entry["points"]) == len(points(4, 300))
+    assert all(figure["speed_up"] > 0 for figure in entry["points"].values())
+    assert all(engine["memory"][0]["weights"] > 0 for engine in entry["engines"].values())
