@@ -102,6 +102,7 @@ SPENSEGPT_PLUS = {"method": "obs", "selection": "spensegpt+"}
 
 GUIDED = {"preset": "guided"}
 FP8 = {"weight_dtype": "fp8"}
+TIME = {"allocation": "time"}
 
 ROWS = [
     Row("dense", "dense", None),
@@ -127,7 +128,7 @@ ABLATIONS = [
     Row("d-asymmetric", "(d) asymmetric objective, half, no joint fit", {"asymmetric": 0.5}, BASE),
     Row("e-scores", "(e) SpenseGPT+'s index scores", {"selection": "spensegpt+"}, BASE),
     Row("f-uniform", "(f) the same dense ratio in every layer", {"allocation": "uniform"}, BASE),
-    Row("f-time", "(f) budget of predicted decode time", {"allocation": "time"}, BASE),
+    Row("f-time", "(f) budget of decode time (such small layers gain none: all dense)", TIME, BASE),
     Row("g-fp8", "(g) FP8 weights, rounded to nearest", FP8, BASE),
     Row(
         "g-fp8-refit",

@@ -25,8 +25,8 @@ Fault = dict[str, Any]
 def kill_each(model: Path, log: Path, arguments: Sequence[str], probes: Sequence[Probe]) -> list[Fault]:
     """Start, ask, kill, and start again, once per victim. One entry each.
 
-    ``survivors``: processes still there after :data:`PATIENCE`; ``changed``: prompts with another answer from
-    the server that was started after the kill.
+    ``survivors``: processes still there after :data:`PATIENCE`, ended then as their process group, the way a
+    container or systemd does; ``changed``: prompts with another answer from the server started after that.
     """
     faults: list[Fault] = []
     for victim in (*VICTIMS, None):
@@ -39,6 +39,12 @@ def kill_each(model: Path, log: Path, arguments: Sequence[str], probes: Sequence
                 faults.append({"victim": victim} | kill(server, VICTIMS[victim]))
                 print(faults[-1], flush=True)
     return faults
+
+
+def failed_fault(fault: Fault) -> bool:
+    """Another answer afterwards; or processes left by the death of a worker or engine. Those that the death of
+    the server leaves are vLLM's doing, with any model."""
+    return bool(fault["changed"] or (fault["survivors"] and fault["victim"] != "server"))
 
 
 async def ask(server: Server, probes: Sequence[Probe]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import product
 
 import pytest
@@ -11,6 +12,7 @@ from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.adapters import MlpShape
 from vllm_spense.pruning.allocation import allocate, dense_counts, price
 from vllm_spense.pruning.selection import dense_count
+from vllm_spense.pruning.trust import PruneWarning
 
 GLU = MlpShape(128, 256, 128, 2)
 
@@ -106,6 +108,22 @@ def test_all_of_the_budget_is_used(budget: str) -> None:
 def test_nothing_and_everything(budget: str, ratio: float, expected: list[int]) -> None:
     shapes = [shape(256), shape(208)]
     assert allocate(random_costs(shapes, 0), shapes, ratio, 64, budget) == expected
+
+
+def test_a_budget_of_time_that_prunes_nothing_says_so() -> None:
+    """A layer of SmolLM2: the launch of its kernels takes longer than its weights."""
+    shapes = [shape(1536, hidden=576)] * 2
+    costs = random_costs(shapes, 0)
+    options = {"calibration": "any", "preset": "guided", "dense_ratio": 0.5}
+    with pytest.warns(PruneWarning, match="keeps every MLP dense.*--allocation bytes"):
+        counts = dense_counts(costs, shapes, PruneConfig(allocation="time", **options))
+    assert counts == [1536, 1536]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sum(dense_counts(costs, shapes, PruneConfig(allocation="bytes", **options))) == 1536
+        large = [shape(14336, hidden=4096)] * 2
+        bought = dense_counts(random_costs(large, 0), large, PruneConfig(allocation="time", **options))
+        assert 0 < sum(bought) < 2 * 14336
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e-10, 1e10, 1e25])

@@ -20,6 +20,7 @@ from vllm_spense.ops.tune import H200, H200_PROCESSORS
 from vllm_spense.pruning.adapters import MlpShape
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.selection import dense_count
+from vllm_spense.pruning.trust import warn
 
 Budget = Literal["bytes", "time"]
 DECODE_TOKENS = 32
@@ -52,6 +53,11 @@ def dense_counts(
     else:
         priced = [cost for cost, shape in zip(costs, shapes, strict=True) if shape is not None]
         found = allocate(priced, known, config.dense_ratio, config.alignment, config.allocation)
+        if config.dense_ratio < 1 and found == [shape.intermediate for shape in known]:
+            warn(
+                f"a budget of {config.allocation} keeps every MLP dense: at these layer sizes no 2:4 region is "
+                "predicted to save any; --allocation bytes prunes"
+            )
     counts = iter(found)
     return [0 if shape is None else next(counts) for shape in shapes]
 
