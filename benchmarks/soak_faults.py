@@ -42,8 +42,10 @@ def kill_each(model: Path, log: Path, arguments: Sequence[str], probes: Sequence
 
 
 def failed_fault(fault: Fault) -> bool:
-    """Another answer afterwards; or processes left by the death of a worker or engine. Those that the death of
-    the server leaves are vLLM's doing, with any model."""
+    """Another answer afterwards, or processes left by the death of a worker or engine.
+
+    What the death of the server leaves is vLLM's doing, with any model.
+    """
     return bool(fault["changed"] or (fault["survivors"] and fault["victim"] != "server"))
 
 

@@ -22,6 +22,7 @@ from vllm_spense.cli.progress import (
     quiet_transformers,
     recovery_progress,
 )
+from vllm_spense.cli.serving_plan import plot_plan, show_comparison, show_prediction
 from vllm_spense.cli.trial import try_checkpoint
 
 app = typer.Typer(
@@ -395,6 +396,57 @@ def tune(
         progress=console.print,
     )
     console.print(f"Wrote [bold]{path}[/]")
+
+
+@app.command(name="plan")
+def plan_(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Dense or Spense directory (config.json is enough), or Qwen3-32B, Seed-OSS-36B, "
+            "Llama-3.1-8B, Llama-3.1-70B",
+            show_default=False,
+        ),
+    ],
+    gpu: Annotated[str, typer.Option(help="H100, H200 or B200")] = "H200",
+    batch: Annotated[int, typer.Option(help="Sequences that decode together", min=1)] = 32,
+    context: Annotated[int, typer.Option(help="Tokens behind each of them", min=1)] = 4096,
+    prefill: Annotated[int, typer.Option(help="Tokens of a prefill step", min=1)] = 8192,
+    dense_ratio: Annotated[
+        float | None,
+        typer.Option(help="Dense share of MLPs that are not pruned yet \\[default: 0.5]", min=0, max=1),
+    ] = None,
+    kv_dtype: Annotated[Literal["bf16", "fp8"], typer.Option(help="KV cache")] = "bf16",
+    tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size", min=1)] = 1,
+    measured: Annotated[
+        Path | None, typer.Option(help="JSON of a serving benchmark: print the prediction's errors")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up against batch, as FILE.png (needs matplotlib)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Predict what Spense gains when served, before pruning: speed-up, memory, and where it does not pay."""
+    from vllm_spense.planning import compare
+    from vllm_spense.planning import plan as run
+    from vllm_spense.planning.shapes import read_model
+
+    shape = read_model(model, dense_ratio)
+    found = run(
+        *(shape, gpu),
+        batch=batch,
+        context=context,
+        prefill_tokens=prefill,
+        kv_dtype=kv_dtype,
+        tensor_parallel=tensor_parallel,
+    )
+    compared = None if measured is None else compare(shape, measured)
+    if plot is not None:
+        plot_plan(found, plot)
+        errors.print(f"Wrote [bold]{plot}[/]")
+    show_prediction(found, as_json, console, compared)
+    if compared is not None and not as_json:
+        show_comparison(compared, console)
 
 
 @app.command()

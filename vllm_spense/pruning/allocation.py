@@ -55,8 +55,8 @@ def dense_counts(
         found = allocate(priced, known, config.dense_ratio, config.alignment, config.allocation)
         if config.dense_ratio < 1 and found == [shape.intermediate for shape in known]:
             warn(
-                f"a budget of {config.allocation} keeps every MLP dense: at these layer sizes no 2:4 region is "
-                "predicted to save any; --allocation bytes prunes"
+                f"a budget of {config.allocation} keeps every MLP dense: at these layer sizes no 2:4 region "
+                "is predicted to save any; --allocation bytes prunes"
             )
     counts = iter(found)
     return [0 if shape is None else next(counts) for shape in shapes]
