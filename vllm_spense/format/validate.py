@@ -22,6 +22,15 @@ _COUNTED = ("layers", "layer", "experts", "blocks", "labels")
 _MOST_LABELS = 1 << 16
 
 
+def _word(byte: int) -> int:
+    """An int64 whose eight bytes are all ``byte``."""
+    return int.from_bytes(bytes([byte] * 8), "little", signed=True)
+
+
+_THREES, _EIGHTS, _ONES = _word(0x33), _word(0x88), _word(0x11)  # of nibbles
+_SEVEN_BITS, _EVERY_BYTE, _EIGHTH_BIT = _word(0x7F), _word(0x01), _word(0x80)
+
+
 def expected_tensors(
     spec: ModuleSpec, weight_dtype: str
 ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -118,7 +127,27 @@ def check_values(tensors: Mapping[str, torch.Tensor], *, module: str, file: str 
             )
 
 
+def _bytes_are_legal(short: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of bytes is known to be legal: eight at a time, in a third of a plain look's time.
+
+    e4m3: seven low bits that are all ones (NaN) carry into the eighth when one is added. Metadata: with x the
+    first and y the second position of a nibble, 8 + y - x - 1 keeps its eighth if and only if x < y.
+    """
+    whole_words = tensor.is_contiguous() and not tensor.numel() % 8 and not tensor.storage_offset() % 8
+    if tensor.element_size() > 1 or not whole_words:
+        return False
+    words = tensor.view(-1).view(torch.int64)
+    if short == "sparse_meta":
+        first, second = words & _THREES, (words >> 2) & _THREES
+        return bool(((((second | _EIGHTS) - first - _ONES) & _EIGHTS) == _EIGHTS).all())
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not bool((((words & _SEVEN_BITS) + _EVERY_BYTE) & _EIGHTH_BIT).any())
+    return False
+
+
 def _bad_values(short: str, tensor: torch.Tensor) -> tuple[int, str] | None:
+    if _bytes_are_legal(short, tensor):
+        return None
     if short == "sparse_meta":
         bad = ~legal_meta_bytes().to(tensor.device)[tensor.int()]
         what = "an illegal 2:4 metadata nibble (legal: 4 8 9 C D E)"

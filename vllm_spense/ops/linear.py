@@ -41,11 +41,10 @@ def full_weight(
 
     Output split: sizes are the rows of each fused shard. Input split: one size each, the columns.
     """
-    sparse = decompress(sparse_values, sparse_meta).float()
-    dense = dense_weight.float()
+    sparse = decompress(sparse_values, sparse_meta)
     if output_split:
-        return interleave(sparse, dense, sparse_sizes, dense_sizes)
-    return torch.cat([sparse, dense], dim=1)
+        return interleave(sparse, dense_weight, sparse_sizes, dense_sizes).float()
+    return torch.cat([sparse, dense_weight], dim=1).float()
 
 
 def _matmul_scaled(
