@@ -131,7 +131,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True)
     random = write_random(arguments.work / "random", arguments.gigabytes)
     models = {}
-    for name, spense in (("given", arguments.model), (f"random, {arguments.gigabytes:g} GB", random)):
+    for name, spense in ((arguments.model.name, arguments.model), (f"random, {arguments.gigabytes:g} GB", random)):
         twin = export(spense, arguments.work / f"{spense.name}-fp8", format="fp8")
         models |= {f"{name}, Spense": spense, f"{name}, dense FP8": twin}
     results = measure(models, arguments.repeats)

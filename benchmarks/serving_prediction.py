@@ -1,0 +1,94 @@
+"""Write the predicted tables and the plot of docs/performance.md: `python benchmarks/serving_prediction.py`.
+
+Needs no GPU. Where a tuning table lies on this machine (``spense tune``), its times go in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm_spense.cli.serving_plan import plot_plan
+from vllm_spense.planning import GPUS, plan
+from vllm_spense.planning.gain import Prediction
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "img" / "plan_qwen3_32b_h200.png"
+MODELS = ("Qwen3-32B", "Seed-OSS-36B", "Llama-3.1-8B")
+RATIOS = (0.5, 0.25)
+POINTS = ((1, 512), (32, 512), (32, 4096), (8, 32768))
+"""Batch and context."""
+
+
+def tables() -> dict[str, str]:
+    """Markdown by the name of its markers."""
+    return {"models": _models(), "gpus": _gpus(), "batches": _batches()}
+
+
+def filled(text: str) -> str:
+    """A document with its tables made anew between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
+    for name, table in tables().items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def _models() -> str:
+    points = [f"batch {batch}, context {context}" for batch, context in POINTS]
+    head = ["model", "dense ratio", *points, "prefill 8192", "weights GB", "KV tokens gained"]
+    rows = []
+    for model in MODELS:
+        for ratio in RATIOS:
+            found = [plan(model, dense_ratio=ratio, batch=b, context=c, batches=()) for b, c in POINTS]
+            speeds = [f"{f.decode.speedup:.2f}×" for f in found]
+            m = found[0].memory
+            gained = f"{m.spense_kv_tokens - m.dense_kv_tokens:,} of {m.dense_kv_tokens:,}"
+            weights = f"{m.dense_bytes / 1e9:.1f} → {m.spense_bytes / 1e9:.1f}"
+            rows.append([model, f"{ratio:g}", *speeds, f"{found[0].prefill.speedup:.2f}×", weights, gained])
+    return _table(head, rows)
+
+
+def _gpus() -> str:
+    head = ["GPUs", "dense ratio", "batch 1, context 512", "batch 32, context 512", "prefill 8192"]
+    rows = []
+    for gpu, size in [(name, 1) for name in GPUS] + [("H200", 2), ("H200", 4)]:
+        for ratio in RATIOS:
+            one, many = (
+                plan(
+                    *("Qwen3-32B", gpu),
+                    dense_ratio=ratio,
+                    tensor_parallel=size,
+                    batch=batch,
+                    context=512,
+                    batches=(),
+                )
+                for batch in (1, 32)
+            )
+            speeds = (one.decode.speedup, many.decode.speedup, one.prefill.speedup)
+            rows.append([f"{size} × {gpu}", f"{ratio:g}", *(f"{speed:.2f}×" for speed in speeds)])
+    return _table(head, rows)
+
+
+def _batches() -> str:
+    head = ["batch", "dense ms", "Spense ms", "speed-up", "MLP weights", "KV cache", "other"]
+    rows = []
+    for batch, p in _shown().batches.items():
+        kv = p.dense.attention / p.dense.total
+        times = [f"{p.dense.total * 1e3:.2f}", f"{p.spense.total * 1e3:.2f}", f"{p.speedup:.2f}×"]
+        shares = [f"{share:.0%}" for share in (p.mlp_share, kv, 1 - p.mlp_share - kv)]
+        rows.append([str(batch), *times, *shares])
+    return _table(head, rows)
+
+
+def _shown() -> Prediction:
+    return plan("Qwen3-32B", context=2048)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text()))
+    plot_plan(_shown(), PLOT)
+    print(f"wrote {DOCUMENT} and {PLOT}")

@@ -1,0 +1,342 @@
+"""The shapes that decide a model's speed: from config.json, a Spense checkpoint's layouts, or a preset.
+
+Weights are never opened. Routed experts of MoE models count as dense bf16, as they are served.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
+from vllm_spense.format.conversion import FUSED
+from vllm_spense.format.errors import CheckpointError
+from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.layout import Axis, Layout
+from vllm_spense.format.schema import MAX_FEATURES, SpenseCheckpointConfig, parse_config
+from vllm_spense.ops.online import online_layout
+from vllm_spense.ops.spec import LinearSpec
+
+Kind = Literal["mlp", "attention"]
+
+PLAIN_MLPS = frozenset({"phi", "starcoder2", "nemotron", "opt"})
+"""``model_type`` of models whose MLP has no gate."""
+MOE_TYPES = frozenset({"qwen2_moe", "qwen3_moe"})
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ROW_PARALLEL = frozenset({"down_proj", "o_proj", "fc2", "c_proj", "dense", "out_proj"})
+"""Linears whose inputs tensor parallelism splits; of all others it splits the outputs."""
+_MAX_LAYERS = 4096
+
+
+def _preset(layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+
+
+PRESETS = {
+    "Qwen3-32B": _preset(64, 5120, 25600, 64, 151936),
+    "Seed-OSS-36B": _preset(64, 5120, 27648, 80, 155136),
+    "Llama-3.1-8B": _preset(32, 4096, 14336, 32, 128256),
+    "Llama-3.1-70B": _preset(80, 8192, 28672, 64, 128256),
+}
+"""What config.json of these models says, for a look without files."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Modules that vLLM runs as one linear layer, and in how many layers of the model it occurs.
+
+    ``axis`` is what tensor parallelism splits.
+    """
+
+    kind: Kind
+    parts: tuple[Layout, ...]
+    axis: Axis
+    count: int
+
+
+@dataclass(frozen=True)
+class RankLinear:
+    """A :class:`Linear` as one tensor-parallel rank runs it."""
+
+    kind: Kind
+    spec: LinearSpec
+    count: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts: ``count`` per layer in ``layers`` layers, ``active`` of them per token."""
+
+    layers: int
+    count: int
+    active: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder by its sizes. ``windows``: tokens that attention reads back, per layer; None is all.
+
+    ``dense_ratio``: what the MLPs are split by when a rank loads them (``online_layout``); None where
+    ``linears`` have a checkpoint's own layouts.
+    """
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    windows: tuple[int | None, ...]
+    linears: tuple[Linear, ...]
+    dense_ratio: float | None
+    tensor_parallel_sizes: tuple[int, ...] | None = None
+    experts: Experts | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    def rank(self, size: int) -> list[RankLinear]:
+        """What one of ``size`` tensor-parallel ranks runs; ``ValueError`` where vLLM cannot split so."""
+        allowed = self.tensor_parallel_sizes
+        if allowed is not None and size not in allowed:
+            raise ValueError(f"the checkpoint allows tensor parallel sizes {list(allowed)}, not {size}")
+        if self.heads % size or self.kv_heads % size:
+            raise ValueError(
+                f"--tp {size} does not divide the {self.heads} query and {self.kv_heads} key/value heads of "
+                f"{self.name}"
+            )
+        found = []
+        for linear in self.linears:
+            try:
+                parts = [part.shard(linear.axis, size) for part in linear.parts]
+            except ValueError as error:
+                raise ValueError(f"--tp {size} does not fit {self.name}: {error}") from None
+            if linear.kind == "mlp" and self.dense_ratio is not None:
+                ratio = self.dense_ratio  # as load-time mode does it: each rank splits its own slice
+                parts = [online_layout(linear.axis, p.out_features, p.in_features, ratio) for p in parts]
+            found.append(RankLinear(linear.kind, LinearSpec.of(parts, FP8_DTYPE), linear.count))
+        return found
+
+    def mlp_dense_ratio(self) -> float:
+        """Share of the MLP weights that lie in dense regions."""
+        specs = [(x.spec, x.count) for x in self.rank(1) if x.kind == "mlp"]
+        weights = sum(s.out_features * s.in_features * count for s, count in specs)
+        dense = sum(s.dense_shape[0] * s.dense_shape[1] * count for s, count in specs)
+        return dense / weights if weights else 1.0
+
+
+def read_model(model: str | Path, dense_ratio: float | None = None) -> ModelShape:
+    """Shapes of a dense or Spense directory, or of one of :data:`PRESETS`.
+
+    ``dense_ratio`` (default 0.5) is for models that are not pruned yet; a Spense checkpoint has its own
+    layouts. Raises :class:`CheckpointError` naming file, key and fix, or ``ValueError``.
+    """
+    if dense_ratio is not None and not 0 <= dense_ratio <= 1:
+        raise ValueError(f"dense_ratio must lie in 0..1, not {dense_ratio}")
+    preset = next((name for name in PRESETS if name.lower() == str(model).lower()), None)
+    if not Path(model).is_dir() and preset is not None:
+        return _shape(preset, PRESETS[preset], f"preset {preset}", dense_ratio)
+    if not Path(model).is_dir():
+        raise CheckpointError(
+            "no such directory, and no preset",
+            file=model,
+            fix=f"give a directory with a config.json, or one of {', '.join(PRESETS)}",
+        )
+    path = Path(model) / CONFIG_NAME
+    return _shape(str(model), read_json(path), path, dense_ratio)
+
+
+def _shape(name: str, raw: Mapping[str, Any], file: object, dense_ratio: float | None) -> ModelShape:
+    config, notes = raw, []
+    if isinstance(raw.get("text_config"), dict):
+        config = raw["text_config"]
+        notes.append("multimodal: only the text model is counted")
+    for key in ("kv_lora_rank", "ssm_state_size", "mamba_d_state"):
+        if config.get(key):
+            raise CheckpointError(
+                f"{key} is set: this model's attention keeps no ordinary KV cache",
+                file=file,
+                fix="only models with multi-head or grouped-query attention can be predicted",
+            )
+    layers = _count(config, "num_hidden_layers", file, limit=_MAX_LAYERS)
+    hidden, heads = _count(config, "hidden_size", file), _count(config, "num_attention_heads", file)
+    kv_heads = _count(config, "num_key_value_heads", file, default=heads)
+    if heads % kv_heads or (config.get("head_dim") is None and hidden % heads):
+        raise CheckpointError(
+            f"hidden_size {hidden}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not "
+            "divide one another",
+            file=file,
+            fix="get an intact config.json",
+        )
+    head_size = _count(config, "head_dim", file, default=hidden // heads)
+    experts = _experts(config, layers, file)
+    if experts is not None:
+        notes.append(
+            f"{experts.count} routed experts in {experts.layers} layers count as dense bf16, in both models"
+        )
+    quantization = _quantization(raw, file, notes)
+    if quantization is not None:
+        if dense_ratio is not None:
+            raise ValueError(f"{name} is a Spense checkpoint: its layouts decide, leave --dense-ratio out")
+        linears = _linears_of(quantization, layers, file)
+    else:
+        linears = _dense_linears(
+            config, *(hidden, heads, kv_heads, head_size, layers), experts=experts, file=file
+        )
+        dense_ratio = 0.5 if dense_ratio is None else dense_ratio
+    return ModelShape(
+        name=name,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocabulary=_count(config, "vocab_size", file),
+        tied=config.get("tie_word_embeddings", False) is True,
+        windows=_windows(config, layers, file),
+        linears=linears,
+        dense_ratio=None if quantization else dense_ratio,
+        tensor_parallel_sizes=tuple(quantization.tensor_parallel_sizes) if quantization else None,
+        experts=experts,
+        notes=tuple(notes),
+    )
+
+
+def _count(
+    config: Mapping[str, Any], key: str, file: object, default: int | None = None, limit: int = MAX_FEATURES
+) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 1 <= value <= limit:
+        state = "is missing" if key not in config else f"is {value!r}"
+        raise CheckpointError(
+            f"{key} {state}, expected an integer from 1 to {limit}",
+            file=file,
+            fix="give the directory of a decoder model with a whole config.json",
+        )
+    return value
+
+
+def _quantization(raw: Mapping[str, Any], file: object, notes: list[str]) -> SpenseCheckpointConfig | None:
+    found = raw.get("quantization_config")
+    if found is None:
+        return None
+    if isinstance(found, dict) and found.get("quant_method") not in (None, "spense"):
+        notes.append(f"its {found['quant_method']} quantisation is ignored: both models are counted in FP8")
+        return None
+    quantization = parse_config(found, file)
+    if quantization.torch_dtype != FP8_DTYPE:
+        raise CheckpointError(
+            "a bf16 Spense checkpoint is served as a dense bf16 model: there is no gain to predict",
+            file=file,
+            fix="prune with `--weight-dtype fp8`, or give the dense model's directory",
+        )
+    return quantization
+
+
+def _windows(config: Mapping[str, Any], layers: int, file: object) -> tuple[int | None, ...]:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return (None,) * layers
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise CheckpointError(
+            f"layer_types must name one of {', '.join(known)} for each of the {layers} layers",
+            file=file,
+            fix="models with other kinds of layers cannot be predicted",
+        )
+    if "sliding_attention" not in kinds:
+        return (None,) * layers
+    window = _count(config, "sliding_window", file)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _experts(config: Mapping[str, Any], layers: int, file: object) -> Experts | None:
+    keys = [key for key in _EXPERT_KEYS if config.get(key)]
+    if not keys:
+        return None
+    kind = config.get("model_type")
+    if kind not in MOE_TYPES:
+        raise CheckpointError(
+            f"{keys[0]} is set, but the experts of model_type {kind!r} are not known",
+            file=file,
+            fix=f"mixtures of experts that can be predicted: {', '.join(sorted(MOE_TYPES))}",
+        )
+    step, without = _count(config, "decoder_sparse_step", file, default=1), config.get("mlp_only_layers")
+    skipped = without if isinstance(without, list) else []
+    mixed = sum((i + 1) % step == 0 and i not in skipped for i in range(layers))
+    count = _count(config, "num_experts", file)
+    active = _count(config, "num_experts_per_tok", file, limit=count)
+    return Experts(mixed, count, active, _count(config, "moe_intermediate_size", file)) if mixed else None
+
+
+def _dense_linears(
+    config: Mapping[str, Any], *sizes: int, experts: Experts | None, file: object
+) -> tuple[Linear, ...]:
+    hidden, heads, kv_heads, head_size, layers = sizes
+    q, kv = heads * head_size, kv_heads * head_size
+
+    def dense(kind: Kind, rows: tuple[int, ...], columns: int, axis: Axis, count: int) -> Linear:
+        return Linear(kind, tuple(Layout("output", n, columns, 0) for n in rows), axis, count)
+
+    linears = [
+        dense("attention", (q, kv, kv), hidden, "output", layers),
+        dense("attention", (hidden,), q, "input", layers),
+    ]
+    inner = 1 if config.get("model_type") in PLAIN_MLPS else 2
+    mixed = experts.layers if experts is not None else 0
+    mlps = []
+    if layers > mixed:
+        key = "ffn_dim" if "intermediate_size" not in config and "ffn_dim" in config else "intermediate_size"
+        mlps.append((_count(config, key, file), layers - mixed))
+    if mixed and config.get("shared_expert_intermediate_size"):
+        mlps.append((_count(config, "shared_expert_intermediate_size", file), mixed))
+    for intermediate, count in mlps:
+        linears.append(dense("mlp", (intermediate,) * inner, hidden, "output", count))
+        linears.append(dense("mlp", (hidden,), intermediate, "input", count))
+    return tuple(linears)
+
+
+def _linears_of(quantization: SpenseCheckpointConfig, layers: int, file: object) -> tuple[Linear, ...]:
+    """The checkpoint's modules as vLLM fuses them; equal layers become one :class:`Linear`."""
+    counts: Counter[tuple[Kind, tuple[Layout, ...], Axis]] = Counter()
+    seen: dict[Kind, set[int]] = {"mlp": set(), "attention": set()}
+    for name, spec in quantization.modules.items():
+        parent, _, last = name.rpartition(".")
+        number = re.search(r"\.layers\.(\d+)\.", name)
+        if number is None:
+            continue
+        kind: Kind = "attention" if "attn" in parent else "mlp"
+        seen[kind].add(int(number[1]))
+        together = next((parts for parts in FUSED.values() if last in parts), (last,))
+        present = [part for part in together if f"{parent}.{part}" in quantization.modules]
+        if last != present[0]:
+            continue
+        layouts = tuple(quantization.modules[f"{parent}.{part}"].layout() for part in present)
+        axis: Axis = "input" if last in _ROW_PARALLEL else "output"
+        counts[kind, layouts, spec.split if spec.sparse else axis] += 1
+    if seen["attention"] != set(range(layers)):
+        raise CheckpointError(
+            f"num_hidden_layers is {layers}, but quantization_config.modules lists the attention of "
+            f"{len(seen['attention'])} layers",
+            file=file,
+            fix="make the checkpoint again with `spense prune`, or download it again",
+        )
+    return tuple(Linear(kind, parts, axis, count) for (kind, parts, axis), count in counts.items())
