@@ -130,8 +130,9 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     random = write_random(arguments.work / "random", arguments.gigabytes)
+    given = {arguments.model.name: arguments.model, f"random, {arguments.gigabytes:g} GB": random}
     models = {}
-    for name, spense in ((arguments.model.name, arguments.model), (f"random, {arguments.gigabytes:g} GB", random)):
+    for name, spense in given.items():
         twin = export(spense, arguments.work / f"{spense.name}-fp8", format="fp8")
         models |= {f"{name}, Spense": spense, f"{name}, dense FP8": twin}
     results = measure(models, arguments.repeats)
