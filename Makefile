@@ -16,7 +16,7 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast fuzz soak lint format demo accuracy frontier clean gpu gpu-plan \
+.PHONY: help setup kernels kernels-check test test-fast fuzz soak lint format demo accuracy frontier report clean gpu gpu-plan \
 	gpu-report $(GPU_STAGES)
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
+	@echo "make report     every table and plot again, from the committed results"
 	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
 	@echo "make gpu-build | -test | -tune | -pruning | -kernels | -serving | -cutlass | gpu-report   one stage, under 9 minutes"
@@ -91,6 +92,13 @@ accuracy: setup
 frontier: setup
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS)
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS) --ablations --seeds 0
+
+# Every table and plot of README and docs/ that stands on committed results or on calculation.
+report: $(VENV)/.ready
+	$(PY) benchmarks/accuracy_frontier.py --plot-only
+	$(PY) benchmarks/serving_prediction.py
+	$(PY) tests/serving/model_table.py
+	test ! -f benchmarks/results/gpu/kernels.json || $(GPU_PY) benchmarks/kernel_spense_linear.py --report
 
 gpu:
 	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET)

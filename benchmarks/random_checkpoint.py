@@ -14,6 +14,8 @@ from vllm_spense.ops.random_weights import fill_random
 
 SHAPE = Shape("random", 2048, 8192, 16, 4)
 VOCAB = 32000
+SHARD_BYTES = 1 << 28
+"""`spense prune` writes one file per layer, about as large as this."""
 DTYPES = {"F32": torch.float32, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
@@ -23,7 +25,7 @@ def write_random(out: Path, gigabytes: float, ratio: float = 0.5) -> Path:
     model = ServedModel(SHAPE, layers, VOCAB)
     plain = {"model.embed_tokens": (VOCAB, SHAPE.hidden), "lm_head": (VOCAB, SHAPE.hidden)}
     norms = [f"model.layers.{i}.{n}_layernorm" for i in range(layers) for n in ("input", "post_attention")]
-    with CheckpointWriter(out) as writer:
+    with CheckpointWriter(out, max_shard_bytes=SHARD_BYTES) as writer:
         for seed, (module, spec) in enumerate(model.quantization(ratio).modules.items()):
             parts = expected_tensors(spec, "float8_e4m3fn").items()
             tensors = {name: torch.empty(shape, dtype=DTYPES[kinds[0]]) for name, (shape, kinds) in parts}

@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.supervise import end_group
 
 MARK = "RESULT "
+LONGEST = 3600.0
+"""Seconds that any answer may take."""
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 """The last: so that workers take the function which counts their memory."""
 
@@ -62,7 +64,7 @@ class Engine:
     def wait(self, timeout: float) -> dict[str, Any]:
         """The next answer; ``RuntimeError`` with the end of the log if ``timeout`` seconds bring none."""
         try:
-            answer = self.answers.get(timeout=max(timeout, 0.1))
+            answer = self.answers.get(timeout=min(max(timeout, 0.1), LONGEST))
         except queue.Empty:
             answer = None
         if answer is None:

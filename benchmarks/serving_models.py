@@ -120,7 +120,7 @@ MODELS = {
         ServedModel(BY_NAME["Qwen3-32B"], 64, 151936, "Qwen3ForCausalLM", "qwen3", {"rope_theta": 1e6}),
         ServedModel(BY_NAME["Seed-OSS-36B"], 64, 155136, "SeedOssForCausalLM", "seed_oss", SEED),
         ServedModel(BY_NAME["Llama-3.1-8B"], 32, 128256, more={"rope_theta": 5e5}),
-        ServedModel(TINY, 2, 512),
+        ServedModel(TINY, 2, 49152),
     )
 }
-"""``tiny`` is for machines without a GPU: the same code, numbers without a meaning."""
+"""``tiny`` is for machines without a GPU: the same code, numbers without a meaning (SmolLM2's vocabulary)."""

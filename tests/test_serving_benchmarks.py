@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +15,7 @@ from tiny import LINEARS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import serving_decode
+from benchmarks import serving_decode, serving_openai
 from benchmarks.results_file import read
 from benchmarks.serving_decode import Point, figures, points
 from benchmarks.serving_models import DENSE, MODELS
@@ -151,3 +154,95 @@ def test_real_engines_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(entry["points"]) == len(points(4, 300))
     assert all(figure["speed_up"] > 0 for figure in entry["points"].values())
     assert all(engine["memory"][0]["weights"] > 0 for engine in entry["engines"].values())
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """No server and no load: throughput doubles up to 4 requests a second, then grows by 2 %."""
+    seen: dict[str, list] = {"served": [], "rates": []}
+
+    @contextmanager
+    def fake_serve(model: Path, log: Path, arguments: Any) -> Iterator[SimpleNamespace]:
+        seen["served"].append(json.loads((model / "config.json").read_text())["quantization_config"])
+        yield SimpleNamespace(port=1, start_seconds=2.0)
+
+    def fake_load(port: int, model: Path, mix: Any, rate: float, *_: Any) -> dict[str, float]:
+        seen["rates"].append((mix.input, rate))
+        return {"rate": rate, "output_throughput": min(rate, 4) * 100 + 2 * rate}
+
+    monkeypatch.setattr(serving_openai, "serve", fake_serve)
+    monkeypatch.setattr(serving_openai, "load", fake_load)
+    return seen
+
+
+def serve_tiny(tmp_path: Path, *more: str) -> dict[str, Any]:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    common = ["--models", "tiny", "--tokenizer", str(tmp_path), "--logs", str(tmp_path / "logs")]
+    serving_openai.main([*common, "--results", str(tmp_path / "openai.json"), *more])
+    return read(tmp_path / "openai.json").get("servers", {})
+
+
+def test_rates_rise_until_throughput_does_not(tmp_path: Path, server: dict[str, list]) -> None:
+    found = serve_tiny(tmp_path)
+    assert [q["quant_method"] for q in server["served"]] == ["compressed-tensors", "spense"]
+    for variant in ("dense", "0.5"):
+        for mix in ("random", "chat"):
+            entry = found[f"tiny/{variant}"]["mixes"][mix]
+            assert [point["rate"] for point in entry["points"]] == [1, 2, 4, 8]
+            assert entry["saturated"]
+    server["rates"].clear()
+    serve_tiny(tmp_path)
+    assert server["rates"] == []  # all of it is known
+
+
+def test_an_interrupted_mix_goes_on_at_its_next_rate(
+    tmp_path: Path, server: dict[str, list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = serving_openai.load
+
+    def stop(port: int, model: Path, mix: Any, rate: float, *more: Any) -> dict[str, float]:
+        if rate == 4:
+            raise KeyboardInterrupt
+        return fake(port, model, mix, rate, *more)
+
+    monkeypatch.setattr(serving_openai, "load", stop)
+    with pytest.raises(KeyboardInterrupt):
+        serve_tiny(tmp_path)
+    monkeypatch.setattr(serving_openai, "load", fake)
+    server["rates"].clear()
+    serve_tiny(tmp_path)
+    assert server["rates"][:2] == [(1024, 4), (1024, 8)]
+
+
+def test_curves_are_drawn(tmp_path: Path, server: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {
+        "servers": {
+            f"tiny/{variant}": {
+                "mixes": {
+                    "chat": {
+                        "points": [
+                            {"output_throughput": 10.0 * i}
+                            | {f"p{p}_{w}_ms": i * p for p in (50, 99) for w in ("ttft", "itl")}
+                            for i in (1, 2, 3)
+                        ]
+                    }
+                }
+            }
+            for variant in ("dense", "0.5")
+        }
+    }
+    monkeypatch.setattr(serving_openai, "PLOT", tmp_path / "plot.png")
+    serving_openai.report(results)
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="run the benchmark first"):
+        serving_openai.report({})
+
+
+def test_a_tokenizer_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        serving_openai.main(["--tokenizer", str(tmp_path)])
+    assert "--tokenizer needs a directory with tokenizer.json" in capsys.readouterr().err
