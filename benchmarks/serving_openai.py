@@ -40,6 +40,16 @@ SECONDS = 20
 """Length of the load at each rate: that many seconds' worth of requests."""
 
 
+CLIENT = """
+from argparse import ArgumentParser
+from vllm.benchmarks import serve
+parser = ArgumentParser()
+serve.add_cli_args(parser)
+serve.main(parser.parse_args())
+"""
+"""`vllm bench serve`; the command itself wants a distribution named vllm, which the CPU wheel is not."""
+
+
 @dataclass(frozen=True)
 class Mix:
     """Tokens in and out of a request; both vary by ± ``spread``, a share of themselves."""
@@ -126,7 +136,7 @@ def measure(options: argparse.Namespace, name: str, variant: str, end: float) ->
 def load(port: int, model: Path, mix: Mix, rate: float, seconds: float, work: Path) -> dict[str, float]:
     """One run of `vllm bench serve`: ms and tokens per second; ``RuntimeError`` if requests failed."""
     count = max(4, round(rate * seconds))
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
+    command = [sys.executable, "-c", CLIENT, "--backend", "openai"]
     command += ["--model", "served", "--tokenizer", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dataset-name", "random", "--random-input-len", str(mix.input)]
     command += ["--random-output-len", str(mix.output), "--random-range-ratio", str(mix.spread)]
