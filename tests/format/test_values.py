@@ -35,6 +35,17 @@ def test_every_byte_at_every_place(short: str, size: int) -> None:
             assert found == (None if byte in legal else place), (byte, place)
 
 
+@pytest.mark.parametrize("short", ["sparse_meta", "dense_weight"])
+def test_a_bad_byte_in_any_part(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_spense.format.validate._CACHED_WORDS", 2)
+    for place in range(40):  # two and a half parts of 16 bytes
+        values = torch.full((40,), 0x44, dtype=torch.uint8)
+        dtype = torch.uint8 if short == "sparse_meta" else FP8_DTYPE
+        assert refused_at(short, values.view(dtype)) is None
+        values[place] = 0x7F
+        assert refused_at(short, values.view(dtype)) == place
+
+
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_views_into_a_larger_tensor(offset: int) -> None:
     """What lies outside of the view does not count, wherever it starts."""
