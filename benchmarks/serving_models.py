@@ -17,6 +17,7 @@ from vllm_spense.format import Layout, ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.export import dense_fp8_config
 from vllm_spense.format.schema import TORCH_DTYPE
 from vllm_spense.ops import LinearSpec, online_layout
+from vllm_spense.planning.shapes import PRESETS
 
 DENSE = "dense"
 """The variant that Spense is compared with: dense FP8 in vLLM's own kernels."""
@@ -111,15 +112,20 @@ class ServedModel:
         return out
 
 
-BY_NAME = {shape.name: shape for shape in SHAPES}
+def served(name: str, *architecture: Any, **more: Any) -> ServedModel:
+    """One of the models that ``spense plan`` and the kernel benchmark know."""
+    shape, preset = next(s for s in SHAPES if s.name == name), PRESETS[name]
+    return ServedModel(shape, preset["num_hidden_layers"], preset["vocab_size"], *architecture, **more)
+
+
 TINY = Shape("tiny", 256, 512, 4, 2, head_size=64)
 SEED = {"rope_theta": 1e7, "attention_bias": True, "attention_out_bias": False}
 MODELS = {
     model.name: model
     for model in (
-        ServedModel(BY_NAME["Qwen3-32B"], 64, 151936, "Qwen3ForCausalLM", "qwen3", {"rope_theta": 1e6}),
-        ServedModel(BY_NAME["Seed-OSS-36B"], 64, 155136, "SeedOssForCausalLM", "seed_oss", SEED),
-        ServedModel(BY_NAME["Llama-3.1-8B"], 32, 128256, more={"rope_theta": 5e5}),
+        served("Qwen3-32B", "Qwen3ForCausalLM", "qwen3", {"rope_theta": 1e6}),
+        served("Seed-OSS-36B", "SeedOssForCausalLM", "seed_oss", SEED),
+        served("Llama-3.1-8B", more={"rope_theta": 5e5}),
         ServedModel(TINY, 2, 49152),
     )
 }

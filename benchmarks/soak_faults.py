@@ -60,9 +60,15 @@ def kill(server: Server, title: str) -> Fault:
     """SIGKILL to the process with this title below the server, or to the server itself without one."""
     root = psutil.Process(server.pid)
     family = [root, *root.children(recursive=True)]
-    victim = next(p for p in family if title in " ".join(p.cmdline())) if title else root
+    victim = next(p for p in family if title in _title(p)) if title else root
     began = time.monotonic()
     victim.kill()
     _, alive = psutil.wait_procs(family, timeout=PATIENCE)
-    survivors = [" ".join(p.cmdline())[:80] for p in alive if p.is_running()]
+    survivors = [_title(p) for p in alive if p.is_running()]
     return {"seconds_until_all_ended": round(time.monotonic() - began, 1), "survivors": survivors}
+
+
+def _title(process: psutil.Process) -> str:
+    """The command without the directory of its program, or what the process calls itself."""
+    program, *arguments = process.cmdline() or [""]
+    return " ".join([Path(program).name, *arguments]).strip()[:80]

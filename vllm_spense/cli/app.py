@@ -22,7 +22,7 @@ from vllm_spense.cli.progress import (
     quiet_transformers,
     recovery_progress,
 )
-from vllm_spense.cli.serving_plan import plot_plan, show_comparison, show_prediction
+from vllm_spense.cli.serving_plan import plot_plan, show_prediction
 from vllm_spense.cli.trial import try_checkpoint
 
 app = typer.Typer(
@@ -427,12 +427,10 @@ def plan_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Predict what Spense gains when served, before pruning: speed-up, memory, and where it does not pay."""
-    from vllm_spense.planning import compare
-    from vllm_spense.planning import plan as run
-    from vllm_spense.planning.shapes import read_model
+    from vllm_spense.planning import compare, plan, read_model
 
     shape = read_model(model, dense_ratio)
-    found = run(
+    found = plan(
         *(shape, gpu),
         batch=batch,
         context=context,
@@ -445,8 +443,6 @@ def plan_(
         plot_plan(found, plot)
         errors.print(f"Wrote [bold]{plot}[/]")
     show_prediction(found, as_json, console, compared)
-    if compared is not None and not as_json:
-        show_comparison(compared, console)
 
 
 @app.command()

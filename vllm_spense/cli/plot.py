@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_spense.format.report import CheckpointReport, ModuleReport, sparsity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -39,19 +43,24 @@ def layer_series(report: CheckpointReport) -> LayerSeries:
     return series
 
 
-def plot_layers(report: CheckpointReport, out: Path) -> None:
-    """Draw dense ratios above, losses below (relative output error on calibration text), as ``out``.
-
-    Raises ``ImportError`` with the fix when matplotlib is missing.
-    """
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture, in inches; ``ImportError`` with the fix when matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
             "the plot needs matplotlib. Fix: pip install matplotlib (or 'vllm-spense[bench]')"
         ) from None
+    return Figure(figsize=(width, height))
+
+
+def plot_layers(report: CheckpointReport, out: Path) -> None:
+    """Draw dense ratios above, losses below (relative output error on calibration text), as ``out``.
+
+    Raises ``ImportError`` with the fix when matplotlib is missing.
+    """
+    figure = new_figure(7, 4.2)
     series = layer_series(report)
-    figure = Figure(figsize=(7, 4.2))
     above, below = figure.subplots(2, 1, sharex=True)
     shares = list(series.mlp.values())
     above.bar(list(series.mlp), [100 * share for share in shares], color="tab:blue", width=0.8)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_spense.cli.plot import new_figure
+
 if TYPE_CHECKING:
     from vllm_spense.planning.compare import Comparison
     from vllm_spense.planning.gain import Prediction
@@ -21,7 +23,7 @@ PLOT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 def show_prediction(
     found: Prediction, as_json: bool, console: Console, compared: Sequence[Comparison] | None = None
 ) -> None:
-    """Print ``found``; the JSON holds ``compared`` as well."""
+    """Print ``found``, and ``compared`` behind it if there is a measured run."""
     if as_json:
         print(json.dumps(found.as_dict() | _errors(compared)))
         return
@@ -30,9 +32,11 @@ def show_prediction(
     for line in (found.source, *found.notes):
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"[bold]{found.verdict}[/]", highlight=False, soft_wrap=True)
+    if compared is not None:
+        _show_comparison(compared, console)
 
 
-def show_comparison(compared: Sequence[Comparison], console: Console) -> None:
+def _show_comparison(compared: Sequence[Comparison], console: Console) -> None:
     """Print how far off each row of a measured run is predicted, and the mean."""
     from vllm_spense.planning.compare import mean_error
 
@@ -54,13 +58,7 @@ def plot_plan(found: Prediction, out: Path) -> None:
 
     Raises ``ImportError`` with the fix when matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the plot needs matplotlib. Fix: pip install matplotlib (or 'vllm-spense[bench]')"
-        ) from None
-    figure = Figure(figsize=(6, 3.6))
+    figure = new_figure(6, 3.6)
     axis = figure.subplots()
     axis.axhline(1, color="#999", linewidth=0.8)
     for context, points in speedups(found).items():
