@@ -100,6 +100,20 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def entry_of(path: Path, group: str, key: str, sources: str) -> dict[str, Any]:
+    """What ``path`` holds under a key of a group; empty if it was measured with other sources."""
+    entry = read(path).get(group, {}).get(key, {})
+    return entry if entry.get("sources") == sources else {}
+
+
+def save_entry(path: Path, group: str, key: str, entry: dict[str, Any]) -> None:
+    """Write it, with where it was made."""
+    results = read(path)
+    made = provenance() | {"device": query_gpu("name") or "CPU"}
+    results.setdefault(group, {})[key] = entry | {"made": made}
+    write(path, results)
+
+
 class ClockLog:
     """The device's clocks while something runs, read four times a second by one nvidia-smi.
 

@@ -25,16 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.results_file import (
-    RESULTS,
-    ROOT,
-    fingerprint,
-    kernel_sources,
-    provenance,
-    query_gpu,
-    read,
-    write,
-)
+from benchmarks.results_file import RESULTS, ROOT, entry_of, fingerprint, kernel_sources, save_entry
 from benchmarks.serving_engine import Engine
 from benchmarks.serving_models import DENSE, MODELS, ServedModel
 
@@ -106,14 +97,8 @@ def sources() -> str:
     return f"{fingerprint([package / 'ops', package / 'serving'])}/{kernel_sources()}"
 
 
-def entry_of(model: ServedModel, ratio: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What is known of a pair of engines; empty if it was measured with other sources."""
-    entry = read(options.results).get("pairs", {}).get(f"{model.name}/{ratio}", {})
-    return entry if entry.get("sources") == sources() else {}
-
-
 def unmeasured(model: ServedModel, ratio: str, options: argparse.Namespace) -> list[Point]:
-    known = entry_of(model, ratio, options).get("points", {})
+    known = entry_of(options.results, "pairs", f"{model.name}/{ratio}", sources()).get("points", {})
     return [p for p in points(options.output, options.length) if p.key not in known]
 
 
@@ -134,7 +119,8 @@ def compare(
         eager = ["--eager"] if options.eager else []
         engines[variant] = Engine(directory, log, "--length", str(options.length), *eager)
         stack.callback(engines[variant].stop)
-    entry = entry_of(model, ratio, options) or {"sources": sources(), "points": {}}
+    key, new = f"{model.name}/{ratio}", {"sources": sources(), "points": {}}
+    entry = entry_of(options.results, "pairs", key, sources()) or new
     entry["engines"] = {
         variant: engine.wait(min(START, end - time.monotonic())) for variant, engine in engines.items()
     }
@@ -149,7 +135,7 @@ def compare(
                 if turn:  # the first round warms up
                     times[variant].append(seconds)
         entry["points"][point.key] = figures(point, times[DENSE], times[ratio])
-        save(options.results, f"{model.name}/{ratio}", entry)
+        save_entry(options.results, "pairs", key, entry)
         print(f"{model.name}, {ratio}, {point.key}: {entry['points'][point.key]['speed_up']:.3f}", flush=True)
 
 
@@ -170,13 +156,6 @@ def figures(point: Point, dense: list[float], spense: list[float]) -> dict[str, 
         "speed_up": median(dense) / median(spense),
         "speed_up_range": [min(ratios), max(ratios)],
     }
-
-
-def save(path: Path, key: str, entry: dict[str, Any]) -> None:
-    results = read(path)
-    made = provenance() | {"device": query_gpu("name") or "CPU"}
-    results.setdefault("pairs", {})[key] = entry | {"made": made}
-    write(path, results)
 
 
 def plan(pairs: list[tuple[ServedModel, str]], options: argparse.Namespace) -> Iterator[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.results_file import RESULTS, ROOT, provenance, query_gpu, read, write
+from benchmarks.results_file import RESULTS, ROOT, entry_of, read, save_entry
 from benchmarks.serving_decode import sources
 from benchmarks.serving_models import DENSE, MODELS
 from vllm_spense.cli.server import serve
@@ -103,8 +103,7 @@ def finished(options: argparse.Namespace, name: str, variant: str, mix: str) -> 
 
 def known(options: argparse.Namespace, name: str, variant: str) -> dict[str, Any]:
     """The mixes measured with the present sources."""
-    entry = read(options.results).get("servers", {}).get(f"{name}/{variant}", {})
-    return entry.get("mixes", {}) if entry.get("sources") == sources() else {}
+    return entry_of(options.results, "servers", f"{name}/{variant}", sources()).get("mixes", {})
 
 
 def measure(options: argparse.Namespace, name: str, variant: str, end: float) -> None:
@@ -129,7 +128,8 @@ def measure(options: argparse.Namespace, name: str, variant: str, end: float) ->
                     points["points"].append(point)
                     grew = point["output_throughput"] > SATURATED * before
                     points["saturated"] = not grew or rate == options.rates[-1]
-                    save(options.results, f"{name}/{variant}", mixes, server.start_seconds)
+                    entry = {"sources": sources(), "mixes": mixes, "start_seconds": server.start_seconds}
+                    save_entry(options.results, "servers", f"{name}/{variant}", entry)
                     print(f"{name}, {variant}, {mix}, {rate:g}/s: {point}", flush=True)
 
 
@@ -152,14 +152,6 @@ def load(port: int, model: Path, mix: Mix, rate: float, seconds: float, work: Pa
     latencies = [f"p{percent}_{what}_ms" for what in ("ttft", "itl") for percent in (50, 99)]
     wanted = ("request_throughput", "output_throughput", *latencies)
     return {"rate": rate, "requests": count} | {key: result[key] for key in wanted}
-
-
-def save(path: Path, key: str, mixes: dict[str, Any], start_seconds: float) -> None:
-    results = read(path)
-    made = provenance() | {"device": query_gpu("name") or "CPU"}
-    entry = {"sources": sources(), "mixes": mixes, "start_seconds": start_seconds, "made": made}
-    results.setdefault("servers", {})[key] = entry
-    write(path, results)
 
 
 def curves(results: dict[str, Any]) -> Iterator[tuple[str, str, str, list[dict[str, float]]]]:
