@@ -1,4 +1,4 @@
-"""Every byte at every place of a word against a plain look at the values; where the first bad one is."""
+"""Every byte at every place against a plain look at the values; where the first bad one is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refused_at(short: str, values: torch.Tensor) -> int | None:
     return None
 
 
-@pytest.mark.parametrize("size", [16, 19], ids=["whole words", "a rest"])
+@pytest.mark.parametrize("size", [16, 19])
 @pytest.mark.parametrize("short", ["sparse_meta", "dense_weight"])
 def test_every_byte_at_every_place(short: str, size: int) -> None:
     meta = short == "sparse_meta"
@@ -37,7 +37,7 @@ def test_every_byte_at_every_place(short: str, size: int) -> None:
 
 @pytest.mark.parametrize("short", ["sparse_meta", "dense_weight"])
 def test_a_bad_byte_in_any_part(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_spense.format.validate._CACHED_WORDS", 2)
+    monkeypatch.setattr("vllm_spense.format.validate._CACHED_BYTES", 16)
     for place in range(40):  # two and a half parts of 16 bytes
         values = torch.full((40,), 0x44, dtype=torch.uint8)
         dtype = torch.uint8 if short == "sparse_meta" else FP8_DTYPE

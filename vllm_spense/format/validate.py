@@ -20,17 +20,8 @@ _PLAIN_DTYPES = (*_BIAS_DTYPES, "F64", "BOOL", "U8", "I8", "U16", "I16", "U32", 
 
 _COUNTED = ("layers", "layer", "experts", "blocks", "labels")
 _MOST_LABELS = 1 << 16
-_CACHED_WORDS = 1 << 15
-"""A quarter of a MiB: stays in the cache, and is too little for torch to wake other threads."""
-
-
-def _word(byte: int) -> int:
-    """An int64 whose eight bytes are all ``byte``."""
-    return int.from_bytes(bytes([byte] * 8), "little", signed=True)
-
-
-_THREES, _EIGHTS, _ONES = _word(0x33), _word(0x88), _word(0x11)  # of nibbles
-_SEVEN_BITS, _EVERY_BYTE, _EIGHTH_BIT = _word(0x7F), _word(0x01), _word(0x80)
+_CACHED_BYTES = 1 << 19
+"""Looked at in one go on a CPU: stays in the cache."""
 
 
 def expected_tensors(
@@ -130,29 +121,29 @@ def check_values(tensors: Mapping[str, torch.Tensor], *, module: str, file: str 
 
 
 def _bytes_are_legal(short: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor of bytes is known to be legal: eight at a time, in a third of a plain look's time.
+    """Whether a tensor of bytes is known to be legal, in a tenth of the time of finding out where it is not.
 
-    e4m3: seven low bits that are all ones (NaN) carry into the eighth when one is added. Metadata: with x the
-    first and y the second position of a nibble, 8 + y - x - 1 keeps its eighth if and only if x < y.
+    e4m3: seven low bits that are all ones are NaN. Metadata: with x the first and y the second position of a
+    nibble, y + 7 - x has its eighth if and only if x < y.
     """
-    whole_words = tensor.is_contiguous() and not tensor.numel() % 8 and not tensor.storage_offset() % 8
-    if tensor.element_size() > 1 or not whole_words:
+    if tensor.element_size() > 1 or not tensor.is_contiguous():
         return False
-    words = tensor.view(-1).view(torch.int64)
+    flat = tensor.view(-1).view(torch.uint8)
     # on a CPU in parts that stay in its cache, elsewhere in one reduction with one host sync
-    parts = words.split(_CACHED_WORDS) if tensor.device.type == "cpu" else [words]
+    parts = flat.split(_CACHED_BYTES) if tensor.device.type == "cpu" else [flat]
     if short == "sparse_meta":
         return all(map(_metadata_is_legal, parts))
     return tensor.dtype == torch.float8_e4m3fn and not any(map(_has_nan, parts))
 
 
-def _metadata_is_legal(words: torch.Tensor) -> bool:
-    first, second = words & _THREES, (words >> 2) & _THREES
-    return bool(((((second | _EIGHTS) - first - _ONES) & _EIGHTS) == _EIGHTS).all())
+def _metadata_is_legal(meta: torch.Tensor) -> bool:
+    """Both nibbles of a byte at a time: no sum or difference leaves its nibble."""
+    eights = ((meta >> 2) & 0x33).add_(0x77).sub_(meta & 0x33).bitwise_and_(0x88)
+    return int(eights.amin()) == 0x88
 
 
-def _has_nan(words: torch.Tensor) -> bool:
-    return bool((((words & _SEVEN_BITS) + _EVERY_BYTE) & _EIGHTH_BIT).any())
+def _has_nan(e4m3: torch.Tensor) -> bool:
+    return int((e4m3 & 0x7F).amax()) == 0x7F
 
 
 def _bad_values(short: str, tensor: torch.Tensor) -> tuple[int, str] | None:

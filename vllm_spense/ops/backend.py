@@ -8,11 +8,11 @@ alone, so reloading weights can copy into the old storage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.ops.linear import full_weight
+from vllm_spense.ops.linear import stored_weight
 from vllm_spense.ops.quantize import quantize_per_token
 from vllm_spense.ops.spec import LinearSpec
 
@@ -43,16 +43,17 @@ class Backend(Protocol):
         """``x [M, K]`` to ``y [M, N]`` in x's dtype."""
 
 
-def decompressed(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """fp32 ``[N, K]`` of a layer's checkpoint tensors: stored values, zeros written out, no scale."""
-    return full_weight(
-        tensors["sparse_values"],
-        tensors["sparse_meta"],
-        tensors["dense_weight"],
-        list(spec.sparse_sizes),
-        list(spec.dense_sizes),
-        spec.split == "output",
+def regions(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    """A layer's tensors and extents, in the order in which functions of a whole weight take them."""
+    return (
+        *(tensors[name] for name in ("sparse_values", "sparse_meta", "dense_weight")),
+        *(list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output"),
     )
+
+
+def decompressed(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``[N, K]`` of a layer's checkpoint tensors: stored values, zeros written out, no scale."""
+    return stored_weight(*regions(spec, tensors))
 
 
 def activations(spec: LinearSpec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

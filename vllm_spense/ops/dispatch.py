@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_spense.ops.backend import Backend, Tensors, activations, decompressed, scale_only
+from vllm_spense.ops.backend import Backend, Tensors, activations, decompressed, regions, scale_only
 from vllm_spense.ops.cuda_backend import CudaBackend
 from vllm_spense.ops.linear import dense_linear, linear
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.triton_backend import TritonBackend
+from vllm_spense.ops.widen import widened_weight
 
 
 class CpuBackend:
@@ -26,7 +27,9 @@ class CpuBackend:
         return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        return {"weight_packed": decompressed(spec, tensors)} | scale_only(tensors)
+        e4m3 = spec.weight_dtype == torch.float8_e4m3fn
+        weight = widened_weight(*regions(spec, tensors)) if e4m3 else decompressed(spec, tensors).float()
+        return {"weight_packed": weight} | scale_only(tensors)
 
     def apply(
         self,

@@ -29,6 +29,24 @@ def interleave(
     return torch.cat([part for pair in pieces for part in pair])
 
 
+def stored_weight(
+    sparse_values: torch.Tensor,
+    sparse_meta: torch.Tensor,
+    dense_weight: torch.Tensor,
+    sparse_sizes: list[int],
+    dense_sizes: list[int],
+    output_split: bool,
+) -> torch.Tensor:
+    """``[N, K]``: the stored values in their own dtype (no scale) with zeros written out, in output order.
+
+    Output split: sizes are the rows of each fused shard. Input split: one size each, the columns.
+    """
+    sparse = decompress(sparse_values, sparse_meta)
+    if output_split:
+        return interleave(sparse, dense_weight, sparse_sizes, dense_sizes)
+    return torch.cat([sparse, dense_weight], dim=1)
+
+
 def full_weight(
     sparse_values: torch.Tensor,
     sparse_meta: torch.Tensor,
@@ -37,14 +55,10 @@ def full_weight(
     dense_sizes: list[int],
     output_split: bool,
 ) -> torch.Tensor:
-    """fp32 ``[N, K]``: the stored values (no scale) with zeros written out, in output order.
-
-    Output split: sizes are the rows of each fused shard. Input split: one size each, the columns.
-    """
-    sparse = decompress(sparse_values, sparse_meta)
-    if output_split:
-        return interleave(sparse, dense_weight, sparse_sizes, dense_sizes).float()
-    return torch.cat([sparse, dense_weight], dim=1).float()
+    """:func:`stored_weight` in fp32, which holds every stored value exactly."""
+    return stored_weight(
+        sparse_values, sparse_meta, dense_weight, sparse_sizes, dense_sizes, output_split
+    ).float()
 
 
 def _matmul_scaled(

@@ -132,8 +132,10 @@ class DenseFp8:
         )
 
     def prepare(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        matrix = decompressed(self.spec, tensors).to(self.spec.weight_dtype)  # exact: values were fp8
-        return {"weight": matrix.t(), "weight_scale": tensors["weight_scale"][:, None]}
+        return {
+            "weight": decompressed(self.spec, tensors).t(),
+            "weight_scale": tensors["weight_scale"][:, None],
+        }
 
     def finish(self, layer: Any) -> None:
         layer.input_scale = None
