@@ -129,6 +129,13 @@ def test_non_contiguous_input(dtype: torch.dtype) -> None:
         assert torch.equal(ours.view(torch.uint8), plain.view(torch.uint8))
 
 
+@pytest.mark.parametrize("cached", [1, 100, 33 * 40, 1 << 19])
+def test_the_size_of_a_part_changes_nothing(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_spense.format.sparse24._CACHED_BYTES", cached)
+    weight = without_negative_zero(random_24(33, 40, torch.float8_e4m3fn, 4))
+    assert torch.equal(bits(decompress(*compress(weight))), bits(weight))
+
+
 def test_only_six_nibbles_are_legal() -> None:
     pairs = {a | b << 2 for a, b in itertools.combinations(range(4), 2)}
     assert set(LEGAL_NIBBLES) == pairs

@@ -54,7 +54,11 @@ CASES = {
 def test_bits(arguments: tuple, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_spense.ops.widen._PART", part)
     wanted = full_weight(*arguments)
-    got = widened_weight(*arguments)
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
+    try:
+        got = widened_weight(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     assert torch.equal(got.view(torch.int32), wanted.view(torch.int32))

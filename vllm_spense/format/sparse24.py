@@ -12,6 +12,8 @@ import torch
 from vllm_spense.format.layout import GROUP, META_GROUP
 
 LEGAL_NIBBLES = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)
+_CACHED_BYTES = 1 << 19
+"""Decompressed in one go on a CPU: stays in the cache."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -53,11 +55,39 @@ def decompress(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     rows, half = values.shape
     if meta.shape != (rows, half * 2 // META_GROUP):
         raise ValueError(f"meta {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
-    nibble = torch.stack((meta & 15, meta >> 4), dim=-1).view(rows, half // 2)
+    if not values.numel():
+        return values.new_empty(rows, half * 2)
+    bits = values.contiguous().view(_BITS[values.element_size()])
+    if bits.element_size() > 1:
+        return _scattered(bits, meta).view(values.dtype)
+    if bits.device.type != "cpu":
+        return _shifted(bits, meta).view(values.dtype)
+    out = torch.empty(rows, half * 2, dtype=bits.dtype)
+    step = max(1, _CACHED_BYTES // max(1, half * 2))
+    for part, nibbles, target in zip(bits.split(step), meta.split(step), out.split(step), strict=True):
+        target.copy_(_shifted(part, nibbles))
+    return out.view(values.dtype)
+
+
+def _nibbles(meta: torch.Tensor) -> torch.Tensor:
+    """``[rows, groups]`` uint8."""
+    return torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1)
+
+
+def _scattered(bits: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+    nibble = _nibbles(meta)
     index = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
-    kept = values.contiguous().view(_BITS[values.element_size()]).view(rows, half // 2, 2)
-    out = torch.zeros(rows, half // 2, GROUP, dtype=kept.dtype, device=values.device)
-    return out.scatter_(-1, index, kept).view(rows, half * 2).view(values.dtype)
+    out = torch.zeros(*nibble.shape, GROUP, dtype=bits.dtype, device=bits.device)
+    return out.scatter_(-1, index, bits.view(*nibble.shape, 2)).flatten(1)
+
+
+def _shifted(bytes_: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+    """For values of a byte: a group is one word of four bytes, into which both are shifted."""
+    nibble = _nibbles(meta).int()
+    pair = bytes_.view(torch.int16).int()
+    first = (pair & 0xFF) << (nibble & 3) * 8
+    second = (pair >> 8 & 0xFF) << (nibble >> 2) * 8
+    return (first | second).view(torch.uint8)
 
 
 def magnitude_mask(score: torch.Tensor) -> torch.Tensor:

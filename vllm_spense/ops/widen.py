@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_spense.format.layout import GROUP
+from vllm_spense.format.sparse24 import decompress
 
 _PART = 1 << 19
 """Weights of one part: 2 MiB of fp32."""
@@ -29,11 +29,11 @@ def widened_weight(
     """fp32 ``[N, K]``, as ``full_weight`` gives it for e4m3 without NaN (loading has checked that)."""
     if not output_split:
         columns = sum(sparse_sizes)
-        out = torch.empty(dense_weight.shape[0], columns + dense_weight.shape[1])
+        out = torch.empty(dense_weight.shape[0], columns + dense_weight.shape[1], dtype=torch.float32)
         _widen_sparse(sparse_values, sparse_meta, out[:, :columns])
         _widen_dense(dense_weight, out[:, columns:])
         return out
-    out = torch.empty(len(sparse_values) + len(dense_weight), dense_weight.shape[1])
+    out = torch.empty(len(sparse_values) + len(dense_weight), dense_weight.shape[1], dtype=torch.float32)
     rows = out.split([size for pair in zip(sparse_sizes, dense_sizes, strict=True) for size in pair])
     values, metas = sparse_values.split(sparse_sizes), sparse_meta.split(sparse_sizes)
     for value, meta, target in zip(values, metas, rows[0::2], strict=True):
@@ -53,21 +53,9 @@ def _widen_dense(e4m3: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _widen_sparse(values: torch.Tensor, meta: torch.Tensor, out: torch.Tensor) -> None:
-    if not out.numel():
-        return
     parts = (tensor.split(_rows(out)) for tensor in (values, meta, out))
     for value, nibbles, target in zip(*parts, strict=True):
-        _widen(_spread(value, nibbles), target)
-
-
-def _spread(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-    """e4m3 ``[rows, columns]`` with its zeros: the two bytes of a group, each moved to its place in four."""
-    pairs = values.contiguous().view(torch.int16).to(torch.int32)
-    nibble = torch.stack((meta & 15, meta >> 4), dim=-1).view(pairs.shape).to(torch.int32)
-    bits_of_a_byte = 8
-    first = (pairs & 0xFF) << (nibble & 3) * bits_of_a_byte
-    second = ((pairs >> bits_of_a_byte) & 0xFF) << (nibble >> 2) * bits_of_a_byte
-    return (first | second).view(torch.float8_e4m3fn).view(len(values), pairs.shape[1] * GROUP)
+        _widen(decompress(value, nibbles), target)
 
 
 def _widen(e4m3: torch.Tensor, out: torch.Tensor) -> None:
