@@ -16,7 +16,7 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast fuzz soak lint format demo accuracy frontier report clean gpu gpu-plan \
+.PHONY: help setup kernels kernels-check test test-fast fuzz soak start-up lint format demo accuracy frontier report clean gpu gpu-plan \
 	gpu-report $(GPU_STAGES)
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-fast  the tests that start no vLLM engine"
 	@echo "make fuzz       6000 damaged checkpoints through verify and serving (minutes; FUZZ='--seed 7 --cases 20000')"
 	@echo "make soak       the server under 32 clients for ten minutes: errors, memory, answers"
+	@echo "make start-up   seconds until vLLM is ready, Spense against dense FP8, and what the checks take"
 	@echo "make lint       ruff and mypy"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
@@ -70,6 +71,9 @@ fuzz: $(VENV)/.ready
 soak: setup build/soak/spense
 	$(PY) benchmarks/soak.py --model build/soak/spense
 
+start-up: setup build/soak/spense
+	$(PY) benchmarks/start_up.py build/soak/spense --name SmolLM2-135M
+
 build/soak/spense:
 	$(VENV)/bin/spense prune $(ASSETS)/SmolLM2-135M-Instruct -o $@ --calibration $(ASSETS)/wikipedia/train.txt \
 		--preset spensegpt+ --num-samples 16 --seq-len 256 --no-check
@@ -97,6 +101,7 @@ frontier: setup
 report: $(VENV)/.ready
 	$(PY) benchmarks/accuracy_frontier.py --plot-only
 	$(PY) benchmarks/serving_prediction.py
+	$(PY) benchmarks/serving_report.py
 	$(PY) tests/serving/model_table.py
 	test ! -f benchmarks/results/gpu/kernels.json || $(GPU_PY) benchmarks/kernel_spense_linear.py --report
 

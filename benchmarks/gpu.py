@@ -12,7 +12,7 @@ time limits: a kernel that hangs costs seconds. Configurations that failed a tes
   tune     the dispatch table for the benchmark's layers
   pruning  benchmarks/pruning_time.py: the pruner's stages on two layers of Qwen3-32B (needs transformers)
   kernels  benchmarks/kernel_spense_linear.py, then its report
-  serving  benchmarks/serving_decode.py: Spense against dense FP8 in vLLM (needs vllm)
+  serving  benchmarks/serving_decode.py: Spense against dense FP8 in vLLM (needs vllm), then its report
   cutlass  compiles the CUTLASS instances as well (minutes per core); run test and kernels again afterwards
 
 `SPENSE_TRAP=1 python benchmarks/gpu.py build test` finds out where a kernel hangs: it says so and stops.
@@ -317,6 +317,10 @@ def stage_serving(run: Run) -> bool:
     state = "done" if complete else "partial" if ended.ok else "failed"
     run.save("serving_run", state, start, reason=ended.reason, tail=tail[-30:])
     print(f"{'PASS' if ended.ok else 'FAIL'} serving: {state} {ended.reason}", flush=True)
+    if read(path).get("pairs"):
+        command = [sys.executable, "benchmarks/serving_report.py", "--results", str(path)]
+        report = supervise(command, limit=60, cwd=ROOT)
+        print(f"report: {report.reason or 'written'}", flush=True)
     return complete
 
 

@@ -5,9 +5,11 @@ usage: python benchmarks/serving_decode.py [--models Qwen3-32B …] [--ratios 0.
 Weights are random (`--load-format dummy`). For each model and dense ratio two engines stay on the GPU, dense
 FP8 (A) and Spense (B); each point is measured A B A B …, and medians are compared. Decode: seconds of
 ``--output`` tokens less those of one token, after prompts of 128 or 4096 tokens. Prefill: prompts of 8192
-tokens with one token each. Also time to first token, bytes of the weights and start-up. Points that are in
-the results with the same sources are kept, so the command goes on where it stopped. `--models tiny --eager`
-runs anywhere, CPUs included, and its numbers mean nothing. Writes benchmarks/results/gpu/serving_decode.json.
+tokens with one token each. Also time to first token, bytes of the weights and start-up. Then the kernels of
+a decode step and of a prefill are profiled (benchmarks/serving_profile.py). What is in the results with the
+same sources is kept, so the command goes on where it stopped. `--models tiny --eager` runs anywhere, CPUs
+included, and its numbers mean nothing. Writes benchmarks/results/gpu/serving_decode.json;
+`python benchmarks/serving_report.py` makes tables and plot of it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,30 +28,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import RESULTS, ROOT, entry_of, fingerprint, kernel_sources, save_entry
-from benchmarks.serving_engine import Engine
+from benchmarks.serving_engine import Engine, Point, ProfileError
 from benchmarks.serving_models import DENSE, MODELS, ServedModel
+from benchmarks.serving_profile import chosen, profile
 
 START = 300.0
 """Most seconds until both engines are ready."""
 LOADED = 150.0
 """Seconds that the plan takes for that."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """``batch`` prompts of ``input`` tokens, ``output`` tokens each (1: prefill alone)."""
-
-    batch: int
-    input: int
-    output: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.batch}x{self.input}+{self.output}"
-
-    def tokens(self) -> int:
-        """Decoded tokens, or those of the prompts in a point of prefill."""
-        return self.batch * (self.output - 1 or self.input)
+PROFILED = 4.0
+"""Seconds that the plan takes for reading one profile."""
 
 
 def points(output: int, length: int) -> list[Point]:
@@ -83,12 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     end = time.monotonic() + options.budget
     for model, ratio in pairs:
-        missing = unmeasured(model, ratio, options)
-        if missing and end - time.monotonic() > LOADED:
+        if any(missing(model, ratio, options)) and end - time.monotonic() > LOADED:
             with ExitStack() as stack:
-                compare(model, ratio, missing, options, end, stack)
-    left = sum(len(unmeasured(model, ratio, options)) for model, ratio in pairs)
-    print(f"{left} points left")
+                compare(model, ratio, options, end, stack)
+    left = [len(part) for pair in pairs for part in missing(*pair, options)]
+    print(f"{sum(left)} points left, profiles among them")
 
 
 def sources() -> str:
@@ -97,20 +84,21 @@ def sources() -> str:
     return f"{fingerprint([package / 'ops', package / 'serving'])}/{kernel_sources()}"
 
 
-def unmeasured(model: ServedModel, ratio: str, options: argparse.Namespace) -> list[Point]:
-    known = entry_of(options.results, "pairs", f"{model.name}/{ratio}", sources()).get("points", {})
-    return [p for p in points(options.output, options.length) if p.key not in known]
+def missing(model: ServedModel, ratio: str, options: argparse.Namespace) -> tuple[list[Point], list[Point]]:
+    """The points that are not timed, and those that are not profiled."""
+    known = entry_of(options.results, "pairs", f"{model.name}/{ratio}", sources())
+    wanted = points(options.output, options.length)
+    return (
+        [p for p in wanted if p.key not in known.get("points", {})],
+        [p for p in chosen(wanted) if p.key not in known.get("profiles", {})],
+    )
 
 
 def compare(
-    model: ServedModel,
-    ratio: str,
-    missing: list[Point],
-    options: argparse.Namespace,
-    end: float,
-    stack: ExitStack,
+    model: ServedModel, ratio: str, options: argparse.Namespace, end: float, stack: ExitStack
 ) -> None:
-    """Start both engines and measure the points, saving after each."""
+    """Start both engines, time the points and profile some of them, saving after each."""
+    untimed, unprofiled = missing(model, ratio, options)
     work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     engines = {}
     for variant in (DENSE, ratio):
@@ -125,7 +113,7 @@ def compare(
         variant: engine.wait(min(START, end - time.monotonic())) for variant, engine in engines.items()
     }
     print(f"{model.name}, dense ratio {ratio}: ready, {entry['engines']}", flush=True)
-    for point in missing:
+    for point in untimed:
         if time.monotonic() > end:
             return
         times: dict[str, list[float]] = {variant: [] for variant in engines}
@@ -137,6 +125,31 @@ def compare(
         entry["points"][point.key] = figures(point, times[DENSE], times[ratio])
         save_entry(options.results, "pairs", key, entry)
         print(f"{model.name}, {ratio}, {point.key}: {entry['points'][point.key]['speed_up']:.3f}", flush=True)
+    profile_points(unprofiled, engines, entry, end, partial(save_entry, options.results, "pairs", key, entry))
+
+
+def profile_points(
+    wanted: list[Point],
+    engines: dict[str, Engine],
+    entry: dict[str, Any],
+    end: float,
+    save: Callable[[], None],
+) -> None:
+    """Kernels of the points into ``entry``; where that fails the reason, as the timings stay good."""
+    profiles = entry.setdefault("profiles", {})
+    for point in wanted:
+        left, failed = end - time.monotonic(), None
+        if left < 0:
+            return
+        try:
+            profiles[point.key] = {v: profile(engine, point, left + 60) for v, engine in engines.items()}
+        except RuntimeError as error:
+            failed = error
+            profiles[point.key] = {"error": str(error).splitlines()[-1][:300]}
+        save()
+        print(f"profile of {point.key}: {failed or 'done'}", flush=True)
+        if failed and not isinstance(failed, ProfileError):
+            return  # an engine is gone; the next call profiles the other points
 
 
 def elapsed(engine: Engine, point: Point, timeout: float) -> float:
@@ -162,14 +175,16 @@ def plan(pairs: list[tuple[ServedModel, str]], options: argparse.Namespace) -> I
     """What would run, how large it is and about how long it takes."""
     total = 0.0
     for model, ratio in pairs:
-        missing = unmeasured(model, ratio, options)
+        untimed, unprofiled = missing(model, ratio, options)
         gigabytes = [model.linear_bytes(variant) / 1e9 for variant in (DENSE, ratio)]
-        seconds = sum(guess(model, point) for point in missing) * 2 * (options.repeats + 1)
-        seconds += LOADED if missing else 0
+        seconds = sum(guess(model, point) for point in untimed) * 2 * (options.repeats + 1)
+        seconds += sum(guess(model, point) + 2 * PROFILED for point in unprofiled) * 2
+        seconds += LOADED if untimed or unprofiled else 0
         total += seconds
         yield (
             f"{model.name}, dense ratio {ratio}: {gigabytes[0]:.1f} and {gigabytes[1]:.1f} GB of linear "
-            f"weights, {len(missing)} points ({', '.join(p.key for p in missing)}), about {seconds:.0f} s"
+            f"weights, {len(untimed)} points ({', '.join(p.key for p in untimed)}), "
+            f"{len(unprofiled)} profiles ({', '.join(p.key for p in unprofiled)}), about {seconds:.0f} s"
         )
     yield f"about {total:.0f} s in all, an estimate for an H200"
 

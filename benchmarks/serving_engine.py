@@ -1,23 +1,27 @@
-"""A vLLM engine in a process of its own, which times batches of random prompts when told to.
+"""A vLLM engine in a process of its own, which times or profiles batches of random prompts when told to.
 
 usage: python benchmarks/serving_engine.py DIR [--length 4608]   (DIR: config.json alone, weights are random)
 
 Reads one JSON object a line from standard input, ``{"batch": n, "input": tokens, "output": tokens}``, and
-answers with a line ``RESULT {…}``; the first such line says that the engine is ready. :class:`Engine` is the
-other side. Two engines may stay on one GPU: only one is asked at a time, so A and B can be taken in turn.
+answers with a line ``RESULT {…}``; the first such line says that the engine is ready. ``"profile": true``
+runs the same under torch.profiler in the worker. :class:`Engine` is the other side. Two engines may stay on
+one GPU: only one is asked at a time, so A and B can be taken in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +32,44 @@ from benchmarks.supervise import end_group
 MARK = "RESULT "
 LONGEST = 3600.0
 """Seconds that any answer may take."""
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-"""The last: so that workers take the function which counts their memory."""
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # workers take the functions below
+    "TEARDOWN_CUPTI": "0",  # a second profile with CUDA graphs would crash under CUDA before 12.6
+    "DISABLE_CUPTI_LAZY_REINIT": "1",
+}
+Kernels = dict[str, list[float]]
+"""By name: how often it ran, and microseconds in all."""
+
+
+class ProfileError(RuntimeError):
+    """There is no profile, and the engine goes on."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """``batch`` prompts of ``input`` tokens, ``output`` tokens each (1: prefill alone)."""
+
+    batch: int
+    input: int
+    output: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.batch}x{self.input}+{self.output}"
+
+    @classmethod
+    def of(cls, key: str) -> Point:
+        return cls(*map(int, re.split("[x+]", key)))
+
+    def tokens(self) -> int:
+        """Decoded tokens, or those of the prompts in a point of prefill."""
+        return self.batch * (self.output - 1 or self.input)
 
 
 class Engine:
-    """Starts at once; :meth:`wait` returns when it is ready, :meth:`time` measures."""
+    """Starts at once; :meth:`wait` returns when it is ready, :meth:`time` and :meth:`profile` measure."""
 
     def __init__(self, model: Path, log: Path, *options: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -74,10 +110,22 @@ class Engine:
 
     def time(self, batch: int, input: int, output: int, timeout: float) -> float:
         """Seconds from ``batch`` prompts of ``input`` tokens to ``output`` tokens each."""
+        return self._ask({"batch": batch, "input": input, "output": output}, timeout)["seconds"]
+
+    def profile(self, batch: int, input: int, output: int, timeout: float) -> Kernels:
+        """What the device runs in the same; :class:`ProfileError` if that cannot be recorded."""
+        asked = {"batch": batch, "input": input, "output": output, "profile": True}
+        answer = self._ask(asked, timeout)
+        if not answer.get("kernels"):
+            raise ProfileError(answer.get("error", "the profiler saw no kernels"))
+        return answer["kernels"]
+
+    def _ask(self, asked: dict[str, Any], timeout: float) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"batch": batch, "input": input, "output": output}) + "\n")
-        self.process.stdin.flush()
-        return self.wait(timeout)["seconds"]
+        with contextlib.suppress(BrokenPipeError):  # the log says why
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+        return self.wait(timeout)
 
     def stop(self) -> None:
         """Ends the process with its workers."""
@@ -93,6 +141,34 @@ def memory(worker: Any) -> dict[str, int]:
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return {"weights": sum(held.values()), "allocated": on_gpu}
+
+
+def start_profiler(worker: Any) -> None:
+    """Record the kernels of this worker from here on; on CPUs its operators."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    worker.kernel_profiler = profile(activities=[activity])
+    worker.kernel_profiler.start()
+
+
+def stop_profiler(worker: Any) -> dict[str, list[float]]:
+    """What ran since, by name: calls and microseconds on the device (operators: of their own)."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    worker.kernel_profiler.stop()
+    kernels = {}
+    for event in worker.kernel_profiler.key_averages():
+        on_cpu = event.device_type == torch.autograd.DeviceType.CPU
+        if on_cpu != on_gpu and not event.is_user_annotation:
+            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            kernels[event.key] = [event.count, microseconds]
+    del worker.kernel_profiler
+    return kernels
 
 
 def main() -> None:
@@ -134,9 +210,22 @@ def main() -> None:
             for _ in range(asked["batch"])
         ]
         params = SamplingParams(temperature=0, max_tokens=asked["output"], ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
+        if asked.get("profile"):
+            say(profiled(llm, prompts, params))
+        else:
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            say({"seconds": time.perf_counter() - began})
+
+
+def profiled(llm: Any, prompts: list[Any], params: Any) -> dict[str, Any]:
+    """The first worker's kernels, or why there are none: an engine that cannot profile can still be timed."""
+    try:
+        llm.collective_rpc(start_profiler)
         llm.generate(prompts, params, use_tqdm=False)
-        say({"seconds": time.perf_counter() - began})
+        return {"kernels": llm.collective_rpc(stop_profiler)[0]}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def say(answer: dict[str, Any]) -> None:

@@ -25,12 +25,17 @@ def tables() -> dict[str, str]:
 
 
 def filled(text: str) -> str:
-    """A document with its tables made anew between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
-    for name, table in tables().items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    """A document with its tables made anew."""
+    for name, found in tables().items():
+        text = fill(text, name, found)
     return text
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """A document with ``content`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def _models() -> str:
@@ -45,7 +50,7 @@ def _models() -> str:
             gained = f"{m.spense_kv_tokens - m.dense_kv_tokens:,} of {m.dense_kv_tokens:,}"
             weights = f"{m.dense_bytes / 1e9:.1f} → {m.spense_bytes / 1e9:.1f}"
             rows.append([model, f"{ratio:g}", *speeds, f"{found[0].prefill.speedup:.2f}×", weights, gained])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _gpus() -> str:
@@ -66,7 +71,7 @@ def _gpus() -> str:
             )
             speeds = (one.decode.speedup, many.decode.speedup, one.prefill.speedup)
             rows.append([f"{size} × {gpu}", f"{ratio:g}", *(f"{speed:.2f}×" for speed in speeds)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _batches() -> str:
@@ -77,14 +82,14 @@ def _batches() -> str:
         times = [f"{p.dense.total * 1e3:.2f}", f"{p.spense.total * 1e3:.2f}", f"{p.speedup:.2f}×"]
         shares = [f"{share:.0%}" for share in (p.mlp_share, kv, 1 - p.mlp_share - kv)]
         rows.append([str(batch), *times, *shares])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _shown() -> Prediction:
     return plan("Qwen3-32B", context=2048)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 

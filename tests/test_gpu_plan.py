@@ -568,6 +568,21 @@ def test_the_pruner_is_timed_once_per_state(tmp_path: Path, monkeypatch: pytest.
     assert len(commands) == 3
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_serving_ends_with_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu, "supervise", lambda c, **_: commands.append(c) or Ended(0, "", 1.0, ""))
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
+    run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
+    if measured:
+        results_file.write(run.path("serving_decode"), {"pairs": {"Qwen3-32B/0.5": {}}})
+    gpu.stage_serving(run)
+    report = [sys.executable, "benchmarks/serving_report.py", "--results", str(run.path("serving_decode"))]
+    assert commands[1:] == ([report] if measured else [])
+
+
 def test_another_results_directory_starts_from_what_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,11 @@ from tiny import LINEARS
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import serving_decode, serving_openai
-from benchmarks.results_file import read
-from benchmarks.serving_decode import Point, figures, points
+from benchmarks.results_file import read, write
+from benchmarks.serving_decode import figures, points
+from benchmarks.serving_engine import Point, ProfileError
 from benchmarks.serving_models import DENSE, MODELS
+from benchmarks.serving_profile import category
 from vllm_spense.format import parse_config
 
 QWEN = MODELS["Qwen3-32B"]
@@ -63,6 +65,7 @@ class FakeEngine:
     """Dense takes 3 ms per decoded token and 1 s per prompt batch, Spense 2 ms and 0.5 s."""
 
     asked: ClassVar[list[tuple[str, int, int, int]]] = []
+    profiled: ClassVar[list[tuple[str, int, int, int]]] = []
     running: ClassVar[list[str]] = []
 
     def __init__(self, model: Path, log: Path, *options: str) -> None:
@@ -77,6 +80,12 @@ class FakeEngine:
         step, prompt = (3e-3, 1.0) if self.variant == DENSE else (2e-3, 0.5)
         return prompt + step * (output - 1)
 
+    def profile(self, batch: int, input: int, output: int, timeout: float) -> dict[str, list[float]]:
+        """One GEMM in the prompt and one a step, of half the time."""
+        self.profiled.append((self.variant, batch, input, output))
+        step, prompt = (1500, 5e5) if self.variant == DENSE else (1000, 2.5e5)
+        return {"nvjet_tst": [output, prompt + step * (output - 1)], "flash::fwd": [1, 10.0]}
+
     def stop(self) -> None:
         self.running.remove(self.variant)
 
@@ -84,6 +93,7 @@ class FakeEngine:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(FakeEngine, "asked", [])
+    monkeypatch.setattr(FakeEngine, "profiled", [])
     monkeypatch.setattr(FakeEngine, "running", [])
     monkeypatch.setattr(serving_decode, "Engine", FakeEngine)
     return FakeEngine
@@ -112,12 +122,60 @@ def test_known_points_are_kept_and_other_sources_are_not(
 ) -> None:
     run(tmp_path)
     fake.asked.clear()
+    fake.profiled.clear()
     run(tmp_path)
-    assert fake.asked == []
+    assert fake.asked == fake.profiled == []
     assert "0 points left" in capsys.readouterr().out
     monkeypatch.setattr(serving_decode, "sources", lambda: "others")
     assert run(tmp_path)["sources"] == "others"
     assert fake.asked
+
+
+def test_a_step_is_profiled_once_in_both_engines(tmp_path: Path, fake: type[FakeEngine]) -> None:
+    profiles = run(tmp_path)["profiles"]
+    assert list(profiles) == ["32x128+128", "1x128+128", "1x128+1"]
+    assert profiles["32x128+128"] == {DENSE: {"nvjet_tst": [1, 1500]}, "0.5": {"nvjet_tst": [1, 1000]}}
+    assert profiles["1x128+1"][DENSE] == {"nvjet_tst": [1, 5e5], "flash::fwd": [1, 10.0]}
+    assert fake.profiled[:4] == [(v, 32, 128, output) for v in (DENSE, "0.5") for output in (128, 1)]
+    assert len(fake.profiled) == 10
+
+
+def test_a_missing_profile_is_made_without_timing_again(tmp_path: Path, fake: type[FakeEngine]) -> None:
+    run(tmp_path)
+    results = read(tmp_path / "results.json")
+    del results["pairs"]["tiny/0.5"]["profiles"]["1x128+128"]
+    write(tmp_path / "results.json", results)
+    fake.asked.clear()
+    fake.profiled.clear()
+    assert len(run(tmp_path)["profiles"]) == 3
+    assert fake.asked == []
+    assert {asked[1:3] for asked in fake.profiled} == {(1, 128)}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_failing_profile_costs_no_timing(
+    tmp_path: Path,
+    fake: type[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    gone: bool,
+) -> None:
+    works = fake.profile
+
+    def fail(engine: FakeEngine, batch: int, *more: Any) -> Any:
+        if batch == 32:
+            raise RuntimeError("no answer\nof whom") if gone else ProfileError("no CUPTI")
+        return works(engine, batch, *more)
+
+    monkeypatch.setattr(fake, "profile", fail)
+    entry = run(tmp_path)
+    assert len(entry["points"]) == len(points(128, 300))
+    assert entry["profiles"]["32x128+128"] == {"error": "of whom" if gone else "no CUPTI"}
+    assert len(entry["profiles"]) == (1 if gone else 3), "an engine that is gone is not asked again"
+    assert f"{2 if gone else 0} points left" in capsys.readouterr().out
+    fake.asked.clear()
+    assert len(run(tmp_path)["profiles"]) == 3
+    assert fake.asked == []
 
 
 def test_without_time_nothing_is_started(tmp_path: Path, fake: type[FakeEngine]) -> None:
@@ -142,6 +200,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert "Qwen3-32B, dense ratio 0.5: 31.2 and 26.5 GB of linear weights, 11 points" in lines[0]
+    assert "3 profiles (32x128+128, 1x128+128, 1x8192+1), about" in lines[0]
 
 
 @pytest.mark.vllm
@@ -152,8 +211,14 @@ def test_real_engines_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monkey
     logs = str(tmp_path / "logs")
     entry = run(tmp_path, "--eager", "--output", "4", "--repeats", "1", "--logs", logs)
     assert len(entry["points"]) == len(points(4, 300))
-    assert all(figure["speed_up"] > 0 for figure in entry["points"].values())
+    for figure in entry["points"].values():  # differences of noise: not even their sign is certain
+        assert len(figure["dense_seconds"]) == len(figure["spense_seconds"]) == 1
     assert all(engine["memory"][0]["weights"] > 0 for engine in entry["engines"].values())
+    assert list(entry["profiles"]) == ["32x128+4", "1x128+4", "1x128+1"]
+    for key, profile in entry["profiles"].items():
+        for variant, kernels in profile.items():
+            kinds = {category(name) for name, (calls, _) in kernels.items() if calls >= 1}
+            assert kinds >= {"dense GEMM", "attention", "sampling"}, (key, variant)
 
 
 # --- the server ---------------------------------------------------------------------------------------------
