@@ -134,7 +134,10 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     random = write_random(arguments.work / "random", arguments.gigabytes)
-    given = {arguments.name or arguments.model.name: arguments.model, f"random, {arguments.gigabytes:g} GB": random}
+    given = {
+        arguments.name or arguments.model.name: arguments.model,
+        f"random, {arguments.gigabytes:g} GB": random,
+    }
     models: dict[str, tuple[Path, dict[str, str]]] = {}
     for name, spense in given.items():
         twin = export(spense, arguments.work / f"{spense.name}-fp8", format="fp8")
