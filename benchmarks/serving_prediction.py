@@ -1,18 +1,23 @@
-"""Write the predicted tables and the plot of docs/performance.md: `python benchmarks/serving_prediction.py`.
+"""Write the predicted tables and plots of docs/performance.md: `python benchmarks/serving_prediction.py`.
 
 Needs no GPU. Where a tuning table lies on this machine (``spense tune``), its times go in.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.prediction_plots import write_growth, write_roofline
+from benchmarks.results_file import RESULTS, read
 from vllm_spense.cli.serving_plan import plot_plan
 from vllm_spense.planning import GPUS, plan
 from vllm_spense.planning.gain import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "img" / "plan_qwen3_32b_h200.png"
+DOCUMENT, IMAGES = ROOT / "docs" / "performance.md", ROOT / "docs" / "img"
 MODELS = ("Qwen3-32B", "Seed-OSS-36B", "Llama-3.1-8B")
 RATIOS = (0.5, 0.25)
 POINTS = ((1, 512), (32, 512), (32, 4096), (8, 32768))
@@ -95,5 +100,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     DOCUMENT.write_text(filled(DOCUMENT.read_text()))
-    plot_plan(_shown(), PLOT)
-    print(f"wrote {DOCUMENT} and {PLOT}")
+    plot_plan(_shown(), IMAGES / "plan_qwen3_32b_h200.png")
+    write_growth(IMAGES / "plan_growth.png")
+    write_roofline(IMAGES / "plan_roofline.png", read(RESULTS / "kernels.json").get("rows", []))
+    print(f"wrote {DOCUMENT} and its plots")

@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+
+import pytest
 
 from vllm_spense.planning import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.serving_prediction import DOCUMENT, PLOT, filled  # noqa: E402
+from benchmarks.prediction_plots import (  # noqa: E402
+    GPU,
+    RATIOS,
+    gate_up,
+    moved_bytes,
+    seconds,
+    step_ms,
+    write_growth,
+    write_roofline,
+)
+from benchmarks.serving_prediction import DOCUMENT, IMAGES, filled  # noqa: E402
 
 
 def test_the_tables_are_not_stale() -> None:
     text = DOCUMENT.read_text()
     assert filled(text) == text, "run: python benchmarks/serving_prediction.py"
-    assert PLOT.is_file()
+    for image in re.findall(r"\]\(img/(plan_\w+\.png)\)", text):
+        assert (IMAGES / image).is_file(), image
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_cost_grows_by_the_same_for_every_layer(ratio: float) -> None:
+    """Beside sampling and the head, which every depth has once; the model's own depth is the calculator's."""
+    one, two, four = (step_ms(ratio, layers=n) for n in (16, 32, 64))
+    assert four - two == pytest.approx(2 * (two - one))
+    assert 0 < one < two
+    found = plan("Qwen3-32B", batch=32, context=512, dense_ratio=0.5 if ratio == 1 else ratio).decode
+    assert four == pytest.approx(1e3 * (found.dense if ratio == 1 else found.spense).total)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 16384])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_no_point_is_above_its_roof(ratio: float, tokens: int) -> None:
+    spec = gate_up(ratio)
+    operations = 2 * tokens * spec.in_features * spec.out_features
+    needed = operations * (1 + ratio) / 2 / GPU.fp8_sheet_rate
+    floor = max(needed, moved_bytes(spec, tokens) / GPU.memory_sheet_rate)
+    assert floor < seconds(spec, tokens, ratio) < 2 * floor + 1e-5
+
+
+def test_plots_with_and_without_measurements(tmp_path: Path) -> None:
+    row = {"key": "Qwen3-32B/gate_up/0.5/64", "tokens": 64, "us": 50.0}
+    write_growth(tmp_path / "growth.png")
+    for name, rows in {"predicted": [], "measured": [row]}.items():
+        write_roofline(tmp_path / f"{name}.png", rows)
+    sizes = [(tmp_path / f"{name}.png").stat().st_size for name in ("growth", "predicted", "measured")]
+    assert min(sizes) > 10_000
+    assert (tmp_path / "predicted.png").read_bytes() != (tmp_path / "measured.png").read_bytes()
 
 
 def test_the_readme_quotes_the_prediction() -> None:
