@@ -131,12 +131,17 @@ def write_documents(results: dict[str, Any], rows: Sequence[Line], ablations: Se
 
 
 def insert(path: Path, name: str, block: str) -> None:
-    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``, if the file has them."""
+    """:func:`fill` a file, if it has the markers."""
     text = path.read_text()
+    if f"<!-- {name}:begin -->" in text and f"<!-- {name}:end -->" in text:
+        path.write_text(fill(text, name, block))
+
+
+def fill(text: str, name: str, block: str) -> str:
+    """A document with ``block`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if begin in text and end in text:
-        before, after = text.split(begin)[0], text.split(end)[1]
-        path.write_text(f"{before}{begin}\n{block}\n{end}{after}")
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end, 1)[1]}"
 
 
 def write_plot(figures: Figures, rows: Sequence[Line]) -> None:

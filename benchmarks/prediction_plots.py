@@ -15,7 +15,7 @@ from vllm_spense.cli.plot import new_figure
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.planning import GPUS, read_model
 from vllm_spense.planning.shapes import ModelShape
-from vllm_spense.planning.step import decode, layer_time
+from vllm_spense.planning.step import decode, layer_time, moved_bytes
 
 MODEL, GPU = "Qwen3-32B", GPUS["H200"]
 RATIOS = (1.0, 0.5, 0.25)
@@ -59,11 +59,6 @@ def write_growth(path: Path) -> None:
         finish(axis, title, "ms per decode step, predicted")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-
-
-def moved_bytes(spec: LinearSpec, tokens: int) -> int:
-    """Weights as stored, activations in FP8, outputs in bf16."""
-    return spec.weight_bytes + tokens * (spec.in_features + 2 * spec.out_features)
 
 
 def gate_up(ratio: float) -> LinearSpec:

@@ -56,7 +56,7 @@ def build(model: ServedModel, variant: str, work: Path) -> dict[str, Any]:
     config = engine.create_engine_config()
     torch.set_default_dtype(torch.bfloat16)  # as vLLM's loaders do
     with set_current_vllm_config(config):
-        one_rank()
+        one_rank(work)
         with torch.device("meta"):
             built = initialize_model(config)
     torch.set_default_dtype(torch.float32)
@@ -71,13 +71,12 @@ def build(model: ServedModel, variant: str, work: Path) -> dict[str, Any]:
     }
 
 
-def one_rank() -> None:
+def one_rank(work: Path) -> None:
     """The process groups that vLLM's layers ask for their size."""
     from vllm import distributed
 
     if not distributed.model_parallel_is_initialized():
-        address = f"file://{tempfile.mktemp()}"
-        distributed.init_distributed_environment(1, 0, address, 0, "gloo")
+        distributed.init_distributed_environment(1, 0, f"file://{work}/rendezvous", 0, "gloo")
         distributed.initialize_model_parallel(1, 1, backend="gloo")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.frontier_report import fill
 from benchmarks.prediction_plots import write_growth, write_roofline
 from benchmarks.results_file import RESULTS, read
 from vllm_spense.cli.serving_plan import plot_plan
@@ -34,13 +35,6 @@ def filled(text: str) -> str:
     for name, found in tables().items():
         text = fill(text, name, found)
     return text
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """A document with ``content`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = text.split(begin, 1)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def _models() -> str:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.frontier_report import fill
 from benchmarks.results_file import RESULTS, ROOT, read
 from benchmarks.serving_engine import Kernels, Point
 from benchmarks.serving_models import DENSE
-from benchmarks.serving_prediction import fill, table
+from benchmarks.serving_prediction import table
 from benchmarks.serving_profile import CATEGORIES, GAPS, OTHER, breakdown, largest, steps
 from vllm_spense.cli.plot import new_figure
 

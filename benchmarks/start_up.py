@@ -3,10 +3,10 @@
 usage: python benchmarks/start_up.py SPENSE_DIR [--gigabytes 1] [--repeats 3]
 
 The twin is `spense export --format fp8` of the same checkpoint. Besides SPENSE_DIR, a random model whose
-dense FP8 weights have the given size is measured. Spense runs as it is
-by default and, with SPENSE_BACKEND=vllm-fp8, its MLPs in vLLM's dense kernel, which keeps FP8 on CPUs, too.
-Each measurement is a process of its own, in turn: seconds until `LLM(...)` returns (eager, one process), of
-loading the model, and of each kind of check.
+dense FP8 weights have the given size is measured. Spense runs as it is by default and, with
+SPENSE_BACKEND=vllm-fp8, its MLPs in vLLM's dense kernel, which keeps FP8 on CPUs, too. Each measurement is a
+process of its own, in turn: seconds until `LLM(...)` returns (eager, one process), of loading the model, and
+of each kind of check.
 Writes benchmarks/results/start_up.json and the table in docs/reliability.md.
 """
 

@@ -175,7 +175,7 @@ def test_against_float64(layouts: list[Layout], weight_dtype: torch.dtype) -> No
     """M 0, 1, 7 (large layers: 7) × bias × output dtype for every layout; both operators."""
     layer = make_layer(layouts, weight_dtype, bias=True)
     weight, bias = slow_matrix(layer), layer.bias
-    matrix = full_weight(*layer.tensors().values(), *layer.sizes(), layer.output_split)
+    matrix = full_weight(*layer.tensors().values(), *layer.sizes(), layer.output_split).float()
     assert torch.equal(matrix.double(), weight)
     for layer.bias in (None, bias):
         for tokens in (0, 1, 7) if layouts in SMALL else (7,):
@@ -235,7 +235,7 @@ def test_opcheck(layouts: list[Layout]) -> None:
     x, _ = activations(5, 16, torch.bfloat16)
     arguments = layer.arguments(x, None, torch.bfloat16)
     torch.library.opcheck(linear, arguments, test_utils=FULL)
-    matrix = full_weight(*arguments[2:5], *arguments[7:10])
+    matrix = full_weight(*arguments[2:5], *arguments[7:10]).float()
     scale, x_scale = torch.ones(matrix.shape[0]), torch.ones(5, 1)
     torch.library.opcheck(
         dense_linear, (x, x_scale, matrix, scale, layer.bias, torch.float16), test_utils=FULL
@@ -249,7 +249,7 @@ def test_opcheck_fp8(layouts: list[Layout]) -> None:
     x, x_scale = activations(5, 16, FP8_DTYPE)
     arguments = layer.arguments(x, x_scale, torch.bfloat16)
     torch.library.opcheck(linear, arguments, test_utils=FP8_CHECKS)
-    matrix = full_weight(*arguments[2:5], *arguments[7:10])
+    matrix = full_weight(*arguments[2:5], *arguments[7:10]).float()
     torch.library.opcheck(
         dense_linear, (x, x_scale, matrix, layer.scale, layer.bias, torch.float32), test_utils=FP8_CHECKS
     )
@@ -278,7 +278,7 @@ def test_compiled_equals_eager(split: Split) -> None:
     """Quantisation and both operators in one graph, without a break, for several batch sizes."""
     layer = make_layer([Layout(split, 24, 144, 16)], FP8_DTYPE, bias=True)
     weights = layer.arguments(*activations(1, 144, FP8_DTYPE), torch.bfloat16)[2:]
-    matrix = full_weight(*weights[:3], *weights[5:8])
+    matrix = full_weight(*weights[:3], *weights[5:8]).float()
 
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, scale = quantize_per_token(x * 2)

@@ -93,7 +93,7 @@ def check(
     """``y`` within the rounding of ``spense::linear``'s result."""
     x, x_scale, *tensors, scale, bias, sparse, dense, output_split, out = given
     expected = linear(*given[:-1], torch.float32)
-    weight = full_weight(*tensors, sparse, dense, output_split).abs()
+    weight = full_weight(*tensors, sparse, dense, output_split).float().abs()
     magnitude = x.float().abs() @ weight.T
     for factor in (x_scale, scale):
         magnitude = magnitude if factor is None else magnitude * factor

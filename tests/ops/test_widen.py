@@ -53,7 +53,7 @@ CASES = {
 @pytest.mark.parametrize("arguments", CASES.values(), ids=CASES)
 def test_bits(arguments: tuple, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_spense.ops.widen._PART", part)
-    wanted = full_weight(*arguments)
+    wanted = full_weight(*arguments).float()
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
     try:
         got = widened_weight(*arguments)
@@ -91,4 +91,4 @@ def test_columns_of_a_larger_matrix() -> None:
     values, meta, dense, *sizes = CASES["down"]
     wide = [torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]] for tensor in (values, meta, dense)]
     assert not wide[0].is_contiguous()
-    assert torch.equal(widened_weight(*wide, *sizes), full_weight(values, meta, dense, *sizes))
+    assert torch.equal(widened_weight(*wide, *sizes), full_weight(values, meta, dense, *sizes).float())

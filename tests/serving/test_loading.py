@@ -139,7 +139,7 @@ class Rank:
         spec = self.plan.spec()
         names = ("sparse_values", "sparse_meta", "dense_weight")
         sizes = list(spec.sparse_sizes), list(spec.dense_sizes)
-        return full_weight(*(self.tensors[n] for n in names), *sizes, spec.split == "output")
+        return full_weight(*(self.tensors[n] for n in names), *sizes, spec.split == "output").float()
 
     def apply(self, x: torch.Tensor, bias: bool) -> torch.Tensor:
         vector = self.tensors["bias"] if bias else None

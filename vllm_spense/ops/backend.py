@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.ops.linear import stored_weight
+from vllm_spense.ops.linear import full_weight
 from vllm_spense.ops.quantize import quantize_per_token
 from vllm_spense.ops.spec import LinearSpec
 
@@ -53,7 +53,7 @@ def regions(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> tuple[Any,
 
 def decompressed(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """``[N, K]`` of a layer's checkpoint tensors: stored values, zeros written out, no scale."""
-    return stored_weight(*regions(spec, tensors))
+    return full_weight(*regions(spec, tensors))
 
 
 def activations(spec: LinearSpec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

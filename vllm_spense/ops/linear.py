@@ -29,7 +29,7 @@ def interleave(
     return torch.cat([part for pair in pieces for part in pair])
 
 
-def stored_weight(
+def full_weight(
     sparse_values: torch.Tensor,
     sparse_meta: torch.Tensor,
     dense_weight: torch.Tensor,
@@ -45,20 +45,6 @@ def stored_weight(
     if output_split:
         return interleave(sparse, dense_weight, sparse_sizes, dense_sizes)
     return torch.cat([sparse, dense_weight], dim=1)
-
-
-def full_weight(
-    sparse_values: torch.Tensor,
-    sparse_meta: torch.Tensor,
-    dense_weight: torch.Tensor,
-    sparse_sizes: list[int],
-    dense_sizes: list[int],
-    output_split: bool,
-) -> torch.Tensor:
-    """:func:`stored_weight` in fp32, which holds every stored value exactly."""
-    return stored_weight(
-        sparse_values, sparse_meta, dense_weight, sparse_sizes, dense_sizes, output_split
-    ).float()
 
 
 def _matmul_scaled(
@@ -103,7 +89,7 @@ def reference_linear(
         sparse_values = sparse_values[:, : columns // 2]
         sparse_meta = unblock_metadata(sparse_meta, rows, columns)
     weight = full_weight(sparse_values, sparse_meta, dense_weight, sparse_sizes, dense_sizes, output_split)
-    return _matmul_scaled(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return _matmul_scaled(x, x_scale, weight.float(), weight_scale, bias, out_dtype)
 
 
 @torch.library.custom_op("spense::linear", mutates_args=(), device_types="cpu")

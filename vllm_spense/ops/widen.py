@@ -1,7 +1,7 @@
 """The fp32 matrix of an FP8 layer on a CPU, computed in parts that stay in its cache.
 
-The result of :func:`vllm_spense.ops.linear.full_weight` in a third of its time: there is no index and no
-matrix besides the result, and nothing is converted one value at a time.
+What :func:`vllm_spense.ops.linear.full_weight` gives in fp32, in a third of the time: there is no index and
+no matrix besides the result, and nothing is converted one value at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def widened_weight(
     dense_sizes: list[int],
     output_split: bool,
 ) -> torch.Tensor:
-    """fp32 ``[N, K]``, as ``full_weight`` gives it for e4m3 without NaN (loading has checked that)."""
+    """fp32 ``[N, K]``, ``full_weight`` of e4m3 without NaN (loading has checked that)."""
     if not output_split:
         columns = sum(sparse_sizes)
         out = torch.empty(dense_weight.shape[0], columns + dense_weight.shape[1], dtype=torch.float32)

@@ -148,8 +148,12 @@ def _kernel_seconds(spec: LinearSpec, tokens: int, gpu: Gpu) -> float:
     and slower memory cannot be faster than its own memory."""
     legal = candidates(spec, tokens, gpu.capability, cutlass=False)
     best = min(estimate(spec, tokens, config, gpu.processors) for config in legal)
-    moved = spec.weight_bytes + tokens * (spec.in_features + 2 * spec.out_features)
-    return max(best, moved / gpu.memory_rate + LAUNCH)
+    return max(best, moved_bytes(spec, tokens) / gpu.memory_rate + LAUNCH)
+
+
+def moved_bytes(spec: LinearSpec, tokens: int) -> int:
+    """Weights as stored, activations in FP8, outputs in bf16."""
+    return spec.weight_bytes + tokens * (spec.in_features + 2 * spec.out_features)
 
 
 def _roofline_seconds(spec: LinearSpec, tokens: int, gpu: Gpu) -> float:
