@@ -25,6 +25,10 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, torch.randn(R, K, generator=g) / 4, torch.randn(R, K, generator=g) / 4
 
 
+def hessian(x: torch.Tensor) -> torch.Tensor:
+    return 2 / len(x) * x.t() @ x
+
+
 def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     kept = torch.zeros_like(weight).unflatten(1, (-1, 4))
     kept.scatter_(2, weight.abs().unflatten(1, (-1, 4)).topk(2, 2).indices, 1.0)
@@ -76,7 +80,7 @@ def test_the_intermediate_values_come_closer(
     originals = weights[:linears]
     biases = [torch.linspace(-1, 1, R) if biased else None for _ in originals]
     pruned = [two_of_four(w) for w in originals]
-    fitted = fit_jointly(silu, pruned, originals, biases, x, 8)
+    fitted = fit_jointly(silu, pruned, originals, biases, x, hessian(x), 8)
 
     def error(candidates: list[torch.Tensor]) -> torch.Tensor:
         def value(ws: list[torch.Tensor]) -> torch.Tensor:
@@ -90,7 +94,7 @@ def test_the_intermediate_values_come_closer(
     assert error(fitted).sum() < 0.3 * error(pruned).sum()
     for new, old in zip(fitted, pruned, strict=True):
         assert torch.equal(new != 0, old != 0)
-    same = fit_jointly(silu, originals, originals, biases, x, 8)
+    same = fit_jointly(silu, originals, originals, biases, x, hessian(x), 8)
     for new, old in zip(same, originals, strict=True):
         torch.testing.assert_close(new, old)
 
@@ -99,10 +103,12 @@ def test_rows_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *originals = inputs(2)
     pruned = [two_of_four(w) for w in originals]
     biases = [torch.randn(R), None]
-    whole = fit_jointly(silu, pruned, originals, biases, x, 3)
+    whole = fit_jointly(silu, pruned, originals, biases, x, hessian(x), 3)
     monkeypatch.setattr(joint, "ROWS", 4)
     monkeypatch.setattr(joint, "CHUNK", 70)
-    for part, all_rows in zip(fit_jointly(silu, pruned, originals, biases, x, 3), whole, strict=True):
+    for part, all_rows in zip(
+        fit_jointly(silu, pruned, originals, biases, x, hessian(x), 3), whole, strict=True
+    ):
         torch.testing.assert_close(part, all_rows)
 
 

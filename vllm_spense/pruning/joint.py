@@ -9,7 +9,7 @@ are still independent of each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,45 +37,36 @@ def fit_jointly(
     originals: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     x: torch.Tensor,
+    h: torch.Tensor,
     iterations: int,
 ) -> list[torch.Tensor]:
     """New values for the nonzero weights of ``pruned``: gate and up, or the one of a plain MLP, each [R, K].
 
-    ``originals``: the dense weights, ``biases`` [R] of both, ``x [T, K]`` the MLP's inputs, all fp32 on one
-    device. ``iterations`` of conjugate gradients for each. Zeros stay zero.
+    ``originals``: the dense weights, ``biases`` [R] of both, ``x [T, K]`` the MLP's inputs, ``h [K, K]``
+    their Hessian (``2/T Σ x xᵀ`` of these tokens or of more), all fp32 on one device. ``iterations`` of
+    conjugate gradients for each. Zeros stay zero.
     """
-    shared = x.t() @ x
+    shared = h * (len(x) / 2)
+    chunks = x.split(CHUNK)
     fitted = []
     for start in range(0, len(pruned[0]), ROWS):
         rows = slice(start, start + ROWS)
         offsets = [0.0 if bias is None else bias[rows] for bias in biases]
-        weights, wanted = [w[rows] for w in pruned], []
-        for chunk in x.split(CHUNK):
-            wanted.append(_value(activation, _outputs([w[rows] for w in originals], offsets, chunk)))
+        dense, weights = [w[rows] for w in originals], [w[rows] for w in pruned]
+        wanted = [_value(activation, _outputs(dense, offsets, chunk)) for chunk in chunks]
+        gates = [
+            _outputs(weights[:1], offsets[:1], chunk)[0] for chunk in chunks
+        ]  # moves last: once for both
         for which in reversed(range(len(weights))):
-            weights[which] = _fit(activation, weights, offsets, which, x, wanted, shared, iterations)
+            squares, pull = [], torch.zeros_like(weights[which])
+            for chunk, gate, values in zip(chunks, gates, wanted, strict=True):
+                inner = [gate, *_outputs(weights[1:], offsets[1:], chunk)]
+                slope = _slope(activation, inner, which)
+                pull += (slope * (values - _value(activation, inner))).t() @ chunk
+                squares.append(slope.square_())
+            weights[which] = _step(weights[which], x, squares, pull, shared, iterations)
         fitted.append(weights)
     return [torch.cat(parts) for parts in zip(*fitted, strict=True)]
-
-
-def _fit(
-    activation: Activation,
-    weights: Sequence[torch.Tensor],
-    offsets: Offsets,
-    which: int,
-    x: torch.Tensor,
-    wanted: Iterable[torch.Tensor],
-    shared: torch.Tensor,
-    iterations: int,
-) -> torch.Tensor:
-    """``weights[which]`` after a step towards the ``wanted`` values, chunks [tokens, R]."""
-    squares, pull = [], torch.zeros_like(weights[which])
-    for chunk, values in zip(x.split(CHUNK), wanted, strict=True):
-        inner = _outputs(weights, offsets, chunk)
-        slope = _slope(activation, inner, which)
-        pull += (slope * (values - _value(activation, inner))).t() @ chunk
-        squares.append(slope.square_())
-    return _step(weights[which], x, squares, pull, shared, iterations)
 
 
 def _outputs(weights: Sequence[torch.Tensor], offsets: Offsets, x: torch.Tensor) -> list[torch.Tensor]:

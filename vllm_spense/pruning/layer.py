@@ -144,7 +144,8 @@ class LayerPruner:
         entering = Moments() if seen is None else seen.entering
         solver = entering.solver(self.config, " and ".join(mlp.inner))
         if seen is not None and seen.tokens:
-            self._solve_jointly(mlp, result, solver, torch.cat(seen.tokens))
+            assert entering.h is not None
+            self._solve_jointly(mlp, result, solver, torch.cat(seen.tokens), entering.h)
         else:
             for name, linear in mlp.inner.items():
                 self._solve(result, solver, name, linear)
@@ -277,8 +278,12 @@ class LayerPruner:
         self._reorder(mlp, order)
         return order
 
-    def _solve_jointly(self, mlp: Mlp, result: PrunedLayer, solver: Solver, tokens: torch.Tensor) -> None:
-        """Prune the inner linears, then fit their 2:4 rows to the dense intermediate values of ``tokens``."""
+    def _solve_jointly(
+        self, mlp: Mlp, result: PrunedLayer, solver: Solver, tokens: torch.Tensor, h: torch.Tensor
+    ) -> None:
+        """Prune the inner linears, then fit their 2:4 rows to the dense intermediate values of ``tokens``.
+
+        ``h [K, K]`` is the Hessian of all inputs."""
         if mlp.activation is None:
             raise ValueError(
                 f"{mlp.name}: its activation function was not found, so that joint cannot be used"
@@ -292,6 +297,7 @@ class LayerPruner:
             [weight[rows] for weight in originals.values()],
             [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()],
             tokens.to(mlp.down.weight.device),
+            h,
             self.config.joint,
         )
         for (name, linear), weight in zip(mlp.inner.items(), fitted, strict=True):

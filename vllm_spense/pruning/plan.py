@@ -268,8 +268,8 @@ class _Sizes:
             shapes = [(min(x.out_features, ROWS), x.in_features) for x in layouts.values() if x.sparse]
             solver = max([solver] + [4 * k * (3 * k + REFINE_BUFFERS * rows) for rows, k in shapes])
         if mlp is not None:
-            rows = min(mlp.intermediate, ROWS)  # values and slopes of all tokens, of a block of rows
-            solver = max(solver, 4 * self._joint_tokens * (hidden + 2 * rows))
+            rows = min(mlp.intermediate, ROWS)  # values, gate's outputs and slopes of all tokens, of a block
+            solver = max(solver, 4 * self._joint_tokens * (hidden + 3 * rows))
         options = self.config
         more = 2 * options.search_damping + (options.asymmetric > 0) + (options.order == "energy")
         matrices = 4 * (hidden**2 + more * inner**2)
@@ -331,12 +331,10 @@ class _Sizes:
         """Add the joint fit of ``linears`` with this layout."""
         tokens, k, rows = self._joint_tokens, layout.in_features, layout.sparse_shape[0]
         values = tokens * rows
-        # All values, dense and in front of each step; then the residual and two per iteration.
-        gemms = linears + linears * (linears + 1 + 2 * self.config.joint)
+        # All dense values, gate's outputs; per step the other outputs, the residual and two per iteration.
+        gemms = linears + 1 + linears * (linears + 2 * self.config.joint)
         work.fp32 += 2.0 * gemms * values * k
-        if values:
-            solves = linears * self.config.joint * SHARED_ITERATIONS
-            work.fp32 += 2.0 * (tokens + solves * rows) * k**2
+        work.fp32 += 2.0 * linears * self.config.joint * SHARED_ITERATIONS * rows * k**2
         work.moved += 4.0 * linears * (3 + self.config.joint) * JOINT_PASSES * values
 
     def _solve(self, work: _Work, layout: Layout) -> None:
