@@ -60,7 +60,7 @@ def test_qwen3_32b_fits_one_gpu_and_a_modest_host(tmp_path: Path) -> None:
     statistics = tokens * (5120**2 + 25600**2)
     # 5 fits of 4 iterations and a residual, 4 choices of pairs, W H; half of the rows of gate and up
     least_squares = 30 * 2 * (2 * 12800 * 5120**2 + 5120 * 25600**2)
-    least_squares += 15 * 2 * 65536 * 12800 * 5120  # the joint fit of gate and up
+    least_squares += 13 * 2 * 65536 * 12800 * 5120  # the joint fit of gate and up
     assert statistics + least_squares < layer.flop_fp32 < 1.1 * (statistics + least_squares)
     assert 0.2 * 3600 < found.seconds < 4 * 3600
     assert found.gradient is not None
@@ -89,9 +89,9 @@ def test_the_gradient_pass_of_qwen3_32b(tmp_path: Path) -> None:
 
 
 def test_the_joint_fit_costs_gemms_over_some_tokens(tmp_path: Path) -> None:
-    """For gate and up: dense values and gate's outputs; up's twice, two residuals, two per iteration."""
+    """Dense values, gate's outputs; up's twice, two residuals; of 3 iterations two, two and one each."""
     model = config_only(tmp_path / "model")
-    gemms = 3 + 2 + 2 + 2 * 2 * 3
+    gemms = 3 + 2 + 2 + 2 * (2 + 2 + 1)
     for options, tokens in ((PAPER, 65536), (PAPER | {"num_samples": 4, "seq_len": 128}, 512)):
         fitted, plain = (plan(model, PruneConfig(**options, joint=n), "h200") for n in (3, 0))
         more = fitted.layers[5].flop_fp32 - plain.layers[5].flop_fp32

@@ -111,6 +111,12 @@ def _step(
             image += (s * (chunk @ direction.t())).t() @ chunk
         return image * kept + ridge * curvature * direction
 
+    def form(direction: torch.Tensor) -> torch.Tensor:
+        bend = (ridge * curvature * direction.square()).sum(1)
+        for chunk, s in zip(chunks, squares, strict=True):
+            bend += ((chunk @ direction.t()).square_() * s).sum(0)
+        return bend[:, None]
+
     def apply_shared(direction: torch.Tensor) -> torch.Tensor:
         return scale * (direction @ shared) * kept + ridge * curvature * direction
 
@@ -120,4 +126,4 @@ def _step(
         return conjugate_gradients(apply_shared, start, residual, lambda r: r / diagonal, SHARED_ITERATIONS)
 
     start = torch.zeros_like(weight)
-    return weight + conjugate_gradients(apply, start, pull * kept, precondition, iterations)
+    return weight + conjugate_gradients(apply, start, pull * kept, precondition, iterations, form)

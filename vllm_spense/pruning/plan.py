@@ -331,8 +331,8 @@ class _Sizes:
         """Add the joint fit of ``linears`` with this layout."""
         tokens, k, rows = self._joint_tokens, layout.in_features, layout.sparse_shape[0]
         values = tokens * rows
-        # All dense values, gate's outputs; per step the other outputs, the residual and two per iteration.
-        gemms = linears + 1 + linears * (linears + 2 * self.config.joint)
+        # Dense values, gate's outputs; per step up's, the residual, two per iteration, one in the last.
+        gemms = linears + 1 + linears * (linears + max(0, 2 * self.config.joint - 1))
         work.fp32 += 2.0 * gemms * values * k
         work.fp32 += 2.0 * linears * self.config.joint * SHARED_ITERATIONS * rows * k**2
         work.moved += 4.0 * linears * (3 + self.config.joint) * JOINT_PASSES * values

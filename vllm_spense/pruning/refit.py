@@ -36,19 +36,27 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 def conjugate_gradients(
-    apply: Map, start: torch.Tensor, residual: torch.Tensor, precondition: Map, iterations: int
+    apply: Map,
+    start: torch.Tensor,
+    residual: torch.Tensor,
+    precondition: Map,
+    iterations: int,
+    form: Map | None = None,
 ) -> torch.Tensor:
     """``start [N, K]`` moved towards the solution of N systems, one per row and each with its own steps.
 
-    ``apply`` maps directions [N, K] by the systems' positive definite matrices, ``precondition`` about back;
-    ``residual [N, K]`` is what ``start`` leaves.
+    ``apply`` maps directions [N, K] by the systems' positive definite matrices A, ``precondition`` about
+    back; ``residual [N, K]`` is what ``start`` leaves. ``form``: dᵀAd [N, 1] of directions, where that is
+    cheaper than ``apply``: the last step needs no more.
     """
     direction = torch.zeros_like(residual)
     before = torch.full_like(residual[:, :1], torch.inf)
-    for _ in range(iterations):
+    for left in reversed(range(iterations)):
         scaled = precondition(residual)
         energy = (residual * scaled).sum(1, keepdim=True)
         direction = scaled + energy / (before + _TINY) * direction
+        if form is not None and not left:
+            return start + energy / (form(direction) + _TINY) * direction
         image = apply(direction)
         step = energy / ((direction * image).sum(1, keepdim=True) + _TINY)
         start = start + step * direction
