@@ -11,8 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import pruning_time
 from benchmarks.pruning_time import SHAPES, Bench, Shape, Stopwatch, extrapolate, growth, summary, table
+from vllm_spense.pruning import joint
 
-SHAPE = Shape({"vocab_size": 10}, layers=10, samples=64, seq_len=8, few=3, goal=60, paper={"spensegpt+": 90})
+SHAPE = Shape(
+    {"vocab_size": 10, "hidden_size": 64},
+    layers=10,
+    samples=64,
+    seq_len=8,
+    few=3,
+    goal=60,
+    paper={"spensegpt+": 90},
+)
 
 
 def test_moments_count_for_the_innermost_stage() -> None:
@@ -48,9 +57,13 @@ def test_a_model_is_what_comes_once_and_what_each_layer_adds() -> None:
 
 
 def test_the_joint_fit_grows_up_to_its_most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    for most, times in ((1 << 20, 8.0), (256, 4.0), (64, 1.0), (16, 1.0)):  # of 512 tokens, and 64 measured
-        monkeypatch.setattr(pruning_time, "JOINT_TOKENS", most)
+    cases = ((1 << 20, 1 << 20, 8.0), (256, 1 << 20, 4.0), (1 << 20, 4, 4.0), (64, 1 << 20, 1.0))
+    for most, per_feature, times in cases:  # of 64 · 8 tokens and 64 features, and 8 · 8 tokens measured
+        monkeypatch.setattr(joint, "JOINT_TOKENS", most)
+        monkeypatch.setattr(joint, "TOKENS_PER_FEATURE", per_feature)
         assert growth("joint fit", SHAPE, 8) == times
+    assert growth("gradient", SHAPE, 8) == 2.0, "16 windows of these"
+    assert growth("gradient", SHAPE, 32) == 1.0
     assert growth("Hessian of down", SHAPE, 8) == 8.0
     assert growth("OBS down", SHAPE, 8) == 1.0
 

@@ -126,6 +126,7 @@ def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
             alignment=8,
             weight_dtype="bf16",
             allocation="uniform",
+            regroup=0,
             joint=iterations,
         )
         with warnings.catch_warnings(action="ignore"):

@@ -73,7 +73,7 @@ def test_the_gradient_pass_of_qwen3_32b(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model")
     found = plan(model, PruneConfig(**PAPER), "h200").gradient
     assert found is not None
-    tokens = 8 * 2048
+    tokens = 16 * 2048
     assert found.activation_bytes == 66 * tokens * 5120 * 2  # 64 fronts, the last outputs, the gradients
     in_linears = 64 * (3 * 5120 * 25600 + 2 * 5120 * (8192 + 1024))
     assert found.flop == pytest.approx(2 * tokens * (3 * in_linears + 2 * 5120 * 151936), rel=0.1)
@@ -81,7 +81,7 @@ def test_the_gradient_pass_of_qwen3_32b(tmp_path: Path) -> None:
     assert matrices + logits <= found.device_bytes < 1.1 * (matrices + logits)
     few = plan(model, PruneConfig(**PAPER | {"num_samples": 4}), "h200")
     assert few.gradient is not None
-    assert few.gradient.flop == found.flop / 2
+    assert few.gradient.flop == found.flop / 4
     one = plan(model, PruneConfig(**PAPER | {"num_samples": 8, "seq_len": 2048}), "h200")
     assert one.gradient is not None
     assert one.activation_bytes == one.gradient.activation_bytes, "more than the hidden states of one layer"

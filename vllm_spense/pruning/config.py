@@ -23,6 +23,8 @@ _PAPER: dict[str, Any] = {
     "allocation": "uniform",
     "refit": 0,
     "refine": 0,
+    "regroup": 0,
+    "order": "natural",
     "joint": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
@@ -78,13 +80,13 @@ class PruneConfig(BaseModel):
     allocation: Allocation = "bytes"
     refit: Annotated[int, Field(ge=0, le=1000)] = 4
     refine: Annotated[int, Field(ge=0, le=1000)] = 4
-    regroup: Annotated[int, Field(ge=0, le=1000)] = 0
-    order: Order = "natural"
+    regroup: Annotated[int, Field(ge=0, le=1000)] = 16
+    order: Order = "energy"
     search_damping: bool = False
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
     joint: Annotated[int, Field(ge=0, le=1000)] = 2
     rounding: Rounding = "nearest"
-    gradient_samples: Positive = 8
+    gradient_samples: Positive = 16
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     targets: Targets = "mlp"
     attention_dense_ratio: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -16,8 +16,8 @@ import torch
 from vllm_spense.pruning.refit import conjugate_gradients
 from vllm_spense.pruning.rows import ROWS
 
-JOINT_TOKENS = 65536
-"""Most tokens used: there is a term of tokens x rows x features per iteration."""
+JOINT_TOKENS, TOKENS_PER_FEATURE = 65536, 32
+"""Most tokens used, in all and per feature: there is a term of tokens x rows x features per iteration."""
 CHUNK = 2048
 """Tokens at a time: what lies between two matrix products stays in a CPU's cache, and is small on a GPU."""
 RIDGE = 60.0
@@ -29,6 +29,11 @@ _TINY = 1e-30
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Offsets = Sequence[torch.Tensor | float]
+
+
+def stride(samples: int, tokens: int, features: int) -> int:
+    """Of ``samples`` with so many ``tokens`` each, every how many-th token is fitted to."""
+    return -(-samples * tokens // min(JOINT_TOKENS, TOKENS_PER_FEATURE * features))
 
 
 def fit_jointly(

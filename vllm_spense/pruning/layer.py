@@ -28,7 +28,7 @@ from vllm_spense.pruning.attention import (
 )
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.hessian import output_error, squares
-from vllm_spense.pruning.joint import JOINT_TOKENS, fit_jointly
+from vllm_spense.pruning.joint import fit_jointly, stride
 from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
 from vllm_spense.pruning.regroup import regroup
 from vllm_spense.pruning.selection import (
@@ -192,13 +192,14 @@ class LayerPruner:
         entering = InputStatistics(mlp.reader.in_features, device, self.config, originals)
         sums = torch.zeros(mlp.intermediate, device=device)
         fitted = self.config.joint and dense < mlp.intermediate
-        share = JOINT_TOKENS // len(self.inputs.hidden)
+        samples, length = self.inputs.hidden.shape[:2]
+        every = stride(samples, length, mlp.reader.in_features)
         tokens: list[torch.Tensor] = []
 
         def see_inner(x: torch.Tensor) -> None:
             entering.add(x)
             if fitted:
-                tokens.append(x.flatten(0, -2)[:share].float().cpu())
+                tokens.append(x.flatten(0, -2)[::every].float().cpu())
             if not scored:
                 raise Stop
 
