@@ -102,6 +102,16 @@ def test_the_joint_fit_costs_gemms_over_some_tokens(tmp_path: Path) -> None:
     assert fitted.activation_bytes - plain.activation_bytes == 65536 * 5120 * 4
 
 
+def test_regrouping_inverts_the_hessian_of_down(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+    some, none = (plan(model, PruneConfig(**PAPER, regroup=n), "h200") for n in (3, 0))
+    inverse = 4 / 3 * 25600**3 + 2 * 25600 * 12800**2
+    assert some.layers[5].flop_fp32 - none.layers[5].flop_fp32 == pytest.approx(inverse)
+    dense = PAPER | {"dense_ratio": 1.0}
+    some, none = (plan(model, PruneConfig(**dense, regroup=n), "h200") for n in (3, 0))
+    assert some.layers[5].flop_fp32 == none.layers[5].flop_fp32
+
+
 def test_refit_adds_temporaries_of_a_block_of_rows(tmp_path: Path) -> None:
     """Where a layer is wider than long: 4096 rows of 2048 columns, twelve times, beside H, H damped and U."""
     model = config_only(tmp_path / "model", hidden_size=2048, intermediate_size=4096)

@@ -328,6 +328,9 @@ class _Sizes:
                 self._solve(work, layouts[name])
             if mlp is not None:
                 self._fit_jointly(work, len(mlp.inner), layouts[next(iter(mlp.inner))])
+                if self.config.regroup and (cols := layouts[mlp.down_name].sparse):
+                    k = mlp.intermediate  # down's Hessian is inverted before its columns move
+                    work.fp32 += 4 / 3 * k**3 + 2.0 * k * cols**2
         return work
 
     def _fit_jointly(self, work: _Work, linears: int, layout: Layout) -> None:
