@@ -12,8 +12,8 @@ from tiny_text import write_text
 from torch.nn.functional import gelu, silu
 
 from vllm_spense.format import Checkpoint
-from vllm_spense.pruning import PruneConfig, joint, prune
-from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly
+from vllm_spense.pruning import PruneConfig, joint, layer, prune
+from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly, stride
 
 T, R, K = 300, 6, 16
 
@@ -110,6 +110,37 @@ def test_rows_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         fit_jointly(silu, pruned, originals, biases, x, hessian(x), 3), whole, strict=True
     ):
         torch.testing.assert_close(part, all_rows)
+
+
+def test_at_most_so_many_tokens() -> None:
+    """32 per feature, 65536 in all: SmolLM2's and Qwen3-32B's calibration, and one that is small enough."""
+    assert stride(64, 512, 576) == 2
+    assert stride(128, 16384, 5120) == 32
+    assert stride(8, 64, 16) == 1
+    assert stride(8, 65, 16) == 2
+    for samples, tokens, features in ((64, 512, 576), (3, 1000, 20), (7, 33, 5)):
+        every = stride(samples, tokens, features)
+        assert samples * (tokens // every) <= 32 * features < samples * tokens
+
+
+def test_the_tokens_are_evenly_spaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = make_family("llama", tmp_path / "model"), write_text(tmp_path / "text.txt")
+    seen: list[torch.Tensor] = []
+
+    def see(*args: object) -> list[torch.Tensor]:
+        seen.append(args[4])
+        return fit_jointly(*args)
+
+    monkeypatch.setattr(layer, "fit_jointly", see)
+    config = PruneConfig(calibration=str(text), num_samples=8, seq_len=48, alignment=8, restart=True)
+    for per_feature in (1 << 20, 2):
+        monkeypatch.setattr(joint, "TOKENS_PER_FEATURE", per_feature)
+        with warnings.catch_warnings(action="ignore"):
+            prune(model, tmp_path / f"out{per_feature}", config)
+    whole, some = seen[0], seen[len(seen) // 2]
+    every = stride(8, 48, whole.shape[1])
+    assert every > 1
+    assert torch.equal(some, whole.view(8, 48, -1)[:, ::every].flatten(0, 1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
