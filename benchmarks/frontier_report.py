@@ -36,8 +36,8 @@ class Figure:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def text(self, form: str) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation:{form}}"
-        return f"{self.mean:{form}}{spread}"
+        spread = None if self.deviation is None else f"{self.deviation:{form}}"
+        return f"{self.mean:{form}}" + ("" if spread in (None, f"{0:{form}}") else f" ± {spread}")
 
 
 Run = dict[str, Any]

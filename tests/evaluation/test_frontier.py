@@ -183,12 +183,13 @@ def test_table_has_means_and_deviations_over_seeds() -> None:
     table = figures.table(rows, ("loss", "fiction", "continuation", "mib", "bytes", "decode")).splitlines()
     assert len(table) == 4  # no line for a row without figures
     assert table[2] == "| dense | 0.000 | – | 80.0% | 100.0 | 100.0% | 100.0% |"
-    assert table[3].startswith("| method a | 0.200 ± 0.141 | – | 72.0% ± 2.8% | 80.0 ± 0.0 | 80.0% ± 0.0%")
+    assert table[3].startswith("| method a | 0.200 ± 0.141 | – | 72.0% ± 2.8% | 80.0 | 80.0%")
 
 
 def test_a_single_run_has_no_deviation() -> None:
     assert Figure.of([1.5]).text(".2f") == "1.50"
     assert Figure.of([1.0, 2.0]).text(".2f") == "1.50 ± 0.71"
+    assert Figure.of([1.0, 1.001]).text(".2f") == "1.00", "a deviation of 0.0007 is none here"
 
 
 def test_documents_keep_their_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
