@@ -236,7 +236,11 @@ def _confirm(served: serving.Loaded, directory: Path) -> None:
             raise ViolationError(f"{name}: NaN")
         parts = [linears[module] for module in layer.modules]
         expected = np.concatenate([_expected(part) for part in parts], axis=1)
-        if not np.array_equal(layer.weight.numpy(), expected):
+        found = layer.weight.numpy()
+        if parts[0].scale is None:  # CPUs with instructions for bf16 products take subnormals as zero there
+            subnormal = np.abs(expected) < np.finfo(np.float32).tiny
+            expected = np.where((found == 0) & subnormal, 0, expected)
+        if not np.array_equal(found, expected):
             raise ViolationError(f"{name}: other weights than the files hold")
         if layer.bias is not None:
             bias = np.concatenate([np.zeros(0) if p.bias is None else p.bias for p in parts])
