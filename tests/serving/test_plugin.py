@@ -214,6 +214,10 @@ def test_sleep_finds_every_tensor(
     layer = make_layer(name, make_config(dtype=dtype))
     dense = load(layer, name, dtype, True)
     layer.quant_method.process_weights_after_loading(layer)
+    if dtype == torch.bfloat16 and not layer.weight.numel():
+        pytest.skip(
+            "vLLM's bf16 GEMM for CPUs with AVX-512 moves weights into memory of its own; CPUs do not sleep"
+        )
     x = torch.randn(3, dense.shape[1] - 1, generator=torch.Generator().manual_seed(1)).bfloat16()
     awake, _ = layer(x)
     slept = [(tensor, tensor.clone()) for tensor in (*layer.parameters(), *layer.buffers())]
