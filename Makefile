@@ -100,6 +100,7 @@ frontier: setup
 # Every table and plot of README and docs/ that stands on committed results or on calculation.
 report: $(VENV)/.ready
 	$(PY) benchmarks/accuracy_frontier.py --plot-only
+	$(PY) benchmarks/pruning_time.py --report
 	$(PY) benchmarks/serving_prediction.py
 	$(PY) benchmarks/serving_report.py
 	$(PY) tests/serving/model_table.py
