@@ -249,8 +249,8 @@ def summary(runs: Runs, shape: Shape, samples: int) -> dict[str, Any]:
         "measured": {"layers": [1, shape.few], "samples": samples, "seq_len": shape.seq_len, "runs": runs},
         "extrapolated": (
             f"{shape.layers} layers from {shape.few}; {shape.samples} windows from {samples} for embed, "
-            "forward, Hessian and joint fit; random weights, half of each MLP dense, a vocabulary of "
-            f"{shape.config['vocab_size']}"
+            "gradient, forward, Hessian and joint fit; random weights, half of each MLP dense, "
+            f"a vocabulary of {shape.config['vocab_size']}"
         ),
         "stages": stages,
         "seconds": seconds,

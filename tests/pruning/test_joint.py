@@ -14,6 +14,7 @@ from torch.nn.functional import gelu, silu
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, joint, layer, prune
 from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly, stride
+from vllm_spense.pruning.refit import conjugate_gradients
 
 T, R, K = 300, 6, 16
 
@@ -54,6 +55,16 @@ def test_a_step_is_the_weighted_ridge_regression_of_each_row(
         best = torch.linalg.solve(h, a.t() @ missing[:, row].double())
         torch.testing.assert_close((found - weight)[row, kept].double(), best, rtol=1e-3, atol=1e-5)
     assert torch.equal(found != 0, weight != 0)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_last_step_is_as_long_as_its_image_says(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = inputs()
+    slope, missing = torch.randn(T, R).exp(), torch.randn(T, R)
+    system = two_of_four(weight), x, [slope.square()], (slope * missing).t() @ x, x.t() @ x, iterations
+    found = _step(*system)
+    monkeypatch.setattr(joint, "conjugate_gradients", lambda *given: conjugate_gradients(*given[:5]))
+    torch.testing.assert_close(found, _step(*system), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", [silu, gelu])
