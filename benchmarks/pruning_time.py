@@ -34,7 +34,7 @@ from benchmarks.results_file import ROOT, provenance, read, write
 from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, solve, source
 from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.hessian import Hessian
-from vllm_spense.pruning.joint import stride
+from vllm_spense.pruning.joint import tokens_used
 
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_RESULT = RESULTS / "gpu" / "pruning.json"
@@ -149,9 +149,8 @@ def growth(stage: str, shape: Shape, samples: int) -> float:
     if stage in ("embed", "forward") or stage.startswith("Hessian"):
         return shape.samples / samples
     if stage == "joint fit":  # of so many tokens and no more
-        every = (stride(n, shape.seq_len, shape.config["hidden_size"]) for n in (shape.samples, samples))
-        real, measured = (-(-shape.seq_len // n) for n in every)
-        return shape.samples * real / (samples * measured)
+        sizes = shape.seq_len, shape.config["hidden_size"]
+        return tokens_used(shape.samples, *sizes) / tokens_used(samples, *sizes)
     if stage == "gradient":
         windows = PruneConfig(preset="guided", calibration="any").gradient_samples
         return min(windows, shape.samples) / min(windows, samples)

@@ -36,6 +36,11 @@ def stride(samples: int, tokens: int, features: int) -> int:
     return -(-samples * tokens // min(JOINT_TOKENS, TOKENS_PER_FEATURE * features))
 
 
+def tokens_used(samples: int, tokens: int, features: int) -> int:
+    """How many tokens that leaves in all."""
+    return samples * -(-tokens // stride(samples, tokens, features))
+
+
 def fit_jointly(
     activation: Activation,
     pruned: Sequence[torch.Tensor],
@@ -59,9 +64,8 @@ def fit_jointly(
         offsets = [0.0 if bias is None else bias[rows] for bias in biases]
         dense, weights = [w[rows] for w in originals], [w[rows] for w in pruned]
         wanted = [_value(activation, _outputs(dense, offsets, chunk)) for chunk in chunks]
-        gates = [
-            _outputs(weights[:1], offsets[:1], chunk)[0] for chunk in chunks
-        ]  # moves last: once for both
+        # Gate moves last, so that both steps see the same outputs of it.
+        gates = [_outputs(weights[:1], offsets[:1], chunk)[0] for chunk in chunks]
         for which in reversed(range(len(weights))):
             squares, pull = [], torch.zeros_like(weights[which])
             for chunk, gate, values in zip(chunks, gates, wanted, strict=True):

@@ -18,7 +18,7 @@ from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder, decoder_layers
 from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.joint import SHARED_ITERATIONS, stride
+from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
 from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
@@ -241,10 +241,9 @@ class _Sizes:
     @property
     def _joint_tokens(self) -> int:
         """Tokens that gate and up are fitted to, kept in fp32."""
-        samples, tokens = self.config.num_samples, self.config.seq_len
         if not self.config.joint or not self.calibrated:
             return 0
-        return samples * -(-tokens // stride(samples, tokens, self.model.hidden_size))
+        return tokens_used(self.config.num_samples, self.config.seq_len, self.model.hidden_size)
 
     def _keeps(self, mlp: Mlp | None) -> bool:
         return mlp is not None and self.tokens * mlp.intermediate * self.dtype.itemsize <= KEEP_BYTES
