@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_spense.cli.interrupt import interruptible, notes
 from vllm_spense.cli.plan import show_plan
 from vllm_spense.cli.progress import (
     module_progress,
@@ -151,13 +152,8 @@ def prune(
     if dry_run:
         show_plan(model, config, device_model, as_json, console)
         return
-    try:
-        with one_line_warnings(errors), pruning_progress(console) as progress:
-            report = run(model, out, config, progress)
-    except KeyboardInterrupt as error:  # typer would end without a word
-        text = ". ".join(_notes(error)) or "nothing was left behind"
-        errors.print(f"[red]interrupted:[/] {text}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    with interruptible(errors), one_line_warnings(errors), pruning_progress(console) as progress:
+        report = run(model, out, config, progress)
     console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
     if not no_check:
         with one_line_warnings(errors):
@@ -477,13 +473,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        text = ". ".join([_one_line(error), *_notes(error)])
+        text = ". ".join([_one_line(error), *notes(error)])
         errors.print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-def _notes(error: BaseException) -> list[str]:
-    return [escape(note) for note in getattr(error, "__notes__", ())]
 
 
 def _one_line(error: Exception) -> str:

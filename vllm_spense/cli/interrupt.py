@@ -1,0 +1,47 @@
+"""Ctrl-C in long commands: one line that says what is kept, and exit code 130, wherever it strikes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+
+@contextmanager
+def interruptible(console: Console) -> Iterator[None]:
+    """While open, Ctrl-C prints the interruption's notes and exits with 130 (SIGINT's code in shells).
+
+    Libraries that call back into Python may replace the ``KeyboardInterrupt`` by an error of their own:
+    ``torch.asarray`` drops whatever ``__getitem__`` raises and says that it cannot determine a shape, and
+    safetensors calls it for every tensor. An error behind a Ctrl-C therefore is an interruption, too.
+
+    Raises: ``typer.Exit(130)``; errors without a Ctrl-C pass through.
+    """
+    struck = False
+
+    def strike(_number: int, _frame: FrameType | None) -> None:
+        nonlocal struck
+        struck = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, strike)
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        if not (struck or isinstance(error, KeyboardInterrupt)):
+            raise
+        text = ". ".join(notes(error)) or "nothing was left behind"
+        console.print(f"[red]interrupted:[/] {text}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None  # typer would end without a word
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way up (``add_note``), ready for rich to print."""
+    return [escape(note) for note in getattr(error, "__notes__", ())]
