@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 
 import pytest
@@ -13,6 +13,14 @@ import typer
 from rich.console import Console
 
 from vllm_spense.cli.interrupt import interruptible
+
+
+@pytest.fixture(autouse=True)
+def plain_handler() -> Iterator[None]:
+    """Python's own; a shell's background jobs start with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def ctrl_c() -> None:
@@ -25,9 +33,11 @@ class Struck:
     def __len__(self) -> int:
         return 3
 
-    def __getitem__(self, _: int) -> int:
+    def __getitem__(self, index: int) -> int:
         ctrl_c()
-        return 1
+        if index < 3:
+            return 1
+        raise IndexError
 
 
 def in_torch() -> None:
@@ -77,3 +87,10 @@ def test_other_errors_pass_and_the_handler_is_back() -> None:
     assert said.getvalue() == ""
     run(ctrl_c)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_background_job_stays_deaf() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible(Console(file=StringIO())):
+        ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

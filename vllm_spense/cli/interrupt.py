@@ -29,7 +29,9 @@ def interruptible(console: Console) -> Iterator[None]:
         struck = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, strike)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # a script's background job: Ctrl-C is not meant for it
+        signal.signal(signal.SIGINT, strike)
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
