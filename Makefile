@@ -16,7 +16,7 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast fuzz soak start-up lint format demo accuracy frontier report clean gpu gpu-plan \
+.PHONY: help setup kernels kernels-check test test-fast fuzz soak start-up lint format demo accuracy frontier cpu report clean gpu gpu-plan \
 	gpu-report $(GPU_STAGES)
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
+	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (16 GB, half an hour)"
 	@echo "make report     every table and plot again, from the committed results"
 	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
@@ -49,7 +50,7 @@ $(ASSETS)/.ready: $(VENV)/.ready vllm_spense/demo_assets.py
 	$(PY) -c "from vllm_spense import demo_assets as a; a.fetch_model('$(ASSETS)', print); a.fetch_text('$(ASSETS)', print)"
 	touch $@
 
-# Half a minute: our own kernel, no CUTLASS instances. Without nvcc this prints why nothing is built.
+# Half a minute: CPU kernels and our own CUDA kernel, no CUTLASS instances. Without nvcc this prints why that is not built.
 $(EXTENSION): $(VENV)/.ready $(wildcard kernels/*) setup.py
 	SPENSE_CUTLASS=0 $(PY) setup.py -q build_ext --inplace
 
@@ -97,12 +98,18 @@ frontier: setup
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS)
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS) --ablations --seeds 0
 
+cpu: setup $(EXTENSION)
+	$(PY) benchmarks/cpu_linear.py
+	$(PY) benchmarks/serving_cpu.py
+
 # Every table and plot of README and docs/ that stands on committed results or on calculation.
 report: $(VENV)/.ready
 	$(PY) benchmarks/accuracy_frontier.py --plot-only
 	$(PY) benchmarks/pruning_time.py --report
 	$(PY) benchmarks/serving_prediction.py
 	$(PY) benchmarks/serving_report.py
+	$(PY) benchmarks/cpu_linear.py --report
+	$(PY) benchmarks/serving_cpu.py --report
 	$(PY) tests/serving/model_table.py
 	test ! -f benchmarks/results/gpu/kernels.json || $(GPU_PY) benchmarks/kernel_spense_linear.py --report
 

@@ -1,19 +1,21 @@
-"""Builds the CUDA extension of ``kernels/`` with nvcc; the rest of the package is in pyproject.toml.
+"""Builds the extensions of ``kernels/``: CUDA with nvcc, CPU with g++; the rest is in pyproject.toml.
 
 torch is needed for its headers only, a CPU build will do, and the result loads under torch 2.11 and later,
-with and without CUDA (libtorch stable ABI). Without nvcc, torch or the CUTLASS headers the extension is left
-out with a message.
+with and without CUDA (libtorch stable ABI). Without nvcc, torch or the CUTLASS headers the CUDA extension is
+left out with a message; the CPU one (5 s) without g++ or torch, or on other machines than x86-64.
 
-Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no extension), ``SPENSE_CUTLASS`` (0 leaves out the
-CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
+Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no CUDA extension), ``SPENSE_CUTLASS`` (0 leaves out
+the CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
 ``SPENSE_TRAP`` (1: kernels stop with a message where they would hang, for first runs on new hardware),
-``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or ``CUDA_HOME``, ``CUTLASS_HOME``.
+``SPENSE_CPU`` (0: no CPU extension), ``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or
+``CUDA_HOME``, ``CUTLASS_HOME``.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,15 @@ ROOT = Path(__file__).parent.resolve()
 KERNELS = ROOT / "kernels"
 ARCHS = [a for a in os.environ.get("SPENSE_CUDA_ARCHS", "90a;100a").split(";") if a]
 CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
+NO_TORCH = "torch is not importable in the build environment (use --no-build-isolation)"
 TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
+AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f")
+CPU_UNITS = {  # instruction sets are chosen when the kernels run
+    "": (),
+    "_avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "_avx512": AVX512,
+    "_bf16": (*AVX512, "-mavx512bw", "-mavx512vbmi", "-mavx512bf16"),
+}
 CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12)}  # see spense_linear_cutlass.h
 
 
@@ -66,29 +76,62 @@ def find_cutlass() -> Path | None:
     return package / "source" if package else None
 
 
+def why_not_cpu() -> str | None:
+    """Why the CPU extension cannot be built here, in one line."""
+    if os.environ.get("SPENSE_CPU") == "0":
+        return "SPENSE_CPU is 0"
+    if (system := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
+        return f"they are written for x86-64 Linux, not {' '.join(system)}"
+    if not shutil.which("g++"):
+        return "no g++ found"
+    return None if find_package("torch") else NO_TORCH
+
+
 def why_not() -> str | None:
-    """Why the extension cannot be built here, in one line."""
+    """Why the CUDA extension cannot be built here, in one line."""
     if not ARCHS:
         return "SPENSE_CUDA_ARCHS is empty"
     if not find_nvcc():
         return "no nvcc found (set CUDA_HOME)"
     if not find_package("torch"):
-        return "torch is not importable in the build environment (use --no-build-isolation)"
+        return NO_TORCH
     if not find_cutlass():
         return "no CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME)"
     return None
 
 
-class BuildCuda(build_ext):
+class Build(build_ext):
     """Compiles each translation unit in parallel, skipping objects newer than all sources, and links them."""
 
     def build_extension(self, ext: Extension) -> None:
+        objects = Path(self.build_temp).resolve() / "spense"
+        objects.mkdir(parents=True, exist_ok=True)
+        out = Path(self.get_ext_fullpath(ext.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        (self.build_cpu if ext.name == CPU_EXTENSION else self.build_cuda)(objects, out)
+
+    def build_cpu(self, objects: Path, out: Path) -> None:
+        torch = find_package("torch")
+        host = [
+            *("g++", "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+            *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}"),
+        ]
+        units = {f"spense_linear_cpu{name}": flags for name, flags in CPU_UNITS.items()}
+        compile_units(
+            objects,
+            {
+                name: [*host, *flags, "-c", str(KERNELS / f"{name}.cpp"), "-o", str(objects / f"{name}.o")]
+                for name, flags in units.items()
+            },
+        )
+        link(out, torch, [objects / f"{name}.o" for name in units])
+        print(f"built {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+    def build_cuda(self, objects: Path, out: Path) -> None:
         nvcc, torch, cutlass = find_nvcc(), find_package("torch"), find_cutlass()
         if not (nvcc and torch and cutlass):
             raise SystemExit(why_not())
         cuda = toolkit_of(nvcc)
-        objects = Path(self.build_temp).resolve() / "spense"
-        objects.mkdir(parents=True, exist_ok=True)
         device = [
             *(str(nvcc), "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"),
             *(["-DSPENSE_TRAP=1"] if os.environ.get("SPENSE_TRAP") == "1" else []),
@@ -119,24 +162,32 @@ class BuildCuda(build_ext):
             unit("spense_linear_cutlass_host", "spense_linear_cutlass_host.cpp", *host, *with_archs)
         unit("bindings", "bindings.cpp", *host, *(["-DSPENSE_WITH_CUTLASS=1"] if built else []))
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-            list(pool.map(lambda item: compile_unit(objects, *item), commands.items()))
+        compile_units(objects, commands)
         linked = [name for name in commands if built or not name.startswith("spense_linear_cutlass")]
-        out = Path(self.get_ext_fullpath(ext.name))
-        out.parent.mkdir(parents=True, exist_ok=True)
         library = next(p for p in (cuda / "lib64", cuda / "lib") if (p / "libcudart_static.a").exists())
-        link = [
-            *("g++", "-shared", "-o", f"{out}.tmp", *(str(objects / f"{name}.o") for name in linked)),
-            *(f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"),
-            *(f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"),
-        ]
-        subprocess.run(link, check=True)
-        os.replace(f"{out}.tmp", out)
+        runtime = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        link(out, torch, [objects / f"{name}.o" for name in linked], *runtime)
         print(f"built {out} for {', '.join(ARCHS)} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 def gencode(arch: str) -> str:
     return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
+def link(out: Path, torch: Path, objects: list[Path], *libraries: str) -> None:
+    subprocess.run(
+        [
+            *("g++", "-shared", "-o", f"{out}.tmp", *map(str, objects), f"-L{torch / 'lib'}"),
+            *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", *libraries),
+        ],
+        check=True,
+    )
+    os.replace(f"{out}.tmp", out)
+
+
+def compile_units(objects: Path, commands: dict[str, list[str]]) -> None:
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        list(pool.map(lambda item: compile_unit(objects, *item), commands.items()))
 
 
 def compile_unit(objects: Path, name: str, command: list[str]) -> None:
@@ -155,11 +206,16 @@ def compile_unit(objects: Path, name: str, command: list[str]) -> None:
     print(f"compiled {name} in {time.monotonic() - start:.0f} s", flush=True)
 
 
-REASON = why_not()
-if REASON:
-    print(f"vllm-spense: CUDA kernels are not built: {REASON}", file=sys.stderr)
+CPU_EXTENSION = "vllm_spense._cpu"
+REASONS = {"vllm_spense._C": why_not(), CPU_EXTENSION: why_not_cpu()}
+for name, reason in REASONS.items():
+    if reason:
+        kind = "CPU" if name == CPU_EXTENSION else "CUDA"
+        print(f"vllm-spense: {kind} kernels are not built: {reason}", file=sys.stderr)
 setup(
-    ext_modules=[] if REASON else [Extension("vllm_spense._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildCuda},
+    ext_modules=[
+        Extension(name, sources=[], py_limited_api=True) for name, reason in REASONS.items() if not reason
+    ],
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

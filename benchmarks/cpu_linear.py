@@ -1,23 +1,47 @@
-"""Which arithmetic serves a Spense layer fastest on this CPU? The table in docs/architecture.md.
+"""What a layer costs on this CPU: the kernels on compressed weights against dense GEMMs.
 
-usage: python benchmarks/cpu_linear.py [--n 3072] [--k 576]
-Prints microseconds per call (median): dense fp32 (the `cpu` back end), bf16, FP8 `torch._scaled_mm`, and
-the `reference` back end, which decompresses in every call.
+usage: python benchmarks/cpu_linear.py [--seconds 0.5] [--report]
+
+Microseconds per call (median) of whole layers, activation quantisation included, for each instruction set
+with kernels, of the `cpu-fp32` back end, and of bare GEMMs on dense weights: bf16, fp32 and FP8
+(`torch._scaled_mm`). Writes benchmarks/results/cpu_linear.json, one entry per CPU, and the table in
+docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack, quantize_per_token, select_backend
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.frontier_report import insert
+from benchmarks.results_file import ROOT, provenance, read, write
+from vllm_spense.format.layout import Split
+from vllm_spense.ops import LinearSpec, cpu_linear, online_layout, prune_and_pack, quantize_per_token
+from vllm_spense.ops.cpu_backend import CpuDenseBackend
+
+RESULTS = ROOT / "benchmarks" / "results" / "cpu_linear.json"
+DOCUMENT = ROOT / "docs" / "kernels.md"
+LAYERS: dict[str, tuple[Split, int, int]] = {
+    "SmolLM2-135M gate_up": ("output", 3072, 576),
+    "Llama-3.2-1B gate_up": ("output", 16384, 2048),
+    "Llama-3.2-1B down": ("input", 2048, 8192),
+}
+TOKENS = (1, 4, 16, 64, 512)
+DENSE = ("bf16 GEMM", "fp32 GEMM", "FP8 `_scaled_mm`", "`cpu-fp32`")
+SLOW = 2e6
+"""Microseconds from which on a column is not measured for more tokens."""
 
 
-def median_us(call: Callable[[], object], seconds: float = 0.5) -> float:
+def median_us(call: Callable[[], object], seconds: float) -> float:
     call()
     times = []
     end = time.perf_counter() + seconds
@@ -28,39 +52,78 @@ def median_us(call: Callable[[], object], seconds: float = 0.5) -> float:
     return statistics.median(times) * 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=3072)
-    parser.add_argument("--k", type=int, default=576)
-    arguments = parser.parse_args()
-    n, k = arguments.n, arguments.k
+def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, Callable[[torch.Tensor], object]]]:
+    """Names and calls on ``x [M, K]`` bf16."""
     torch.manual_seed(0)
-    layout = online_layout("output", n, k, 0.5)
+    layout = online_layout(split, n, k, 0.5)
     tensors = prune_and_pack(torch.randn(n, k), layout)
-    spec = LinearSpec("output", n, k, (layout.sparse,), (layout.dense,), torch.float8_e4m3fn)
-    device = torch.device("cpu")
-    prepared = {b: select_backend(spec, device, b).prepare(spec, tensors) for b in ("cpu", "reference")}
-    dense = prepared["cpu"]["weight_packed"]
-    bf16, fp8 = dense.bfloat16(), dense.to(torch.float8_e4m3fn)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, W [{n}, {k}], dense ratio 0.5; µs")
-    print("| M | fp32 GEMM | bf16 GEMM | FP8 _scaled_mm | cpu back end | reference back end |")
-    print("|---|---|---|---|---|---|")
-    for m in (1, 8, 32, 128, 512):
-        x = torch.randn(m, k).bfloat16()
-        wide, (xq, xs) = x.float(), quantize_per_token(x)
-        row = [
-            median_us(lambda a=wide: a @ dense.t()),
-            median_us(lambda a=x: a @ bf16.t()),
-            median_us(
-                lambda a=xq, s=xs: torch._scaled_mm(
-                    a, fp8.t(), s, tensors["weight_scale"][None], out_dtype=torch.bfloat16
-                )
-            ),
-        ]
-        for name in ("cpu", "reference"):
-            backend = select_backend(spec, device, name)
-            row.append(median_us(lambda a=x, b=backend, p=prepared[name]: b.apply(spec, p, a, None)))
-        print(f"| {m} | " + " | ".join(f"{us:,.0f}" for us in row) + " |")
+    spec = LinearSpec(split, n, k, (layout.sparse,), (layout.dense,), torch.float8_e4m3fn)
+    fp32 = CpuDenseBackend()
+    prepared = fp32.prepare(spec, tensors)
+    wide, scale = prepared["weight_packed"], tensors["weight_scale"]
+    bf16, fp8 = wide.bfloat16(), wide.to(torch.float8_e4m3fn)
+    yield DENSE[0], lambda x: x @ bf16.t()
+    yield DENSE[1], lambda x: x.float() @ wide.t()
+    yield (
+        DENSE[2],
+        lambda x: torch._scaled_mm(
+            *(quantize_per_token(x)[0], fp8.t(), quantize_per_token(x)[1], scale[None]), out_dtype=x.dtype
+        ),
+    )
+    yield DENSE[3], lambda x: fp32.apply(spec, prepared, x, None)
+    packed = cpu_linear.interleave(
+        spec, tensors["sparse_values"], tensors["sparse_meta"], tensors["dense_weight"]
+    )
+    sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), split == "output")
+    for isa, name in enumerate(cpu_linear.ISAS[: cpu_linear.best_isa()], 1):
+        yield f"`{name}`", lambda x, i=isa: torch.ops.spense.linear_cpu(x, *packed, scale, None, *sizes, i)
+
+
+def measure(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
+    """Microseconds by layer, column and number of tokens."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for layer, shape in LAYERS.items():
+        found[layer] = {}
+        for name, call in columns(*shape):
+            times = found[layer].setdefault(name, {})
+            for m in TOKENS:
+                x = torch.randn(m, shape[2]).bfloat16()
+                times[str(m)] = median_us(lambda f=call, a=x: f(a), seconds)
+                if times[str(m)] > SLOW:
+                    break
+            print(layer, name, {m: round(us) for m, us in times.items()}, flush=True)
+    return found
+
+
+def tables(results: dict[str, Any]) -> str:
+    parts = []
+    for cpu, entry in results.items():
+        names = list(next(iter(entry["layers"].values())))
+        lines = [f"{cpu}, torch {entry['made']['versions']['torch']}; µs:", ""]
+        lines += [f"| layer | M | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+        for layer, found in entry["layers"].items():
+            for m in map(str, TOKENS):
+                cells = [f"{found[name][m]:,.0f}" if m in found[name] else "–" for name in names]
+                lines.append(f"| {layer} | {m} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
+    parser.add_argument("--report", action="store_true", help="only the table, from the results")
+    options = parser.parse_args()
+    results = read(RESULTS)
+    if not options.report:
+        if reason := cpu_linear.why_not_here():
+            sys.exit(reason)
+        cpu = f"{cpu_linear.describe_cpu()}, {torch.get_num_threads()} threads"
+        results[cpu] = {"layers": measure(options.seconds), "made": provenance()}
+        write(RESULTS, results)
+    insert(DOCUMENT, "cpu-linear", tables(results))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+CPU_KERNELS = "spense_linear_cpu"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -55,7 +56,12 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def kernel_sources() -> str:
-    return fingerprint([ROOT / "kernels"])
+    """Of the GPU kernels."""
+    return fingerprint(path for path in (ROOT / "kernels").iterdir() if not path.name.startswith(CPU_KERNELS))
+
+
+def cpu_kernel_sources() -> str:
+    return fingerprint((ROOT / "kernels").glob(f"{CPU_KERNELS}*"))
 
 
 def commit() -> str | None:

@@ -9,8 +9,8 @@ namespace spense::cpu {
 
 constexpr int kRows = 16;      // output rows whose weights lie side by side: one strip
 constexpr int kStep = 16;      // columns of one step: four groups of four
-constexpr int kDecode = 4;     // tokens that share one pass over the compressed weights
-constexpr int kDepth = 1024;   // columns that are widened at a time for more tokens
+constexpr int kSums = 4;       // partial sums of an output: column c adds to sum c / 4 % 4, from left to right
+constexpr int kDepth = 1024;   // columns that are widened at a time, for many tokens
 constexpr int kTokens = 96;    // tokens that share one widened strip
 
 // One strip in the interleaved layout of ops/cpu_backend.py. Columns are those of x; the two regions may overlap by one step,
@@ -24,10 +24,21 @@ struct Strip {
   int64_t in;             // columns, a multiple of 16: up to here x is padded with zeros
 };
 
-// x [tokens, pitch] fp32 (e4m3 values), out [tokens, 16] fp32: sums without scales. Columns add up in four partial sums, column c
-// in sum c / 4 % 4 from left to right, whichever region it is in: a 2:4 region gives bit for bit what its zeros written out give.
-using StripFunction = void (*)(Strip const& strip, float const* x, int64_t pitch, int tokens, float* out);
-void strip_avx2(Strip const& strip, float const* x, int64_t pitch, int tokens, float* out);
-void strip_avx512(Strip const& strip, float const* x, int64_t pitch, int tokens, float* out);
+enum Dtype { kFloat32, kBfloat16, kFloat16 };
+
+// What is compiled once per instruction set; each function runs on the caller's thread. Those files define nothing else with linkage
+// and nothing that runs when the library is loaded: a CPU without their instructions loads it, too.
+struct Functions {
+  int64_t x_bytes;  // of a quantised activation: an e4m3 value as fp32 or as bf16
+  // Tokens [from, to) of x [tokens, in] to e4m3 values (rows `pitch` apart, zeros up to there) and their scales: ops/quantize.py.
+  void (*quantize)(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch, float* scales);
+  // out [count, tokens, 16]: sums without scales of one or two strips of the same regions for x [tokens, pitch]. The bits depend
+  // neither on the number of tokens nor on the region that a zero is in, as additions come in the same order everywhere.
+  void (*strips)(Strip const* strips, int count, void const* x, int64_t pitch, int tokens, float* out);
+  // y [tokens, `rows` of y_pitch] = out * x_scale * weight_scale + bias, each step in fp32; `bias` (or null) has the dtype of y.
+  void (*finish)(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias, Dtype dtype,
+                 void* y, int64_t y_pitch);
+};
+extern Functions const avx2, avx512, avx512_bf16;
 
 }  // namespace spense::cpu

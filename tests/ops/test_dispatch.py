@@ -1,4 +1,4 @@
-"""Which back end runs a layer, and that all of them compute the same bits."""
+"""Which back end runs a layer, and that those in plain PyTorch compute the same bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from vllm_spense.ops import LinearSpec, available_backends, prune_and_pack, sele
 from vllm_spense.ops.dispatch import Tensors
 
 CPU = torch.device("cpu")
-RUNNABLE = [b for b in available_backends() if b.name in ("cpu", "reference")]
+RUNNABLE = [b for b in available_backends() if b.name in ("cpu-fp32", "reference")]
+KERNELS = next(b for b in available_backends() if b.name == "cpu")
 CUDA = next(b for b in available_backends() if b.name == "cuda")
 LAYOUTS = [
     (Layout("output", 24, 48, 8), 2),
@@ -72,13 +73,13 @@ def test_a_named_back_end_that_cannot_run_says_why() -> None:
 
 def test_unknown_names_list_the_known_ones() -> None:
     spec, _ = make(*LAYOUTS[0])
-    with pytest.raises(ValueError, match=r"unknown back end 'cublas' \(known: .*cpu, .*reference\)"):
+    with pytest.raises(ValueError, match=r"unknown back end 'cublas' \(known: .*cpu, cpu-fp32, reference\)"):
         select_backend(spec, CPU, "cublas")
 
 
 def test_the_list_is_a_copy() -> None:
     available_backends().clear()
-    assert {b.name for b in available_backends()} >= {"cpu", "reference"}
+    assert {b.name for b in available_backends()} >= {"cpu", "cpu-fp32", "reference"}
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -109,7 +110,7 @@ def test_the_kernels_layout_holds_the_same_layer(layout: Layout, shards: int) ->
     assert torch.equal(CUDA.apply(spec, CUDA.prepare(spec, tensors), x, None), expected)
 
 
-@pytest.mark.parametrize("backend", [*RUNNABLE, CUDA], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [*RUNNABLE, KERNELS, CUDA], ids=lambda b: b.name)
 @pytest.mark.parametrize(("layout", "shards"), LAYOUTS, ids=str)
 def test_prepared_shapes_depend_on_the_spec_only(backend, layout: Layout, shards: int) -> None:
     """Other weights, and weights of zeros only, give the same names, shapes and dtypes."""

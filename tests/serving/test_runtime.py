@@ -28,6 +28,7 @@ def run(
     layer = torch.nn.Module()
     layer.logical_widths = [N]
     layer.orig_dtype = torch.bfloat16
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # a back end spends them
     for name, tensor in tensors.items():
         layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
     install(layer, runtime.prepare(tensors), tuple(tensors))

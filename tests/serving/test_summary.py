@@ -16,7 +16,7 @@ import torch
 
 from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout
 from vllm_spense.format.report import inspect
-from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
+from vllm_spense.ops import LinearSpec, cpu_linear, online_layout, prune_and_pack
 from vllm_spense.ops.dispatch import preferred_backend
 from vllm_spense.serving.method import SpenseMethod
 from vllm_spense.serving.runtime import choose
@@ -169,7 +169,7 @@ class PackedMethod(SpenseMethod):
 
 
 def test_a_linear_method_reports_what_runs_the_layer(blocks: list[str], monkeypatch) -> None:
-    """In memory: fp32 of 48 × 96 weights and 48 scales, on a CPU."""
+    """In memory: 48 × 64 weights in 2:4 at 0.625 bytes, 48 × 32 dense ones and 48 scales, on a CPU."""
     monkeypatch.delenv("SPENSE_BACKEND", raising=False)
     summary, layers = LoadSummary(), [torch.nn.Module() for _ in range(60)]
     methods = [PackedMethod(f"layers.{i}.mlp.down_proj", summary) for i in range(60)]
@@ -180,7 +180,7 @@ def test_a_linear_method_reports_what_runs_the_layer(blocks: list[str], monkeypa
         method.process_weights_after_loading(layer)  # vLLM may call twice
     assert len(blocks) == 1
     assert blocks[0].endswith("  back ends: cpu 60")
-    assert f"; {60 * (48 * 96 * 4 + 48 * 4) / 2**20:.2f} MiB in memory" in blocks[0]
+    assert f"; {60 * 48 * (64 * 0.625 + 32 + 4) / 2**20:.2f} MiB in memory" in blocks[0]
 
 
 def test_why_a_layer_falls_back_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +204,7 @@ def test_why_a_layer_falls_back_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("", CPU, "cpu", None),
         ("cpu", CPU, "cpu", None),
+        ("cpu-fp32", CPU, "cpu-fp32", "SPENSE_BACKEND=cpu-fp32 asks for it"),
         ("cuda", GPU, "cuda", None),
         ("vllm-fp8", CPU, "vllm-fp8", "SPENSE_BACKEND=vllm-fp8 asks for it"),
         ("triton", GPU, "triton", "SPENSE_BACKEND=triton asks for it"),
@@ -212,6 +213,12 @@ def test_why_a_layer_falls_back_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_environment_is_a_reason(monkeypatch, wanted: str, device, name: str, why: str | None) -> None:
     monkeypatch.setenv("SPENSE_BACKEND", wanted)
     assert choose(DOWN, device) == (name, why)
+
+
+def test_a_cpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPENSE_BACKEND", raising=False)
+    monkeypatch.setattr(cpu_linear, "why_not_here", lambda: "the CPU kernels need AVX2 and FMA")
+    assert choose(DOWN, CPU) == ("cpu-fp32", "the CPU kernels need AVX2 and FMA")
 
 
 def test_bf16_weights_are_a_reason() -> None:

@@ -30,6 +30,7 @@ class Backend(Protocol):
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """From checkpoint tensors (all five names, empty regions included) to run-time tensors.
 
+        What is given is spent: its memory may be the result's, rearranged.
         The tensor ``weight_packed`` must be among them: vLLM's LoRA code looks for it.
         """
 

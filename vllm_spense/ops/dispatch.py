@@ -6,40 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_spense.ops.backend import Backend, Tensors, activations, decompressed, regions, scale_only
+from vllm_spense.ops.backend import Backend, Tensors, activations, scale_only
+from vllm_spense.ops.cpu_backend import CpuBackend, CpuDenseBackend
 from vllm_spense.ops.cuda_backend import CudaBackend
-from vllm_spense.ops.linear import dense_linear, linear
+from vllm_spense.ops.linear import linear
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.triton_backend import TritonBackend
-from vllm_spense.ops.widen import widened_weight
-
-
-class CpuBackend:
-    """Decompresses once at load to fp32 and multiplies densely: exact, and the fastest way on CPUs.
-
-    Measured (docs/architecture.md): fp32 GEMM beats bf16 GEMM three to four times from 32 tokens on where the
-    CPU has no bf16 instructions, and every decompression in the loop costs more than it saves.
-    """
-
-    name = "cpu"
-
-    def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
-
-    def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        e4m3 = spec.weight_dtype == torch.float8_e4m3fn
-        weight = widened_weight(*regions(spec, tensors)) if e4m3 else decompressed(spec, tensors).float()
-        return {"weight_packed": weight} | scale_only(tensors)
-
-    def apply(
-        self,
-        spec: LinearSpec,
-        tensors: Mapping[str, torch.Tensor],
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        xq, xs = activations(spec, x)
-        return dense_linear(xq, xs, tensors["weight_packed"], tensors.get("weight_scale"), bias, x.dtype)
 
 
 class ReferenceBackend:
@@ -77,7 +49,13 @@ class ReferenceBackend:
         )
 
 
-_BACKENDS: list[Backend] = [CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend()]
+_BACKENDS: list[Backend] = [
+    CudaBackend(),
+    TritonBackend(),
+    CpuBackend(),
+    CpuDenseBackend(),
+    ReferenceBackend(),
+]
 """Best first."""
 
 
@@ -87,7 +65,7 @@ def available_backends() -> list[Backend]:
 
 
 def preferred_backend(device: torch.device) -> Backend:
-    """What a layer with a 2:4 region should run on: fp32 GEMMs on CPUs, the compiled kernels elsewhere.
+    """What a layer with a 2:4 region should run on: the compiled kernels for its device.
 
     Its ``why_not`` is the reason why a layer on this device fell back to another one.
     """

@@ -1,4 +1,4 @@
-"""The compiled CUDA extension: found, loaded once, and why not where it is not there."""
+"""The compiled extensions: found, loaded once, and why not where one is not there."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def why_not_loaded() -> str | None:
-    """Load the extension on first call; None when its operators are there, else the reason in one line."""
-    libraries = sorted(_PACKAGE.glob("_C*.so"))
+    """Load the CUDA kernels on first call; None when they are there, else the reason in one line."""
+    return _load("_C", "the CUDA extension is not built (needs nvcc at install time, see README)")
+
+
+@functools.cache
+def why_not_loaded_cpu() -> str | None:
+    """The same of the CPU kernels."""
+    return _load("_cpu", "the CPU extension is not built (needs g++ on x86-64 at install time, see README)")
+
+
+def _load(stem: str, missing: str) -> str | None:
+    libraries = sorted(_PACKAGE.glob(f"{stem}*.so"))
     if not libraries:
-        return "the CUDA extension is not built (needs nvcc at install time, see README)"
+        return missing
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:

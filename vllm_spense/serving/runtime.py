@@ -14,13 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.ops.dispatch import (
-    LinearSpec,
-    Tensors,
-    decompressed,
-    preferred_backend,
-    select_backend,
-)
+from vllm_spense.ops.backend import decompressed
+from vllm_spense.ops.dispatch import LinearSpec, Tensors, preferred_backend, select_backend
 from vllm_spense.serving import compat
 
 

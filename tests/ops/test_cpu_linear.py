@@ -1,0 +1,283 @@
+"""spense::linear_cpu, every instruction set that this CPU has, against the definition."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_spense.format import FP8_DTYPE, Layout
+from vllm_spense.ops import LinearSpec, cpu_linear, prune_and_pack, quantize_per_token, select_backend
+from vllm_spense.ops.cpu_linear import ISAS, interleave
+from vllm_spense.ops.linear import OUT_DTYPES, full_weight, reference_linear
+
+CPU = torch.device("cpu")
+BUILT = platform.machine() == "x86_64" and shutil.which("g++") is not None
+REASON = cpu_linear.why_not_here()
+needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+ISA = [
+    pytest.param(i, id=name, marks=needs_kernels)
+    for i, name in enumerate(ISAS, 1)
+    if REASON or i <= cpu_linear.best_isa()
+]
+every_isa = pytest.mark.parametrize("isa", ISA)
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
+ACCUMULATION = 2.0**-20
+TOKENS = (0, 1, 2, 3, 7, 8, 17, 30, 47)
+"""Each size of a block of tokens, on either side of where weights are widened first."""
+SHAPES = [
+    [Layout("output", 24, 144, 8)],
+    [Layout("output", 48, 50, 0)],
+    [Layout("output", 16, 40, 16)],
+    [Layout("input", 24, 144, 56)],
+    [Layout("input", 40, 61, 24)],
+    [Layout("input", 17, 64, 64)],
+    [Layout("input", 24, 144, 0)],
+    [Layout("output", 24, 144, 16), Layout("output", 40, 144, 8)],
+    [Layout("output", 24, 144, 0), Layout("output", 24, 144, 24), Layout("output", 8, 144, 3)],
+    [Layout("output", 96, 1104, 64)] * 2,
+    [Layout("input", 64, 2080, 1032)],
+]
+
+
+def name(layouts: list[Layout]) -> str:
+    return "+".join(f"{x.split}{x.out_features}x{x.in_features}s{x.sparse}" for x in layouts)
+
+
+class Layer:
+    """Checkpoint tensors of a (fused) layer with random weights, or with the given ones."""
+
+    def __init__(self, layouts: list[Layout], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.spec = LinearSpec.of(layouts, FP8_DTYPE)
+        parts = [
+            prune_and_pack(torch.randn(x.out_features, x.in_features, generator=generator), x)
+            for x in layouts
+        ]
+        self.regions = [
+            torch.cat(
+                [
+                    part.get(key, torch.empty(x.shape(key), dtype=dtype)).view(torch.uint8)
+                    for part, x in zip(parts, layouts, strict=True)
+                ]
+            ).view(dtype)
+            for key, dtype in (
+                ("sparse_values", FP8_DTYPE),
+                ("sparse_meta", torch.uint8),
+                ("dense_weight", FP8_DTYPE),
+            )
+        ]
+        self.scale = torch.cat([part["weight_scale"] for part in parts])
+
+    @property
+    def sizes(self) -> tuple[list[int], list[int], bool]:
+        return list(self.spec.sparse_sizes), list(self.spec.dense_sizes), self.spec.split == "output"
+
+    def matrix(self) -> torch.Tensor:
+        return full_weight(*self.regions, *self.sizes)
+
+    def twin(self) -> Layer:
+        """The same weights without a 2:4 region."""
+        twin = object.__new__(Layer)
+        n, k = self.spec.out_features, self.spec.in_features
+        twin.spec = replace(self.spec, split="output", sparse_sizes=(0,), dense_sizes=(n,))
+        empty = torch.empty(0, k // 2, dtype=FP8_DTYPE), torch.empty(0, k // 8, dtype=torch.uint8)
+        twin.regions = [*empty, self.matrix()]
+        twin.scale = self.scale
+        return twin
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None = None, isa: int = 0) -> torch.Tensor:
+        packed = interleave(self.spec, *(region.clone() for region in self.regions))
+        return torch.ops.spense.linear_cpu(x, *packed, self.scale, bias, *self.sizes, isa)
+
+    def reference(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return reference_linear(*quantize_per_token(x), *self.regions, self.scale, bias, *self.sizes, x.dtype)
+
+
+def tokens(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_the_extension_is_there() -> None:
+    """Its tests are not skipped where it can be built; where it cannot, its absence is no error."""
+    if BUILT:
+        assert "not built" not in str(REASON)
+        assert "does not load" not in str(REASON)
+    assert ISA
+
+
+@every_isa
+@pytest.mark.parametrize("layouts", SHAPES, ids=name)
+def test_against_float64(layouts: list[Layout], isa: int) -> None:
+    layer = Layer(layouts)
+    n, k = layer.spec.out_features, layer.spec.in_features
+    weight = layer.matrix().double() * layer.scale.double()[:, None]
+    for out in OUT_DTYPES:
+        for m in TOKENS:
+            x = tokens(m, k, out)
+            bias = tokens(1, n, out, seed=2)[0] if m % 2 else None
+            q, scale = quantize_per_token(x)
+            wide, added = q.double() * scale.double(), 0 if bias is None else bias.double()
+            expected = wide @ weight.T + added
+            magnitude = wide.abs() @ weight.abs().T + (0 if bias is None else bias.double().abs())
+            y = layer.run(x, bias, isa)
+            assert (y.dtype, y.shape) == (out, (m, n))
+            bound = ROUNDING[out] * expected.abs() + (1 + ROUNDING[out]) * ACCUMULATION * magnitude
+            assert ((y.double() - expected).abs() <= bound).all()
+
+
+@every_isa
+@pytest.mark.parametrize("layouts", [x for x in SHAPES if any(y.sparse for y in x)], ids=name)
+def test_zeros_written_out_change_no_bit(layouts: list[Layout], isa: int) -> None:
+    """Why a Spense model and its dense twin say the same tokens."""
+    layer = Layer(layouts)
+    for m in TOKENS:
+        x = tokens(m, layer.spec.in_features, torch.float32)
+        assert torch.equal(layer.run(x, None, isa), layer.twin().run(x, None, isa))
+
+
+@every_isa
+@pytest.mark.parametrize("layouts", SHAPES, ids=name)
+def test_a_tokens_bits_do_not_depend_on_its_company(layouts: list[Layout], isa: int) -> None:
+    """Batch invariance: whatever else is in the step, and how many tokens are quantised at a time."""
+    layer = Layer(layouts)
+    x = tokens(400, layer.spec.in_features, torch.float32)
+    together = layer.run(x, None, isa)
+    assert torch.allclose(together, layer.reference(x), rtol=1e-4, atol=1e-4)
+    for m in (*TOKENS, 97):
+        for first in (0, 384, 5):
+            assert torch.equal(layer.run(x[first : first + m], None, isa), together[first : first + m])
+
+
+@every_isa
+@pytest.mark.parametrize("split", ["output", "input"])
+@pytest.mark.parametrize("m", [1, 48])
+def test_every_weight_and_position(split: str, m: int, isa: int) -> None:
+    """Each of the 254 finite bytes at each position of a group, in either region; one product is exact."""
+    finite = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
+    layout = Layout(split, 512, 32, 256 if split == "output" else 16)
+    layer = Layer([layout])
+    for region in (layer.regions[0], layer.regions[2]):
+        region.view(torch.uint8).copy_(
+            finite[torch.arange(region.numel()).reshape(region.shape[::-1]).T % 254]
+        )
+    nibbles = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE])
+    meta = layer.regions[1]
+    pick = torch.arange(meta.numel()).reshape(meta.shape)
+    meta.copy_((nibbles[pick % 6] | nibbles[pick // 6 % 6] << 4).to(torch.uint8))
+    for column in range(32):
+        x = torch.zeros(m, 32)
+        x[:, column] = 448.0
+        assert torch.equal(layer.run(x, None, isa), layer.reference(x))
+
+
+def identity(k: int) -> Layer:
+    """A layer whose sums are the quantised activations."""
+    layer = Layer([Layout("output", k, k, 0)])
+    layer.regions[2].copy_(torch.eye(k).to(FP8_DTYPE))
+    layer.scale = torch.ones(k)
+    return layer
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
+def test_activations_are_quantised_as_everywhere(dtype: torch.dtype, isa: int) -> None:
+    """Random numbers over the whole range, ties, subnormals of e4m3, tiny, huge and empty tokens."""
+    x = tokens(64, 160, torch.float32)
+    x[:16] *= 2.0 ** torch.linspace(-12, 6, 160)
+    grid = torch.arange(0, 256).to(torch.uint8).view(FP8_DTYPE).float().nan_to_num(0)
+    x[16, 0], x[16, 1:129] = 448, (grid[:128] + grid[1:129]) / 2  # halfway between neighbours, scale 1
+    x[17, 0], x[17, 1:129] = -448, grid[128:]
+    x[18] *= 1e-7
+    x[19] *= 1e4
+    x[20] = 0
+    x = x.to(dtype)
+    q, scale = quantize_per_token(x)
+    assert torch.equal(identity(160).run(x, None, isa), (q.float() * scale).to(dtype))
+    assert torch.equal(identity(160).run(x[16:21], None, isa), (q.float() * scale).to(dtype)[16:21])
+
+
+@every_isa
+@pytest.mark.parametrize("m", [1, 40])
+def test_what_is_not_finite_is_seen_in_its_token_only(m: int, isa: int) -> None:
+    x = tokens(m + 2, 64)
+    x[0, 3], x[1, 3] = float("nan"), float("inf")
+    layer = Layer([Layout("output", 32, 64, 16)])
+    y = layer.run(x, None, isa)
+    assert y[:2].isnan().all()
+    assert torch.equal(y[2:], layer.run(torch.cat([x[-1:], x[-1:], x[2:]]), None, isa)[2:])
+
+
+@needs_kernels
+def test_weights_are_rearranged_in_place_where_they_fit() -> None:
+    for layout, moved in ((Layout("output", 64, 64, 32), 0), (Layout("output", 40, 64, 8), 2)):
+        layer = Layer([layout])
+        places = [region.data_ptr() for region in layer.regions]
+        packed = interleave(layer.spec, *layer.regions)
+        assert sum(p.data_ptr() not in places for p in packed) in (moved, 3 * bool(moved))
+        assert packed.dense_weight.numel() == -(-layout.dense // 16) * 16 * 64
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x": torch.zeros(2, 64).half().double()}, "x must be bf16, fp16 or fp32"),
+        ({"x": torch.zeros(64, 2).T}, "x must be a contiguous CPU tensor"),
+        ({"x": torch.zeros(2, 80)}, "sparse_values must be .* interleaved"),
+        ({"meta": torch.zeros(16, 4, dtype=torch.uint8)}, "sparse_meta must be .* interleaved"),
+        ({"dense": torch.zeros(16, 48, dtype=torch.uint8)}, "dense_weight must be .* interleaved"),
+        ({"bias": torch.zeros(32).bfloat16()}, "bias must be .* in the dtype of x"),
+        ({"scale": torch.ones(32).double()}, "weight_scale must be .* fp32"),
+        ({"sparse_sizes": [16, 0]}, "one size of each region per fused shard"),
+        ({"dense_sizes": [8]}, "region sizes sum to 24, not to 32"),
+        ({"sparse_sizes": [-16], "dense_sizes": [48]}, "negative region size"),
+        ({"isa": 9}, "instruction set 9 is none of this CPU's"),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else "",
+)
+def test_wrong_arguments_are_refused(change: dict[str, object], said: str) -> None:
+    layer = Layer([Layout("output", 32, 64, 16)])
+    values, meta, dense = interleave(layer.spec, *layer.regions)
+    arguments = {
+        "x": torch.zeros(2, 64),
+        "values": values,
+        "meta": meta,
+        "dense": dense,
+        "scale": layer.scale,
+        "bias": None,
+        "sparse_sizes": [16],
+        "dense_sizes": [16],
+        "output_split": True,
+        "isa": 0,
+    }
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.spense.linear_cpu(*(arguments | change).values())
+
+
+@needs_kernels
+def test_as_a_torch_operator() -> None:
+    layer = Layer([Layout("output", 32, 64, 16)])
+    packed = interleave(layer.spec, *(region.clone() for region in layer.regions))
+    arguments = (tokens(5, 64), *packed, layer.scale, tokens(1, 32)[0], *layer.sizes)
+    torch.library.opcheck(torch.ops.spense.linear_cpu.default, arguments)
+
+
+@needs_kernels
+def test_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer([Layout("input", 32, 64, 16)])
+    backend = select_backend(layer.spec, CPU)
+    assert backend.name == "cpu"
+    names = ("sparse_values", "sparse_meta", "dense_weight")
+    given = dict(zip(names, (r.clone() for r in layer.regions), strict=True)) | {"weight_scale": layer.scale}
+    x = tokens(64, 5).T  # not contiguous
+    assert torch.allclose(
+        backend.apply(layer.spec, backend.prepare(layer.spec, given), x, None), layer.reference(x)
+    )
+    bf16 = replace(layer.spec, weight_dtype=torch.bfloat16)
+    assert "take FP8 weights" in str(backend.why_not(bf16, CPU))
+    monkeypatch.setattr(cpu_linear, "why_not_here", lambda: "the CPU extension is not built")
+    assert select_backend(layer.spec, CPU).name == "cpu-fp32"
