@@ -3,10 +3,8 @@
 usage: python benchmarks/start_up.py SPENSE_DIR [--gigabytes 1] [--repeats 3]
 
 The twin is `spense export --format fp8` of the same checkpoint. Besides SPENSE_DIR, a random model whose
-dense FP8 weights have the given size is measured. Spense runs as it is by default and, with
-SPENSE_BACKEND=vllm-fp8, its MLPs in vLLM's dense kernel, which keeps FP8 on CPUs, too. Each measurement is a
-process of its own, in turn: seconds until `LLM(...)` returns (eager, one process), of loading the model, and
-of each kind of check.
+dense FP8 weights have the given size is measured. Each measurement is a process of its own, in turn: seconds
+until `LLM(...)` returns (eager, one process), of loading the model, and of each kind of check.
 Writes benchmarks/results/start_up.json and the table in docs/reliability.md.
 """
 
@@ -77,14 +75,13 @@ def timed(function: Any, name: str, seconds: dict[str, float]) -> Any:
     return call
 
 
-def measure(models: dict[str, tuple[Path, dict[str, str]]], repeats: int) -> dict[str, Any]:
-    """Medians for each model and environment, taken in turn; the first round warms the file cache only."""
+def measure(models: dict[str, Path], repeats: int) -> dict[str, Any]:
+    """Medians for each model, taken in turn; the first round warms the file cache only."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for turn in range(repeats + 1):
-        for name, (model, variables) in models.items():
+        for name, model in models.items():
             command = [sys.executable, __file__, str(model), "--child"]
-            environment = {**os.environ, **ENVIRONMENT, **variables}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{name} did not start:\n{done.stderr[-3000:]}")
             run = json.loads(done.stdout.splitlines()[-1])
@@ -93,7 +90,7 @@ def measure(models: dict[str, tuple[Path, dict[str, str]]], repeats: int) -> dic
                 runs[name].append(run)
     return {
         name: {
-            "bytes": sum(file.stat().st_size for file in models[name][0].glob("*.safetensors")),
+            "bytes": sum(file.stat().st_size for file in models[name].glob("*.safetensors")),
             "median": {part: median(run[part] for run in found) for part in found[0]},
             "runs": found,
         }
@@ -138,12 +135,11 @@ def main() -> None:
         arguments.name or arguments.model.name: arguments.model,
         f"random, {arguments.gigabytes:g} GB": random,
     }
-    models: dict[str, tuple[Path, dict[str, str]]] = {}
+    models: dict[str, Path] = {}
     for name, spense in given.items():
+        models[f"{name}, Spense"] = spense
         twin = export(spense, arguments.work / f"{spense.name}-fp8", format="fp8")
-        models[f"{name}, Spense"] = spense, {}
-        models[f"{name}, Spense, `vllm-fp8`"] = spense, {"SPENSE_BACKEND": "vllm-fp8"}
-        models[f"{name}, dense FP8"] = twin, {}
+        models[f"{name}, dense FP8"] = twin
     results = measure(models, arguments.repeats)
     shutil.rmtree(arguments.work)
     write(arguments.results, {"models": results, "provenance": provenance()})
