@@ -74,7 +74,8 @@ def measure(model: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
             directory = write_model(model, work / variant, variant)
             log = ROOT / "build" / "serving" / f"{model.name}-{variant}.log"
             eager = ["--eager"] if options.eager else []
-            engines[variant] = Engine(directory, log, "--length", "1024", "--sequences", "16", *eager)
+            limits = ("--length", "1024", "--sequences", "16", "--chunk", "1024")
+            engines[variant] = Engine(directory, log, *limits, *eager)
             stack.callback(engines[variant].stop)
             ready[variant] = engines[variant].wait(START)  # one after another: each compiles
             print(model.name, variant, ready[variant], flush=True)
@@ -114,8 +115,11 @@ def table(results: dict[str, Any]) -> str:
                 for v in VARIANTS
             ]
             lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
-        memory = [f"{entry['engines'][v]['memory'][0]['weights'] / 1e9:.2f} GB" for v in VARIANTS]
-        lines.append(f"| {model} | weights in memory | {' | '.join(memory)} |")
+        sizes = [MODELS[model].linear_bytes(DENSE) * 2] + [
+            MODELS[model].linear_bytes(v) for v in list(VARIANTS)[1:]
+        ]
+        stored = [f"{size / 1e9:.2f} GB" for size in sizes]
+        lines.append(f"| {model} | weights of the linear layers | {' | '.join(stored)} |")
     made = results["made"]
     return "\n".join(
         [*lines, "", f"{made['cpu']}; vLLM {made['versions']['vllm']}, torch {made['versions']['torch']}."]
