@@ -2,11 +2,11 @@
 
 usage: python benchmarks/serving_cpu.py [--models Llama-3.2-1B …] [--repeats 3] [--eager] [--report]
 
-Shapes of real models, random weights (`--load-format dummy`), torch.compile on as by default. For each model
-one engine per variant stays up; each point is measured in turn, and medians are compared. Decode: seconds of
-33 tokens less those of one (dense FP8, whose CPU kernel is slow: of 3 tokens). Prefill: prompts of 512 tokens
-with one token each. What is in the results with the same sources is kept, so the command goes on where it
-stopped. Writes benchmarks/results/serving_cpu.json, and of it the table and the plot in docs/performance.md.
+Shapes of real models, random weights (`--load-format dummy`), torch.compile on as by default, one engine after
+another, medians. Decode: seconds of 33 tokens less those of one (dense FP8, whose CPU kernel is slow: of 3
+tokens, once). Prefill: prompts of 512 tokens with one token each. What is in the results with the same sources
+is kept, so the command goes on where it stopped. Writes benchmarks/results/serving_cpu.json, and of it the
+table and the plot in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PLOT = ROOT / "docs" / "img" / "serving_cpu.png"
 MODELS = {
     model.name: model
     for model in (
+        ServedModel(Shape("SmolLM2-135M", 576, 1536, 9, 3, 64), 30, 49152),
         ServedModel(Shape("Llama-3.2-1B", 2048, 8192, 32, 8, 64), 16, 128256),
-        ServedModel(Shape("Llama-3.2-3B", 3072, 8192, 24, 8), 28, 128256),
     )
 }
 BF16 = "bf16"
@@ -64,35 +64,26 @@ def point_of(variant: str, point: Point) -> Point:
     return Point(point.batch, point.input, OUTPUT.get(variant, point.output))
 
 
-def measure(model: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of every variant and point, and what the engines say of their start and memory."""
+def measure(model: ServedModel, variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and tokens per second of every point, and what the engine says of its start."""
+    repeats = 1 if variant == DENSE else options.repeats
+    log = ROOT / "build" / "serving" / f"{model.name}-{variant}.log"
+    limits = ("--length", "1024", "--sequences", "16", "--chunk", "1024")
+    seconds: dict[str, list[float]] = {}
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engines: dict[str, Engine] = {}
-        ready = {}
-        for variant in VARIANTS:
-            directory = write_model(model, work / variant, variant)
-            log = ROOT / "build" / "serving" / f"{model.name}-{variant}.log"
-            eager = ["--eager"] if options.eager else []
-            limits = ("--length", "1024", "--sequences", "16", "--chunk", "1024")
-            engines[variant] = Engine(directory, log, *limits, *eager)
-            stack.callback(engines[variant].stop)
-            ready[variant] = engines[variant].wait(START)  # one after another: each compiles
-            print(model.name, variant, ready[variant], flush=True)
-        seconds: dict[str, dict[str, list[float]]] = {v: {name: [] for name in POINTS} for v in VARIANTS}
+        directory = write_model(model, work / "model", variant)
+        engine = Engine(directory, log, *limits, *(["--eager"] if options.eager else []))
+        stack.callback(engine.stop)
+        ready = engine.wait(START)
         for name, point in POINTS.items():
-            for turn in range(options.repeats + 1):
-                for variant, engine in engines.items():
-                    taken = elapsed(engine, point_of(variant, point), START)
-                    if turn:  # the first round warms up
-                        seconds[variant][name].append(taken)
-            print(model.name, name, {v: round(rate(v, name, seconds), 1) for v in VARIANTS}, flush=True)
-    rates = {v: {name: rate(v, name, seconds) for name in POINTS} for v in VARIANTS}
-    return {"engines": ready, "seconds": seconds, "tokens_per_second": rates}
-
-
-def rate(variant: str, name: str, seconds: dict[str, dict[str, list[float]]]) -> float:
-    return point_of(variant, POINTS[name]).tokens() / median(seconds[variant][name])
+            asked = point_of(variant, point)
+            if variant != DENSE:
+                elapsed(engine, asked, START)  # warms up
+            seconds[name] = [elapsed(engine, asked, START) for _ in range(repeats)]
+            print(model.name, variant, name, seconds[name], flush=True)
+    rates = {name: point_of(variant, POINTS[name]).tokens() / median(s) for name, s in seconds.items()}
+    return {"start_seconds": ready["start_seconds"], "seconds": seconds, "tokens_per_second": rates}
 
 
 def write_model(model: ServedModel, out: Path, variant: str) -> Path:
@@ -106,24 +97,22 @@ def write_model(model: ServedModel, out: Path, variant: str) -> Path:
 
 def table(results: dict[str, Any]) -> str:
     lines = [f"| model | tokens/s | {' | '.join(VARIANTS.values())} |", "|---|---|" + "---|" * len(VARIANTS)]
-    for model, entry in results["models"].items():
-        rates = entry["tokens_per_second"]
+    for model in complete(results):
         for name in POINTS:
-            base = rates[BF16][name]
-            cells = [
-                f"{rates[v][name]:,.1f}" + (f" ({rates[v][name] / base:.2f}×)" if v != BF16 else "")
-                for v in VARIANTS
-            ]
-            lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
-        sizes = [MODELS[model].linear_bytes(DENSE) * 2] + [
-            MODELS[model].linear_bytes(v) for v in list(VARIANTS)[1:]
-        ]
-        stored = [f"{size / 1e9:.2f} GB" for size in sizes]
+            rates = [results["models"][f"{model}/{v}"]["tokens_per_second"][name] for v in VARIANTS]
+            cells = [f"{rate:,.1f} ({rate / rates[0]:.2f}×)" for rate in rates[1:]]
+            lines.append(f"| {model} | {name} | {rates[0]:,.1f} | {' | '.join(cells)} |")
+        dense, *others = (MODELS[model].linear_bytes(v) for v in list(VARIANTS)[1:])
+        stored = [f"{size / 1e9:.2f} GB" for size in (2 * dense, dense, *others)]
         lines.append(f"| {model} | weights of the linear layers | {' | '.join(stored)} |")
-    made = results["made"]
-    return "\n".join(
-        [*lines, "", f"{made['cpu']}; vLLM {made['versions']['vllm']}, torch {made['versions']['torch']}."]
-    )
+    versions = results["made"]["versions"]
+    made = f"{results['made']['cpu']}; vLLM {versions['vllm']}, torch {versions['torch']}."
+    return "\n".join([*lines, "", made])
+
+
+def complete(results: dict[str, Any]) -> list[str]:
+    """Models with all variants measured."""
+    return [m for m in MODELS if all(f"{m}/{v}" in results.get("models", {}) for v in VARIANTS)]
 
 
 def plot(results: dict[str, Any]) -> None:
@@ -132,10 +121,10 @@ def plot(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    models = results["models"]
+    models = complete(results)
     figure, axes = pyplot.subplots(1, len(models), figsize=(5 * len(models), 3.4), sharey=True, squeeze=False)
-    for axis, (model, entry) in zip(axes[0], models.items(), strict=True):
-        rates = entry["tokens_per_second"]
+    for axis, model in zip(axes[0], models, strict=True):
+        rates = {v: results["models"][f"{model}/{v}"]["tokens_per_second"] for v in VARIANTS}
         for i, (variant, label) in enumerate(VARIANTS.items()):
             heights = [rates[variant][name] / rates[BF16][name] for name in POINTS]
             axis.bar([x + 0.2 * i for x in range(len(POINTS))], heights, 0.2, label=label)
@@ -161,16 +150,15 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report and (reason := why_not_here()):
         sys.exit(reason)
-    for name in [] if options.report else options.models:
-        if not entry_of(RESULTS, "models", name, sources()):
-            entry = {"sources": sources()} | measure(MODELS[name], options)
+    wanted = [] if options.report else [(MODELS[name], v) for name in options.models for v in VARIANTS]
+    for model, variant in wanted:
+        key = f"{model.name}/{variant}"
+        if not entry_of(RESULTS, "models", key, sources()):
+            entry = {"sources": sources()} | measure(model, variant, options)
             results = read(RESULTS)
-            results.setdefault("models", {})[name] = entry
-            write(
-                RESULTS,
-                results
-                | {"made": provenance() | {"cpu": f"{describe_cpu()}, {len(os.sched_getaffinity(0))} cores"}},
-            )
+            results.setdefault("models", {})[key] = entry
+            cpu = f"{describe_cpu()}, {len(os.sched_getaffinity(0))} cores"
+            write(RESULTS, results | {"made": provenance() | {"cpu": cpu}})
     results = read(RESULTS)
     print(table(results))
     insert(DOCUMENT, "serving-cpu", table(results))
