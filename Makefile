@@ -31,7 +31,7 @@ help:
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
-	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (16 GB, half an hour)"
+	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (8 GB, 20 minutes)"
 	@echo "make report     every table and plot again, from the committed results"
 	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"

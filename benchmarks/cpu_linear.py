@@ -4,13 +4,16 @@ usage: python benchmarks/cpu_linear.py [--seconds 0.5] [--report]
 
 Microseconds per call (median) of whole layers, activation quantisation included, for each instruction set
 with kernels, of the `cpu-fp32` back end, and of bare GEMMs on dense weights: bf16, fp32 and FP8
-(`torch._scaled_mm`). Writes benchmarks/results/cpu_linear.json, one entry per CPU, and the table in
+(`torch._scaled_mm`). Calls go through so many copies of a layer that weights come from memory, as in a model.
+Writes benchmarks/results/cpu_linear.json, one entry per CPU, and the table in
 docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 import sys
 import time
@@ -35,25 +38,27 @@ LAYERS: dict[str, tuple[Split, int, int]] = {
     "Llama-3.2-1B gate_up": ("output", 16384, 2048),
     "Llama-3.2-1B down": ("input", 2048, 8192),
 }
-TOKENS = (1, 4, 16, 64, 512)
+TOKENS = (1, 4, 8, 16, 64, 512)
 DENSE = ("bf16 GEMM", "fp32 GEMM", "FP8 `_scaled_mm`", "`cpu-fp32`")
-SLOW = 2e6
-"""Microseconds from which on a column is not measured for more tokens."""
+COLD = 400e6
+"""Bytes of all copies of a layer: more than caches hold."""
+Call = Callable[[torch.Tensor], object]
 
 
-def median_us(call: Callable[[], object], seconds: float) -> float:
-    call()
+def median_us(calls: list[Call], x: torch.Tensor, seconds: float) -> float:
     times = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
+    for call in itertools.cycle(calls):
         start = time.perf_counter()
-        call()
+        call(x)
         times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
+        if time.perf_counter() > end and len(times) >= 3:
+            return statistics.median(times) * 1e6
+    raise AssertionError("no calls")
 
 
-def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, Callable[[torch.Tensor], object]]]:
-    """Names and calls on ``x [M, K]`` bf16."""
+def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, list[Call]]]:
+    """Names, and calls on ``x [M, K]`` bf16, each with weights of its own."""
     torch.manual_seed(0)
     layout = online_layout(split, n, k, 0.5)
     tensors = prune_and_pack(torch.randn(n, k), layout)
@@ -61,22 +66,27 @@ def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, Callable[[torch
     fp32 = CpuDenseBackend()
     prepared = fp32.prepare(spec, tensors)
     wide, scale = prepared["weight_packed"], tensors["weight_scale"]
-    bf16, fp8 = wide.bfloat16(), wide.to(torch.float8_e4m3fn)
-    yield DENSE[0], lambda x: x @ bf16.t()
-    yield DENSE[1], lambda x: x.float() @ wide.t()
-    yield (
-        DENSE[2],
-        lambda x: torch._scaled_mm(
-            *(quantize_per_token(x)[0], fp8.t(), quantize_per_token(x)[1], scale[None]), out_dtype=x.dtype
-        ),
-    )
-    yield DENSE[3], lambda x: fp32.apply(spec, prepared, x, None)
-    packed = cpu_linear.interleave(
-        spec, tensors["sparse_values"], tensors["sparse_meta"], tensors["dense_weight"]
-    )
+
+    def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.clone() for _ in range(math.ceil(COLD / tensor.nbytes))]
+
+    yield DENSE[0], [lambda x, w=w: x @ w.t() for w in copies(wide.bfloat16())]
+    yield DENSE[1], [lambda x, w=w: x.float() @ w.t() for w in copies(wide)]
+
+    def scaled(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        xq, xs = quantize_per_token(x)
+        return torch._scaled_mm(xq, w.t(), xs, scale[None], out_dtype=x.dtype)
+
+    yield DENSE[2], [lambda x, w=w: scaled(x, w) for w in copies(wide.to(torch.float8_e4m3fn))]
+    every = [prepared | {"weight_packed": w} for w in copies(wide)]
+    yield DENSE[3], [lambda x, p=p: fp32.apply(spec, p, x, None) for p in every]
+    regions = [tensors[name] for name in ("sparse_values", "sparse_meta", "dense_weight")]
+    count = math.ceil(COLD / spec.weight_bytes)
+    packed = [cpu_linear.interleave(spec, *(r.clone() for r in regions)) for _ in range(count)]
     sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), split == "output")
+    run = torch.ops.spense.linear_cpu
     for isa, name in enumerate(cpu_linear.ISAS[: cpu_linear.best_isa()], 1):
-        yield f"`{name}`", lambda x, i=isa: torch.ops.spense.linear_cpu(x, *packed, scale, None, *sizes, i)
+        yield f"`{name}`", [lambda x, p=p, i=isa: run(x, *p, scale, None, *sizes, i) for p in packed]
 
 
 def measure(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
@@ -84,13 +94,12 @@ def measure(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for layer, shape in LAYERS.items():
         found[layer] = {}
-        for name, call in columns(*shape):
+        for name, calls in columns(*shape):
             times = found[layer].setdefault(name, {})
             for m in TOKENS:
                 x = torch.randn(m, shape[2]).bfloat16()
-                times[str(m)] = median_us(lambda f=call, a=x: f(a), seconds)
-                if times[str(m)] > SLOW:
-                    break
+                median_us(calls, x, 0)  # warms up
+                times[str(m)] = median_us(calls, x, seconds)
             print(layer, name, {m: round(us) for m, us in times.items()}, flush=True)
     return found
 
@@ -103,7 +112,7 @@ def tables(results: dict[str, Any]) -> str:
         lines += [f"| layer | M | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
         for layer, found in entry["layers"].items():
             for m in map(str, TOKENS):
-                cells = [f"{found[name][m]:,.0f}" if m in found[name] else "–" for name in names]
+                cells = [f"{found[name][m]:,.0f}" for name in names]
                 lines.append(f"| {layer} | {m} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

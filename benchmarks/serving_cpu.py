@@ -2,11 +2,11 @@
 
 usage: python benchmarks/serving_cpu.py [--models Llama-3.2-1B …] [--repeats 3] [--eager] [--report]
 
-Shapes of real models, random weights (`--load-format dummy`), torch.compile on as by default, one engine after
-another, medians. Decode: seconds of 33 tokens less those of one (dense FP8, whose CPU kernel is slow: of 3
-tokens, once). Prefill: prompts of 512 tokens with one token each. What is in the results with the same sources
-is kept, so the command goes on where it stopped. Writes benchmarks/results/serving_cpu.json, and of it the
-table and the plot in docs/performance.md.
+Shapes of real models, random weights (`--load-format dummy`), torch.compile on as by default, one engine
+after another, medians. Decode: seconds of 33 tokens less those of one (dense FP8, whose CPU kernel is slow:
+of 3 tokens, once). Prefill: prompts of 512 tokens with one token each. What is in the results with the same
+sources is kept, so the command goes on where it stopped. Writes benchmarks/results/serving_cpu.json, and of
+it the table and the plot in docs/performance.md.
 """
 
 from __future__ import annotations

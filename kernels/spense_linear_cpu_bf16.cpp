@@ -48,6 +48,7 @@ struct Widener {
   __m512i low0 = _mm512_load_si512(tables.low), low1 = _mm512_load_si512(tables.low + 64);
   __m512i order = _mm512_load_si512(tables.order), sign = _mm512_set1_epi8(char(0x80));
   void operator()(uint8_t const* p, __m512i& a, __m512i& b) const {
+    __builtin_prefetch(p + kAhead);
     __m512i const bytes = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(p));
     __m512i const low = _mm512_permutex2var_epi8(low0, bytes, low1), magnitude = _mm512_permutex2var_epi8(high0, bytes, high1);
     __m512i const high = _mm512_ternarylogic_epi32(magnitude, bytes, sign, 0xF8);  // magnitude | (bytes & sign)

@@ -25,6 +25,7 @@ void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
       for (int g = 0; g < 4; ++g) {
         auto const positions = V::bytes(meta + g / 2 * kRows);
         auto const first = V::shift_right(positions, g % 2 * 4), second = V::shift_right(positions, g % 2 * 4 + 2);
+        __builtin_prefetch(values + 2 * g * kRows + kAhead);
         V const w0 = V::e4m3(values + 2 * g * kRows), w1 = V::e4m3(values + (2 * g + 1) * kRows);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
@@ -37,6 +38,7 @@ void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
     for (int64_t c = s.dense_from; c < s.in; c += kStep, dense += kStep * kRows)
 #pragma GCC unroll 16
       for (int i = 0; i < kStep; ++i) {
+        if (i % 4 == 0) __builtin_prefetch(dense + i * kRows + kAhead);
         V const w = V::e4m3(dense + i * kRows);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) sum[t][i / 4] = V::fma(w, V::one(x[t * pitch + c + i]), sum[t][i / 4]);
