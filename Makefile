@@ -52,13 +52,13 @@ $(ASSETS)/.ready: $(VENV)/.ready vllm_spense/demo_assets.py
 
 # Half a minute: CPU kernels and our own CUDA kernel, no CUTLASS instances. Without nvcc this prints why that is not built.
 $(EXTENSION): $(VENV)/.ready $(wildcard kernels/*) setup.py
-	SPENSE_CUTLASS=0 $(PY) setup.py -q build_ext --inplace
+	SPENSE_CPU=1 SPENSE_CUTLASS=0 $(PY) setup.py -q build_ext --inplace
 
 kernels: $(VENV)/.ready
 	$(PY) setup.py -q build_ext --inplace
 
 kernels-check: $(VENV)/.ready
-	SPENSE_CUTLASS=check $(PY) setup.py -q build_ext --inplace
+	SPENSE_CPU=1 SPENSE_CUTLASS=check $(PY) setup.py -q build_ext --inplace
 
 test: setup $(EXTENSION)
 	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest

@@ -7,8 +7,8 @@ left out with a message; the CPU one (5 s) without g++ or torch, or on other mac
 Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no CUDA extension), ``SPENSE_CUTLASS`` (0 leaves out
 the CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
 ``SPENSE_TRAP`` (1: kernels stop with a message where they would hang, for first runs on new hardware),
-``SPENSE_CPU`` (0: no CPU extension), ``MAX_JOBS`` (2; a CUTLASS instance takes 5 GB), ``NVCC`` or
-``CUDA_HOME``, ``CUTLASS_HOME``.
+``SPENSE_CPU`` (0: no CPU extension, 1: an error if it does not compile), ``MAX_JOBS`` (2; a CUTLASS instance
+takes 5 GB), ``NVCC`` or ``CUDA_HOME``, ``CUTLASS_HOME``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 KERNELS = ROOT / "kernels"
@@ -84,7 +86,12 @@ def why_not_cpu() -> str | None:
         return f"they are written for x86-64 Linux, not {' '.join(system)}"
     if not shutil.which("g++"):
         return "no g++ found"
-    return None if find_package("torch") else NO_TORCH
+    if not find_package("torch"):
+        return NO_TORCH
+    version = metadata.version("torch")
+    return (
+        None if tuple(map(int, version.split(".")[:2])) >= (2, 11) else f"torch {version} is older than 2.11"
+    )
 
 
 def why_not() -> str | None:
@@ -108,7 +115,17 @@ class Build(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
-        (self.build_cpu if ext.name == CPU_EXTENSION else self.build_cuda)(objects, out)
+        if ext.name != CPU_EXTENSION:
+            self.build_cuda(objects, out)
+            return
+        try:
+            self.build_cpu(objects, out)
+        except (SystemExit, subprocess.CalledProcessError) as error:
+            if os.environ.get("SPENSE_CPU") == "1":
+                raise
+            raise CompileError(
+                f"CPU kernels are not built: {error}"
+            ) from error  # optional: the rest installs
 
     def build_cpu(self, objects: Path, out: Path) -> None:
         torch = find_package("torch")
@@ -214,7 +231,9 @@ for name, reason in REASONS.items():
         print(f"vllm-spense: {kind} kernels are not built: {reason}", file=sys.stderr)
 setup(
     ext_modules=[
-        Extension(name, sources=[], py_limited_api=True) for name, reason in REASONS.items() if not reason
+        Extension(name, sources=[], py_limited_api=True, optional=name == CPU_EXTENSION)
+        for name, reason in REASONS.items()
+        if not reason
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

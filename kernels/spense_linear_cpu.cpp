@@ -1,5 +1,6 @@
 // torch operators of the CPU kernels, on libtorch's stable ABI (torch 2.11 and later).
 #include "spense_linear_cpu.h"
+#include <cpuid.h>
 #include <emmintrin.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +28,9 @@ constexpr Functions const* kFunctions[] = {nullptr, &avx2, &avx512, &avx512_bf16
 
 // The best of this CPU, 0 for none.
 int64_t cpu_isa() {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  unsigned a, b, c = 0, d;
+  __get_cpuid(1, &a, &b, &c, &d);
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !(c & bit_F16C)) return 0;
   if (!__builtin_cpu_supports("avx512f")) return 1;
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
@@ -129,7 +132,8 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
   int64_t total = 0, sparse_area = 0, dense_area = 0;
   for (size_t i = 0; i < sparse_sizes.size(); ++i) {
     int64_t const s = sparse_sizes[i], d = dense_sizes[i];
-    STD_TORCH_CHECK(s >= 0 && d >= 0, "spense: negative region size");
+    int64_t const limit = output_split ? n : k;
+    STD_TORCH_CHECK(0 <= s && s <= limit && 0 <= d && d <= limit, "spense: a region of ", s, " and ", d, " is not within 0 to ", limit);
     total += s + d;
     sparse_area += output_split ? up(s) * in : up(n) * up(s);
     dense_area += output_split ? up(d) * in : d ? up(n) * (in - down(s)) : 0;

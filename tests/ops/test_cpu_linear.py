@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from dataclasses import replace
@@ -15,7 +16,11 @@ from vllm_spense.ops.cpu_linear import ISAS, interleave
 from vllm_spense.ops.linear import OUT_DTYPES, full_weight, reference_linear
 
 CPU = torch.device("cpu")
-BUILT = platform.machine() == "x86_64" and shutil.which("g++") is not None
+BUILT = (
+    (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    and shutil.which("g++") is not None
+    and os.environ.get("SPENSE_CPU") != "0"
+)
 REASON = cpu_linear.why_not_here()
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ISA = [
@@ -174,6 +179,23 @@ def test_every_weight_and_position(split: str, m: int, isa: int) -> None:
         assert torch.equal(layer.run(x, None, isa), layer.reference(x))
 
 
+@every_isa
+@pytest.mark.parametrize("m", [1, 48])
+def test_subnormals_where_the_thread_flushes_them(m: int, isa: int) -> None:
+    """e4m3's subnormals are ordinary numbers; the CPU must never see them as fp32's."""
+    layer = Layer([Layout("output", 32, 64, 16)])
+    for region in (layer.regions[0], layer.regions[2]):
+        region.view(torch.uint8).bitwise_and_(0x87).bitwise_or_(1)
+    x = tokens(m, 64, torch.float32)
+    wanted = layer.reference(x)
+    assert wanted.count_nonzero() == wanted.numel()
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.allclose(layer.run(x, None, isa), wanted, rtol=1e-5, atol=1e-7)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def identity(k: int) -> Layer:
     """A layer whose sums are the quantised activations."""
     layer = Layer([Layout("output", k, k, 0)])
@@ -234,7 +256,8 @@ def test_weights_are_rearranged_in_place_where_they_fit() -> None:
         ({"scale": torch.ones(32).double()}, "weight_scale must be .* fp32"),
         ({"sparse_sizes": [16, 0]}, "one size of each region per fused shard"),
         ({"dense_sizes": [8]}, "region sizes sum to 24, not to 32"),
-        ({"sparse_sizes": [-16], "dense_sizes": [48]}, "negative region size"),
+        ({"sparse_sizes": [-16], "dense_sizes": [48]}, "a region of -16 and 48 is not within 0 to 32"),
+        ({"sparse_sizes": [2**62, 16], "dense_sizes": [2**62, 16]}, "is not within 0 to 32"),
         ({"isa": 9}, "instruction set 9 is none of this CPU's"),
     ],
     ids=lambda v: "+".join(v) if isinstance(v, dict) else "",

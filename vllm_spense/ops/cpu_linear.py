@@ -49,7 +49,8 @@ def describe_cpu() -> str:
     """The CPU's name as Linux tells it, and the instruction set that the kernels use."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    return f"{next(names, 'CPU')}, {ISAS[best_isa() - 1]}"
+    isa = best_isa()
+    return f"{next(names, 'CPU')}, {ISAS[isa - 1] if isa else 'no instruction set with kernels'}"
 
 
 def interleave(
