@@ -62,6 +62,13 @@ void transpose(uint8_t const* from, int64_t pitch, uint8_t* to) {
   for (int r = 0; r < kRows; ++r) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + r * kRows), rows[r]);
 }
 
+// While it lives, this thread rounds to nearest and flushes no subnormal, whatever somebody has set.
+struct PlainArithmetic {
+  unsigned const before = _mm_getcsr();
+  PlainArithmetic() { _mm_setcsr(0x1F80); }
+  ~PlainArithmetic() { _mm_setcsr(before); }
+};
+
 // Every 16 rows [16, pitch] become [pitch, 16], in place.
 void interleave_rows_cpu(Tensor bytes) {
   check(bytes, "the tensor to interleave", bytes.scalar_type() == ScalarType::Byte && bytes.dim() == 2 && bytes.size(0) % kRows == 0,
@@ -159,9 +166,11 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
     auto const* const source = static_cast<char const*>(x.data_ptr()) + first * k * width;
     auto* const target = static_cast<char*>(y.data_ptr()) + first * n * width;
     torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k)), [&](int64_t from, int64_t to) {
+      PlainArithmetic const plain;
       run.quantize(source, dtype, k, from, to, quantized.get(), pitch, scales.get());
     });
     torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrain / (kRows * std::max<int64_t>(1, k * count))), [&](int64_t from, int64_t to) {
+      PlainArithmetic const plain;
       float out[2 * kTokens * kRows];
       int64_t before = 0;
       for (Rows const& rows : pieces) {

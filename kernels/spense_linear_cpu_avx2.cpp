@@ -25,9 +25,9 @@ struct Avx2 {
   static Ints shift_right(Ints a, int n) { return _mm256_srli_epi32(a, n); }
   static Avx2 permuted(Avx2 group, Ints positions) { return {_mm256_permutevar_ps(group.v, positions)}; }  // their two low bits
   static Avx2 e4m3(uint8_t const* p) {
-    __m128i const wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
-    __m128i const half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(kSignExponentMantissa));
-    return {_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(kRebias))};
+    __m256i const wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
+    __m256i const bits = _mm256_and_si256(_mm256_slli_epi32(wide, 20), _mm256_set1_epi32(kSignExponentMantissa));
+    return {_mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(kRebias))};
   }
   // Per row: w0 where the first position is i, w1 where the second is, else 0.
   static Avx2 where(Ints first, Ints second, int i, Avx2 w0, Avx2 w1) {

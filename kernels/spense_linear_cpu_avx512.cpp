@@ -25,9 +25,9 @@ struct Avx512 {
   static Ints shift_right(Ints a, int n) { return _mm512_srli_epi32(a, n); }
   static Avx512 permuted(Avx512 group, Ints positions) { return {_mm512_permutevar_ps(group.v, positions)}; }  // their two low bits
   static Avx512 e4m3(uint8_t const* p) {
-    __m256i const wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<__m128i const*>(p)));
-    __m256i const half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(kSignExponentMantissa));
-    return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(kRebias))};
+    __m512i const wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(p)));
+    __m512i const bits = _mm512_and_si512(_mm512_slli_epi32(wide, 20), _mm512_set1_epi32(kSignExponentMantissa));
+    return {_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(kRebias))};
   }
   // Per row: w0 where the first position is i, w1 where the second is, else 0.
   static Avx512 where(Ints first, Ints second, int i, Avx512 w0, Avx512 w1) {

@@ -6,10 +6,11 @@
 namespace spense::cpu {
 namespace {
 
-// A sign-extended byte of e4m3, shifted left by 7, has sign, exponent and mantissa where the fp16 of the same value times 2^-8 has them
-// (the exponents' biases are 7 and 15). Widening fp16 to fp32 is exact, for subnormals too, whatever the thread flushes to zero.
-constexpr int16_t kSignExponentMantissa = int16_t(0xBF80);
-constexpr float kRebias = 0x1p8f;
+// A byte of e4m3 becomes the fp32 of the same value times 2^-120: sign, exponent and mantissa move to their places, and the
+// exponents' biases (7 and 127) differ by 120. The product with 2^120 is exact; e4m3's subnormals are fp32's until then, so the caller
+// sees to it that they are not flushed (through fp16, which is never flushed, is half as slow again).
+constexpr int32_t kSignExponentMantissa = int32_t(0x87F00000u);
+constexpr float kRebias = 0x1p120f;
 
 // Up to V::kDecode tokens: weights and positions stay in registers, the x of a position comes from a permutation inside of the group.
 template <class V, int Tokens>
