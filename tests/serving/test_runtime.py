@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -120,3 +124,27 @@ def test_a_layer_finds_its_runtime(case) -> None:
     assert make_runtime(spec, tensors, layer).name == "cpu"
     unquantized = LinearSpec(spec.split, N, K, spec.sparse_sizes, spec.dense_sizes, torch.bfloat16)
     assert make_runtime(unquantized, tensors, layer).name == "vllm-unquantized"
+
+
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="no AMX there")
+def test_a_process_that_runs_on_a_cpu_has_asked_for_amx() -> None:
+    """Linux kills what uses tiles unasked, and vLLM's attention uses them where the CPU has them."""
+    program = """
+import ctypes, torch
+from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
+from vllm_spense.serving.runtime import make_runtime
+
+def permitted():
+    features = ctypes.c_uint64()
+    arch_prctl, get_permissions, tiles = 158, 0x1022, 1 << 18
+    failed = ctypes.CDLL(None).syscall(arch_prctl, get_permissions, ctypes.byref(features))
+    return not failed and bool(features.value & tiles)
+
+before = permitted()
+layout = online_layout("output", 48, 64, 0.5)
+spec = LinearSpec.of([layout], torch.float8_e4m3fn)
+make_runtime(spec, prune_and_pack(torch.randn(48, 64), layout), torch.nn.Module())
+print(before, permitted())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["False", str(torch.cpu._is_amx_tile_supported())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -31,6 +32,7 @@ __all__ = [
     "kFp8DynamicTokenSym",
     "kFp8StaticChannelSym",
     "load_format",
+    "request_amx",
 ]
 
 
@@ -38,6 +40,17 @@ def load_format() -> str:
     """``--load-format`` of the engine under construction, ``auto`` outside of one."""
     config = get_current_vllm_config_or_none()
     return "auto" if config is None else str(config.load_config.load_format)
+
+
+def request_amx() -> None:
+    """Ask the kernel for AMX tiles in this process, where the CPU has them.
+
+    vLLM's attention and small GEMMs use tiles on such CPUs and count on an earlier oneDNN product to have
+    asked. Spense layers replace those products, and an instruction that was not asked for kills the process.
+    """
+    request = getattr(torch.cpu, "_init_amx", None)  # torch's own way has no public name
+    if request is not None:
+        request()
 
 
 def init_fp8_linear_kernel(**arguments):

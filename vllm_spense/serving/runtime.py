@@ -35,6 +35,8 @@ class Runtime(Protocol):
 def make_runtime(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], layer: Any) -> Runtime:
     """Choose how a layer runs on the device that its tensors are on."""
     device = next(iter(tensors.values())).device
+    if device.type == "cpu":
+        compat.request_amx()
     name, reason = choose(spec, device)
     runtime: Runtime
     if not spec.quantize_activations:  # not by its name: SPENSE_BACKEND must not reach it
