@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family, pruned_modules
+from tiny_gemma4 import make_gemma4
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +19,9 @@ from vllm_spense.pruning.source import SourceModel
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 256, (3, 20), generator=torch.Generator().manual_seed(0))
-KINDS = ["llama", "gemma3_text", "phi", "opt", "phi3", "qwen2_moe", "qwen3_moe"]
-"""GLU; tied head and windows; parallel attention, fc1 and fc2; another tree; fused; shared experts; none."""
+KINDS = ["llama", "gemma3_text", "phi", "opt", "phi3", "qwen2_moe", "qwen3_moe", "gemma4_text"]
+"""GLU; tied head and windows; parallel attention, fc1 and fc2; another tree; fused; shared experts; none;
+gradients that come through another layer's keys and values."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("models")
 
     def make(kind: str) -> Path:
-        return root / kind if (root / kind).is_dir() else make_family(kind, root / kind)
+        if (root / kind).is_dir():
+            return root / kind
+        return make_gemma4(root / kind) if kind == "gemma4_text" else make_family(kind, root / kind)
 
     return make
 

@@ -63,11 +63,10 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
     """One printed line per layer: losses of its modules, time so far and time left."""
 
     def step(event: PruneProgress) -> None:
-        if event.stage == "gradient":
+        if event.stage != "layers":
             if event.layer * 4 % event.layers < 4:  # a line per quarter
-                console.print(
-                    f"gradient pass {event.layer / event.layers:>4.0%}  {_clock(event)}", highlight=False
-                )
+                name = {"check": "self-check", "gradient": "gradient pass"}[event.stage]
+                console.print(f"{name} {event.layer / event.layers:>4.0%}  {_clock(event)}", highlight=False)
             return
         losses = "  ".join(f"{name.rpartition('.')[2]} {loss:.4f}" for name, loss in event.losses.items())
         losses += "  [dim]done before[/]" if event.restored else ""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
 from vllm_spense.pruning.activations import (
     LayerInputs,
+    Outputs,
     Stop,
     recording_outputs,
     replaying,
@@ -69,7 +70,7 @@ class _Observed:
     jointly), and the sums of squares in front of down if indices are scored.
     """
 
-    attention: list[torch.Tensor]
+    attention: Outputs
     entering: Moments
     tokens: list[torch.Tensor]
     down_squares: torch.Tensor | None
@@ -262,7 +263,7 @@ class LayerPruner:
     def _replaying_attention(self, layer: DecoderLayer, seen: _Observed) -> AbstractContextManager[None]:
         """Attention is done with before the MLP changes, so that its outputs stay right."""
         device = next(layer.attention_block.parameters()).device
-        return replaying(layer.attention_block, seen.attention, lambda x: (x.to(device), None))
+        return replaying(layer.attention_block, seen.attention, lambda x: seen.attention.wrap(x.to(device)))
 
     # -- changes ---------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from vllm_spense.pruning.output import (
 )
 from vllm_spense.pruning.resume import LayerRecord, WorkDirectory
 from vllm_spense.pruning.selection import DenseChoice
+from vllm_spense.pruning.selfcheck import check_replay
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
 from vllm_spense.pruning.trust import warn_about_calibration, warn_about_size, warnings_as_errors
@@ -51,7 +52,8 @@ class PruneProgress:
     """State after one layer: 1-based ``layer`` of ``layers``, losses per MLP module, seconds.
 
     ``restored``: the layer was finished by an earlier run and only the hidden states were computed.
-    ``stage`` ``gradient``: nothing is pruned yet; each layer is counted forward and backward.
+    ``stage``: nothing is pruned yet in ``check``, which compares the layers with the model's own forward,
+    and in ``gradient``, where each layer is counted forward and backward.
     """
 
     layer: int
@@ -60,7 +62,7 @@ class PruneProgress:
     elapsed: float
     remaining: float
     restored: bool = False
-    stage: Literal["gradient", "layers"] = "layers"
+    stage: Literal["check", "gradient", "layers"] = "layers"
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def prune(
             warn_about_calibration(windows.numel(), source.layers, config)
         made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
+        if windows is not None and not finished:
+            check_replay(source, windows[:2], _steps("check", started, progress))
         choice = None
         if windows is not None and config.needs_gradient:
             choice = _choose(source, windows, config, work, finished, started, progress)
@@ -244,22 +248,33 @@ def _choose(
     progress: Callable[[PruneProgress], None] | None,
 ) -> DenseChoice:
     """What each index costs and how many stay dense in each layer, after a gradient pass or from the last."""
-
-    def step(done: int, steps: int) -> None:
-        if progress is not None:
-            elapsed = time.monotonic() - began
-            left = elapsed / done * (steps - done)
-            progress(PruneProgress(done, steps, {}, time.monotonic() - started, left, stage="gradient"))
-
-    began = time.monotonic()
     if finished:
         costs = work.read_costs()
     else:
         some = windows[: config.gradient_samples, :MAX_GRADIENT_TOKENS]
-        costs = index_costs(source, _embed(source, some, config, work), some, step)
+        steps = _steps("gradient", started, progress)
+        costs = index_costs(source, _embed(source, some, config, work), some, steps)
         work.save_costs(costs)
     shapes = [None if layer.mlp is None else layer.mlp.shape for layer in source.layers]
     return DenseChoice(dense_counts(costs, shapes, config), costs if config.selection == "fisher" else None)
+
+
+def _steps(
+    stage: Literal["check", "gradient"],
+    started: float,
+    progress: Callable[[PruneProgress], None] | None,
+) -> Callable[[int, int], None] | None:
+    """Reports (steps done, steps in all) of a stage in front of the layers, which begins now."""
+    if progress is None:
+        return None
+    began = time.monotonic()
+
+    def step(done: int, steps: int) -> None:
+        now = time.monotonic()
+        remaining = (now - began) / done * (steps - done)
+        progress(PruneProgress(done, steps, {}, now - started, remaining, stage=stage))
+
+    return step
 
 
 def _embed(

@@ -129,8 +129,13 @@ def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "he
     gradient = sizes.gradient(modules, network.get_output_embeddings(), embedding)
     first = [gradient] if gradient else []
     stages: list[LayerPlan | GradientPlan] = [*first, *layers]
-    working = max(embedding * 3 // 2, *(stage.device_bytes for stage in stages))
-    kept = max([sizes.activations(layer) for layer in modules] + [stage.activation_bytes for stage in first])
+    checked = embedding + max(map(_numel, modules)) * dtype.itemsize  # together for the self-check
+    working = max(embedding * 3 // 2, checked, *(stage.device_bytes for stage in stages))
+    arguments = sizes.tokens * sizes.arguments(modules)
+    kept = max(
+        [arguments + sizes.activations(layer) for layer in modules]
+        + [stage.activation_bytes for stage in first]
+    )
     largest = max(p.numel() for n, p in network.named_parameters()) * stored.itemsize
     writing = max(
         min(outside, max(REST_SHARD_BYTES, largest)),
@@ -221,6 +226,7 @@ class _Sizes:
         # Forward, again with the graph kept, and back through the inputs alone; of the head once each.
         flop = 3 * forwards + 4.0 * tokens * width * vocabulary
         kept = (len(layers) + 2) * tokens * hidden * 2  # inputs of all layers, last outputs, gradients
+        kept += tokens * self.arguments(layers)
         return GradientPlan(max(device), kept, flop, flop / self.rates.flop)
 
     def activations(self, layer: DecoderLayer) -> int:
@@ -237,6 +243,15 @@ class _Sizes:
             streams = 2
         joint = self._joint_tokens * self.model.hidden_size * 4 if layer.mlp is not None else 0
         return streams * hidden * 2 + wide * self.dtype.itemsize + joint
+
+    def arguments(self, layers: list[DecoderLayer]) -> int:
+        """Bytes per token beside hidden states: Gemma 4's inputs per layer, shared keys and values."""
+        numbers = len(layers) * (getattr(self.model, "hidden_size_per_layer_input", 0) or 0)
+        for layer in layers:
+            if getattr(layer.attention_block, "store_full_length_kv", False):
+                keys = layer.dense[f"{layer.name}.self_attn.k_proj"].out_features
+                numbers += 2 * keys * (2 if self.config.asymmetric else 1)
+        return numbers * self.dtype.itemsize
 
     @property
     def _joint_tokens(self) -> int:

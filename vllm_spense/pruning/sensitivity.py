@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.sparse24 import magnitude_mask
-from vllm_spense.pruning.activations import LayerInputs
+from vllm_spense.pruning.activations import LayerInputs, first_output
 from vllm_spense.pruning.adapters import Mlp, check_weights
+from vllm_spense.pruning.arguments import Key, floating_tensors
 from vllm_spense.pruning.hessian import squares
 from vllm_spense.pruning.source import SourceModel
 
@@ -51,11 +52,13 @@ def index_costs(
             progress(index + 1, 2 * len(layers))
     gradients = _loss_gradients(source, inputs, windows)
     costs: list[torch.Tensor] = []
+    shared = _SharedGradients()
     for index, layer in reversed(list(enumerate(layers))):
         states = fronts.pop()
         with source.resident(layer.module), _observing(layer.mlp) as moments:
             for i in range(len(windows)):
-                gradients[i] = _backward(inputs, index, layer.module, states[i], gradients[i])
+                front = inputs.on_device(states[i])
+                gradients[i] = _backward(inputs, i, index, layer.module, front, gradients[i], shared)
             found = torch.empty(0) if layer.mlp is None else _costs(layer.mlp, moments).cpu()
         if not torch.isfinite(found).all():
             raise CheckpointError(
@@ -83,14 +86,55 @@ def _loss_gradients(source: SourceModel, inputs: LayerInputs, windows: torch.Ten
     return gradients
 
 
+class _SharedGradients:
+    """Gradients at what layers hand to later ones (Gemma 4's keys and values), till the writer's turn."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, int, Key], list[torch.Tensor]] = {}
+
+    def add(self, window: int, writer: int, key: Key, found: list[torch.Tensor]) -> None:
+        """From one layer that read the value."""
+        found = [gradient.cpu() for gradient in found]
+        place = window, writer, key
+        sums = self._sums.get(place)
+        self._sums[place] = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+
+    def take(self, window: int, writer: int, key: Key) -> list[torch.Tensor]:
+        """Their sums, in the order of the value's tensors; empty where no layer read it."""
+        return self._sums.pop((window, writer, key), [])
+
+
 def _backward(
-    inputs: LayerInputs, index: int, layer: nn.Module, states: torch.Tensor, gradient: torch.Tensor
+    inputs: LayerInputs,
+    window: int,
+    index: int,
+    layer: nn.Module,
+    front: torch.Tensor,
+    gradient: torch.Tensor,
+    shared: _SharedGradients,
 ) -> torch.Tensor:
-    """Gradient [seq, hidden] at a layer's input, from the one at its output; hooks see those inside."""
+    """Gradient [seq, hidden] at a layer's input ``front`` [1, seq, hidden], from the one at its output.
+
+    Hooks see those inside. Layers go from the last to the first.
+    """
     with torch.enable_grad():
-        front = inputs.on_device(states).requires_grad_()
-        output = inputs.run(index, layer, front)
-        return torch.autograd.grad(output, front, inputs.on_device(gradient))[0][0]
+        call = inputs.call(window, index)
+        read = {key: list(floating_tensors(value)) for key, (_, value) in call.read.items()}
+        leaves = [front, *(leaf for found in read.values() for leaf in found)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        outputs = [first_output(layer(front, *call.args, **call.kwargs))]
+        backs = [inputs.on_device(gradient)]
+        for key, value in call.written().items():
+            for written, back in zip(floating_tensors(value), shared.take(window, index, key), strict=False):
+                outputs.append(written)
+                backs.append(back.to(inputs.device))
+        found = torch.autograd.grad(outputs, leaves, backs, materialize_grads=True)
+    rest = iter(found[1:])
+    for key, values in read.items():
+        writer, _ = call.read[key]
+        shared.add(window, writer, key, [next(rest) for _ in values])
+    return found[0][0]
 
 
 class _Moments:
