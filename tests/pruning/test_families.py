@@ -26,8 +26,8 @@ from vllm_spense.format import Checkpoint, dequantize, quantize_per_channel
 from vllm_spense.format.conversion import part_rows
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
-from vllm_spense.pruning.calibration import sample_windows, tokenize
 from vllm_spense.pruning.layer import LayerPruner
+from vllm_spense.text import sample_windows, tokenize
 
 RUNS = [(kind, "bf16") for kind in FAMILIES]
 RUNS += [(kind, "fp8") for kind in ("gemma3_text", "phi3", "phi", "opt", "qwen2_moe")]

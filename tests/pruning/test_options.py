@@ -16,7 +16,6 @@ from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout, dequantize, quantize_per_channel
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
 from vllm_spense.pruning.adapters import Mlp
-from vllm_spense.pruning.calibration import sample_windows, tokenize
 from vllm_spense.pruning.config import PRESETS
 from vllm_spense.pruning.hessian import Hessian
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
@@ -26,6 +25,7 @@ from vllm_spense.pruning.regroup import regroup
 from vllm_spense.pruning.rounding import round_and_refit
 from vllm_spense.pruning.solve import Solver
 from vllm_spense.pruning.solvers import factorize, obs_rows
+from vllm_spense.text import sample_windows, tokenize
 
 CPU = torch.device("cpu")
 DENSE = 128  # of 208: see test_prune

@@ -15,12 +15,12 @@ from tiny import HIDDEN, INTER
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.manifest import check_manifest
 from vllm_spense.pruning import PruneConfig, pipeline, prune
-from vllm_spense.pruning.calibration import MAX_END, MIN_END, sample_windows, text_end
 from vllm_spense.pruning.card import NOT_MEASURED, model_card, record_evaluation
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.resume import work_path
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.pruning.trust import PruneWarning, warn, warn_about_calibration, warn_about_size
+from vllm_spense.text.windows import MAX_END, MIN_END, sample_windows, text_end
 
 QUIET = {"dense_ratio": 0.75, "num_samples": 4, "seq_len": 64}
 """A run without warnings: 256 tokens for 208 columns, an eighth of zeros."""

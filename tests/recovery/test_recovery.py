@@ -24,11 +24,11 @@ from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, dequantize
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.calibration import CalibrationText
 from vllm_spense.recovery import RecoveryConfig, RecoveryError, RecoveryProgress, recover, training
 from vllm_spense.recovery.output import round_stochastically, write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import learning_rate, train
+from vllm_spense.text import CalibrationText
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}

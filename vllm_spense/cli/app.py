@@ -34,6 +34,10 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+StartOption = Annotated[
+    Literal["auto", "always", "never"],
+    typer.Option("--bos", help="Start windows with the BOS token; auto: where serving does"),
+]
 Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", show_default=False)]
 
 
@@ -89,6 +93,7 @@ def prune(
     calibration: Annotated[str | None, typer.Option(help="Text file, or Hugging Face dataset name")] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
+    bos: StartOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice of windows")] = 0,
     weight_dtype: Annotated[Literal["fp8", "bf16"], typer.Option(help="Stored weights")] = "fp8",
     max_tp: Annotated[int, typer.Option(help="Largest tensor-parallel size to allow for", min=1)] = 8,
@@ -139,6 +144,7 @@ def prune(
         calibration=calibration,
         num_samples=num_samples,
         seq_len=seq_len,
+        bos=bos,
         seed=seed,
         weight_dtype=weight_dtype,
         max_tp=max_tp,
@@ -181,6 +187,7 @@ def recover(
     learning_rate: Annotated[float, typer.Option(help="The highest, behind the warm-up")] = 1e-4,
     batch: Annotated[int, typer.Option(help="Windows per step", min=1)] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
+    bos: StartOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice of windows; other ones than pruning's")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:
@@ -196,6 +203,7 @@ def recover(
         learning_rate=learning_rate,
         batch=batch,
         seq_len=seq_len,
+        bos=bos,
         seed=seed,
         overwrite=overwrite,
     )
@@ -211,6 +219,7 @@ def evaluate_(
     text: Annotated[Path, typer.Option("--text", help="Held-out text file", show_default=False)],
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens to score", min=2)] = 16384,
+    bos: StartOption = "auto",
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Do not quantise activations (FP8 checkpoints)")
     ] = False,
@@ -235,6 +244,7 @@ def evaluate_(
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
+            bos=bos,
             activations="none" if weights_only else "checkpoint",
             reference=reference,
             with_continuation=with_continuation,
@@ -246,8 +256,10 @@ def evaluate_(
     if as_json:
         print(json.dumps({"directory": str(directory), **asdict(result)}))
         return
+    behind = "" if result.bos is None else f", windows behind {escape(result.bos)}"
     console.print(
-        f"perplexity [bold]{result.perplexity:.3f}[/] over {result.tokens} tokens, {result.seconds:.0f} s"
+        f"perplexity [bold]{result.perplexity:.3f}[/] over {result.tokens} tokens{behind}, "
+        f"{result.seconds:.0f} s"
     )
     if (a := result.agreement) is not None:
         console.print(

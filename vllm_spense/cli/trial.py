@@ -32,7 +32,7 @@ def try_checkpoint(report: PruneReport, console: Console) -> None:
             soft_wrap=True,
         )
         return
-    trial = try_out(directory, None if end is None else end.ids)
+    trial = try_out(directory, None if end is None else end.ids, report.config.bos)
     lines = []
     if end is not None and trial.perplexity is not None:
         which = "parts of which calibration has used" if end.calibrated else "which calibration has not seen"

@@ -43,6 +43,8 @@ def agreement(
     reference: nn.Module,
     windows: torch.Tensor,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    context: int = 1,
 ) -> Agreement:
     """Compare ``model`` with ``reference`` on ``windows [num, seq_len]`` (int64, on the models' device).
 
@@ -54,24 +56,24 @@ def agreement(
     nll = reference_nll = kl = 0.0
     same = 0
     for i, window in enumerate(windows):
-        p, q = (_log_probabilities(m, window) for m in (reference, model))
+        p, q = (_log_probabilities(m, window, context) for m in (reference, model))
         if p.shape != q.shape:
             raise ValueError(
                 f"the model has {q.shape[-1]} output tokens, its reference {p.shape[-1]}: distributions "
                 "over different vocabularies cannot be compared"
             )
-        targets = window[1:, None]
+        targets = window[context:, None]
         nll -= float(q.gather(-1, targets).sum(dtype=torch.float64))
         reference_nll -= float(p.gather(-1, targets).sum(dtype=torch.float64))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         if progress is not None:
             progress(i + 1, windows.shape[0])
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    tokens = windows.shape[0] * (windows.shape[1] - context)
     return Agreement(nll / tokens, reference_nll / tokens, kl / tokens, same / tokens, tokens)
 
 
-def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities ``[seq_len - 1, vocabulary]`` fp32 of each next token of ``window [seq_len]``."""
-    logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+def _log_probabilities(model: nn.Module, window: torch.Tensor, context: int) -> torch.Tensor:
+    """Log-probabilities ``[seq_len - context, vocabulary]`` of the next tokens of ``window [seq_len]``."""
+    logits = model(input_ids=window[None], use_cache=False).logits[0, context - 1 : -1]
     return logits.float().log_softmax(-1)

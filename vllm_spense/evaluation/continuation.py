@@ -11,7 +11,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vllm_spense.evaluation.perplexity import read_text
+from vllm_spense.text import Bos, opening
 
 CHOICES = 4
 CONTEXT = 32
@@ -62,17 +63,21 @@ def continuation(
     return Continuation(float(right.double().mean()), len(right))
 
 
-def text_items(tokenizer: Any, path: Path, *, count: int = 850, seed: int = 0) -> Items:
+def text_items(tokenizer: Any, path: Path, *, count: int = 850, seed: int = 0, bos: Bos = "auto") -> Items:
     """Items of a UTF-8 text whose documents are separated by blank lines, one item per document.
+
+    Every context starts with the model's opening (:func:`~vllm_spense.text.bos.opening`).
 
     Raises ``ValueError`` when the text has no documents that are long enough.
     """
     documents = [part for part in read_text(path).split("\n\n") if part.strip()]
     ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
     try:
-        return make_items(ids, count=count, seed=seed)
+        items = make_items(ids, count=count, seed=seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    start = torch.tensor(opening(tokenizer, bos), dtype=torch.long).expand(len(items.answers), -1)
+    return replace(items, contexts=torch.cat([start, items.contexts], 1))
 
 
 def make_items(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from vllm_spense.text.bos import Bos, added_in_front, opening, opening_text
+
 BATCH = 8
 
 
@@ -46,19 +48,46 @@ class Harness:
                     "need network access once, or a filled cache of the package datasets"
                 ) from None
 
-    def run(self, model: nn.Module, tokenizer: Any, limit: int | None = None) -> dict[str, dict[str, float]]:
+    def run(
+        self, model: nn.Module, tokenizer: Any, limit: int | None = None, bos: Bos = "auto"
+    ) -> dict[str, dict[str, float]]:
         """Scores of each task and of its parts: ``{"hellaswag": {"acc": 0.41, "acc_stderr": 0.005, …}}``.
 
-        ``model``: what :func:`~vllm_spense.evaluation.load_model` gives; ``limit``: items per task.
+        ``model``: what :func:`~vllm_spense.evaluation.load_model` gives; ``limit``: items per task; ``bos``:
+        whether each item starts with the model's BOS token.
         """
+        wrapper, start = self._wrapper, opening(tokenizer, bos)
+        if start and start != added_in_front(tokenizer):  # lm_eval leaves it to the tokenizer
+            wrapper = _opened(wrapper, start)
+        added = False if bos == "never" else None
         results = self._evaluate(
-            model=self._wrapper(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+            model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=added),
             tasks=self._tasks,
             task_manager=self._manager,
             limit=limit,
             log_samples=False,
         )["results"]
         return {task: _numbers(scores) for task, scores in results.items()}
+
+
+def _opened(wrapper: Any, start: tuple[int, ...]) -> Any:
+    """lm_eval's class ``wrapper`` with the tokens ``start`` before every text that lacks them."""
+
+    class Opened(wrapper):
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None
+        ) -> list[int]:
+            ids = self.tokenizer.encode(string, add_special_tokens=False)
+            if add_special_tokens is not False and tuple(ids[: len(start)]) != start:
+                ids = [*start, *ids]
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> Any:
+            text = opening_text(self.tokenizer, start) or ""
+            opened = [string if string.startswith(text) else text + string for string in strings]
+            return super().tok_batch_encode(opened, *arguments, **options)
+
+    return Opened
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from vllm_spense.evaluation.continuation import BATCH, Continuation, continuatio
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.loading import Activations, load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
+from vllm_spense.text import Bos, context_length, opening, opening_text
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -24,6 +25,7 @@ Dtype = Literal["float32", "bfloat16"]
 class Evaluation:
     """``perplexity`` = exp(``nll``); ``nll``: mean negative log-likelihood, nats, of ``tokens`` next tokens.
 
+    ``bos``: the special tokens with which every window starts, as context that is not scored; None for none.
     ``agreement``, ``continuation``, ``tasks``: None where they were not asked for.
     """
 
@@ -31,6 +33,7 @@ class Evaluation:
     nll: float
     tokens: int
     seconds: float
+    bos: str | None = None
     agreement: Agreement | None = None
     continuation: Continuation | None = None
     tasks: dict[str, dict[str, float]] | None = None
@@ -42,6 +45,7 @@ def evaluate(
     *,
     seq_len: int = 512,
     max_tokens: int = 16384,
+    bos: Bos = "auto",
     dtype: Dtype | None = None,
     activations: Activations = "checkpoint",
     reference: str | Path | None = None,
@@ -54,9 +58,12 @@ def evaluate(
     """Quality of a dense or Spense ``directory`` on the file ``text`` (UTF-8).
 
     Perplexity: the first ``max_tokens // seq_len`` non-overlapping windows of ``seq_len`` tokens, each
-    scored on its own ``seq_len - 1`` next tokens. ``reference``: the dense directory to compare the
-    distributions of these tokens with. ``with_continuation``: the four-way task on ``text``, whose documents
-    are separated by blank lines. ``tasks``, ``include_path``, ``limit``: see
+    scored on its own ``seq_len - 1`` next tokens. ``bos``: whether windows start with the model's BOS token
+    (``auto``: where serving puts it there, too), which is then the first of the ``seq_len``.
+
+    ``reference``: the dense directory to compare the distributions of these tokens with.
+    ``with_continuation``: the four-way task on ``text``, whose documents are separated by blank lines.
+    ``tasks``, ``include_path``, ``limit``: see
     :class:`~vllm_spense.evaluation.harness.Harness`.
 
     ``dtype`` of the activations: by default bf16 on a GPU and fp32 on a CPU, where bf16 takes about eight
@@ -76,35 +83,38 @@ def evaluate(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     tokenizer = load_tokenizer(directory)
-    windows = text_windows(tokenizer, path, seq_len, max_tokens)
-    items = text_items(tokenizer, path) if with_continuation else None
-    if reference is not None and not _same_tokens(reference, path, seq_len, windows):
+    start = opening(tokenizer, bos)
+    windows = text_windows(tokenizer, path, seq_len, max_tokens, bos)
+    items = text_items(tokenizer, path, bos=bos) if with_continuation else None
+    if reference is not None and not _same_tokens(reference, path, seq_len, windows, bos):
         raise ValueError(f"{reference} splits the text into other tokens than {directory}")
     steps = _Steps(len(windows) + (0 if items is None else -(-len(items.answers) // BATCH)), progress)
     windows = windows.to(device)
     model = load_model(directory, activations=activations, **options)
 
+    context = context_length(start)
     compared = None
     if reference is None:
-        nll = mean_nll(model, windows, steps)
+        nll = mean_nll(model, windows, steps, context=context)
     else:
-        compared = agreement(model, load_model(reference, **options), windows, steps)
+        compared = agreement(model, load_model(reference, **options), windows, steps, context=context)
         nll = compared.nll
     chosen = None if items is None else continuation(model, items, steps)
-    scores = None if harness is None else harness.run(model, tokenizer, limit)
+    scores = None if harness is None else harness.run(model, tokenizer, limit, bos)
     return Evaluation(
         perplexity=math.exp(nll),
         nll=nll,
-        tokens=windows.shape[0] * (seq_len - 1),
+        tokens=windows.shape[0] * (seq_len - context),
         seconds=time.monotonic() - started,
+        bos=opening_text(tokenizer, start),
         agreement=compared,
         continuation=chosen,
         tasks=scores,
     )
 
 
-def _same_tokens(reference: str | Path, text: Path, seq_len: int, windows: torch.Tensor) -> bool:
-    return torch.equal(text_windows(load_tokenizer(reference), text, seq_len, windows.numel()), windows)
+def _same_tokens(reference: str | Path, text: Path, seq_len: int, windows: torch.Tensor, bos: Bos) -> bool:
+    return torch.equal(text_windows(load_tokenizer(reference), text, seq_len, windows.numel(), bos), windows)
 
 
 class _Steps:

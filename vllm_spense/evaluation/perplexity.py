@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from vllm_spense.text import Bos, context_length, first_windows, opening, tokenize
+
 
 def read_text(path: Path) -> str:
     """A UTF-8 text file; raises ``ValueError`` when it cannot be read."""
@@ -19,29 +21,40 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: the text cannot be read ({error})") from None
 
 
-def text_windows(tokenizer: Any, path: Path, seq_len: int, max_tokens: int) -> torch.Tensor:
-    """First non-overlapping windows [num, seq_len] int64 of a text file, no special tokens added.
+def text_windows(
+    tokenizer: Any, path: Path, seq_len: int, max_tokens: int, bos: Bos = "auto"
+) -> torch.Tensor:
+    """First non-overlapping windows [num, seq_len] int64 of a text file, each behind the model's opening.
 
     Raises ``ValueError`` for a text shorter than one window.
     """
-    if seq_len < 2 or max_tokens < seq_len:
-        raise ValueError(f"max_tokens {max_tokens} holds no window of {seq_len} tokens (at least 2)")
-    ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(max_tokens, len(ids)) // seq_len
-    if not count:
+    start = opening(tokenizer, bos)
+    if seq_len <= context_length(start) or max_tokens < seq_len:
+        least = context_length(start) + 1
+        raise ValueError(f"max_tokens {max_tokens} holds no window of {seq_len} tokens (at least {least})")
+    ids = tokenize(tokenizer, read_text(path))
+    windows = first_windows(ids, seq_len, start, max_tokens // seq_len)
+    if not len(windows):
         raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {seq_len}")
-    return torch.tensor(ids[: count * seq_len], dtype=torch.long).view(count, seq_len)
+    return windows
 
 
 @torch.inference_mode()
 def mean_nll(
-    model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    windows: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    context: int = 1,
 ) -> float:
-    """Mean negative log-likelihood (nats) of all next tokens within ``windows [num, seq_len]``."""
+    """Mean negative log-likelihood (nats) of the next tokens within ``windows [num, seq_len]``.
+
+    The first ``context`` tokens of a window (BOS, or just its first one) are read but not scored.
+    """
     total = 0.0
     for i, window in enumerate(windows):
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        total += float(cross_entropy(logits, window[1:], reduction="sum"))
+        logits = model(input_ids=window[None], use_cache=False).logits[0, context - 1 : -1].float()
+        total += float(cross_entropy(logits, window[context:], reduction="sum"))
         if progress is not None:
             progress(i + 1, windows.shape[0])
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
+    return total / (windows.shape[0] * (windows.shape[1] - context))

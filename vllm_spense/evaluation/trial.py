@@ -14,6 +14,7 @@ import torch
 from vllm_spense.evaluation.loading import load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll
 from vllm_spense.format import Checkpoint
+from vllm_spense.text import Bos, context_length, first_windows, opening, tokenize
 
 PROMPT = "The capital of France is"
 NEW_TOKENS = 24
@@ -40,8 +41,10 @@ class Trial:
 
 
 @torch.inference_mode()
-def try_out(directory: str | Path, ids: torch.Tensor | None = None) -> Trial:
+def try_out(directory: str | Path, ids: torch.Tensor | None = None, bos: Bos = "auto") -> Trial:
     """Load ``directory`` as :func:`load_model` does, score ``ids [n]`` int64 and continue :data:`PROMPT`.
+
+    Windows and prompt start with the model's BOS token where ``bos`` says so.
 
     Raises ``RuntimeError`` for a perplexity or logits that are not finite, ``ValueError`` for directories
     that cannot be loaded.
@@ -49,17 +52,19 @@ def try_out(directory: str | Path, ids: torch.Tensor | None = None) -> Trial:
     started = time.monotonic()
     model: Any = load_model(directory, device=_device(directory))
     tokenizer = _tokenizer(directory)
+    start = () if tokenizer is None else opening(tokenizer, bos)
     perplexity, scored = None, 0
     if ids is not None:
-        length = min(SEQ_LEN, ids.numel())
-        windows = ids.to(model.device)[: ids.numel() // length * length].view(-1, length)
-        nll, scored = mean_nll(model, windows), windows.shape[0] * (length - 1)
+        windows = first_windows(ids, min(SEQ_LEN, ids.numel()), start).to(model.device)
+        context = context_length(start)
+        nll = mean_nll(model, windows, context=context)
+        scored = windows.shape[0] * (windows.shape[1] - context)
         if not math.isfinite(nll):
             raise RuntimeError(f"{directory}: the perplexity is not finite ({nll} nats per token)")
         perplexity = math.exp(min(nll, 700))  # beyond that a float overflows
     prompt = torch.zeros(1, 1, dtype=torch.long)
     if tokenizer is not None:
-        prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+        prompt = torch.cat([torch.tensor(start, dtype=torch.long), tokenize(tokenizer, PROMPT)])[None]
     prompt = prompt.to(model.device)
     logits = model(input_ids=prompt, use_cache=False).logits
     if not torch.isfinite(logits).all():

@@ -49,9 +49,10 @@ def model_card(
     if calibration is None:
         data = "none (data-free)"
     else:
+        behind = f", each behind {calibration['bos']}" if "bos" in calibration else ""
         data = (
             f"{config.num_samples} windows of {config.seq_len} tokens from {calibration['source']} "
-            f"(SHA-256 {calibration['sha256'][:16]}…), seed {config.seed}"
+            f"(SHA-256 {calibration['sha256'][:16]}…), seed {config.seed}{behind}"
         )
     return f"""\
 ---
@@ -123,7 +124,7 @@ def _call(base_model: str, config: PruneConfig, calibration: Any) -> str:
     options = {"preset": config.preset}
     if calibration is not None:
         options["calibration"] = calibration["source"]
-    options |= {name: value for name, value in config.decisive().items() if value != usual[name]}
+    options |= {name: value for name, value in config.decisive().items() if value != usual.get(name)}
     given = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return f"prune({base_model!r}, 'DIR', PruneConfig({given}))"
 

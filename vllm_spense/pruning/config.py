@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_spense.text.bos import Bos
+
 Method = Literal["obs", "wanda", "magnitude"]
 Selection = Literal["spensegpt", "spensegpt+", "fisher"]
 Allocation = Literal["uniform", "bytes", "time"]
@@ -64,6 +66,7 @@ class PruneConfig(BaseModel):
     query heads that belong to them, rounded to whole heads.
 
     ``calibration``: a text file, or a dataset name ``org/name``.
+    ``bos``: whether its windows start with the model's BOS token; ``auto``: where serving puts it there, too.
     ``damping``: part of the Hessian's mean diagonal that is added to it. ``alignment``: the dense count
     is a multiple of it. ``max_tp``: the largest tensor-parallel size to promise if the extents allow
     it. ``strict``: every warning is an error.
@@ -93,6 +96,7 @@ class PruneConfig(BaseModel):
     calibration: str | None = None
     num_samples: Positive = 64
     seq_len: Annotated[int, Field(ge=2)] = 512
+    bos: Bos = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     weight_dtype: WeightDtype = "fp8"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -158,9 +162,12 @@ class PruneConfig(BaseModel):
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """The options that decide the result: not where text and files are or how a run is carried out."""
+        """The options that decide the result: not where text and files are or how a run is carried out.
+
+        ``bos`` is left out where it is the usual one, as in all records from before it was an option.
+        """
         aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
-        return self.model_dump(exclude=aside)
+        return self.model_dump(exclude=aside | ({"bos"} if self.bos == "auto" else set()))
 
     @property
     def rounding_refit(self) -> bool:

@@ -12,8 +12,8 @@ import torch
 from vllm_spense.format import Checkpoint
 from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.manifest import sha256
-from vllm_spense.pruning.calibration import CalibrationText
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.text import CalibrationText
 
 _HEADER_LIMIT = 100_000_000
 """safetensors refuses longer headers."""
@@ -31,7 +31,7 @@ def fingerprint(
     calibration: dict[str, Any] | None = None
     if text is not None and windows is not None:
         tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        calibration = {"source": text.source, "sha256": text.sha256, "tokens": tokens}
+        calibration = text.record() | {"tokens": tokens}
     files = {info.file for info in source.tensors.values()}
     return {
         "options": config.decisive(),

@@ -22,13 +22,13 @@ from vllm_spense.format import (
 )
 from vllm_spense.pruning.adapters import DecoderLayer
 from vllm_spense.pruning.attention import target
-from vllm_spense.pruning.calibration import CalibrationText
 from vllm_spense.pruning.card import CARD_NAME, model_card
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import PrunedLayer
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.text import CalibrationText
 
 REST_SHARD_BYTES = 1 << 30
 """Embeddings and head go through memory one by one; smaller tensors share a file."""
@@ -179,7 +179,7 @@ def _provenance(
     return {
         "base_model": base_model,
         "options": config.decisive(),
-        "calibration": None if text is None else {"source": text.source, "sha256": text.sha256},
+        "calibration": None if text is None else text.record(),
         "versions": versions("vllm-spense", "torch", "transformers"),
         "losses": {name: float(f"{loss:.6g}") for name, loss in losses.items()},
         "raised_damping": damping,

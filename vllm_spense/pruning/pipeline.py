@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,6 @@ from vllm_spense.format.writer import check_target
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
 from vllm_spense.pruning.allocation import dense_counts
-from vllm_spense.pruning.calibration import (
-    CalibrationText,
-    TextEnd,
-    read_calibration,
-    sample_windows,
-    text_end,
-    tokenize,
-)
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import fingerprint
 from vllm_spense.pruning.layer import LayerPruner
@@ -41,7 +33,22 @@ from vllm_spense.pruning.selection import DenseChoice
 from vllm_spense.pruning.selfcheck import check_replay
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
-from vllm_spense.pruning.trust import warn_about_calibration, warn_about_size, warnings_as_errors
+from vllm_spense.pruning.trust import (
+    warn_about_calibration,
+    warn_about_overlap,
+    warn_about_size,
+    warnings_as_errors,
+)
+from vllm_spense.text import (
+    CalibrationText,
+    TextEnd,
+    opening,
+    opening_text,
+    read_calibration,
+    sample_windows,
+    text_end,
+    tokenize,
+)
 
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
@@ -125,7 +132,9 @@ def prune(
         for index, layer in enumerate(source.layers):  # what cannot be pruned is refused before any work
             LayerPruner(config, None).layouts(index, layer)
         warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
-        windows, end = (None, None) if text is None else _windows(directory, text, config)
+        windows, end = None, None
+        if text is not None:
+            text, windows, end = _windows(directory, text, config)
         if windows is not None:
             warn_about_calibration(windows.numel(), source.layers, config)
         made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
@@ -229,13 +238,18 @@ class _LayerLoop:
         return PruneProgress(index + 1, layers, records[index].losses, elapsed, remaining, restored)
 
 
-def _windows(directory: Path, text: CalibrationText, config: PruneConfig) -> tuple[torch.Tensor, TextEnd]:
-    """Token ids [samples, seq] int64 to calibrate on, and the end of the text."""
+def _windows(
+    directory: Path, text: CalibrationText, config: PruneConfig
+) -> tuple[CalibrationText, torch.Tensor, TextEnd]:
+    """The text with what opens its windows, token ids [samples, seq] int64 to calibrate on, and its end."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     ids, sizes = tokenize(tokenizer, text.text), (config.num_samples, config.seq_len, config.seed)
-    return sample_windows(ids, *sizes), text_end(ids, *sizes)
+    start = opening(tokenizer, config.bos)
+    windows = sample_windows(ids, *sizes, start)
+    warn_about_overlap(ids.numel(), config.num_samples, config.seq_len)
+    return replace(text, bos=opening_text(tokenizer, start)), windows, text_end(ids, *sizes)
 
 
 def _choose(

@@ -53,6 +53,15 @@ def warn_about_size(parameters: int, config: PruneConfig) -> None:
         )
 
 
+def warn_about_overlap(tokens: int, num_samples: int, seq_len: int) -> None:
+    """Warn where ``num_samples`` windows are longer together than the text of so many ``tokens``."""
+    if num_samples * seq_len > tokens:
+        warn(
+            f"{num_samples} windows of {seq_len} tokens out of a text of {tokens} tokens overlap heavily; "
+            "a longer calibration text prunes better"
+        )
+
+
 def warn_about_calibration(tokens: int, layers: Sequence[DecoderLayer], config: PruneConfig) -> None:
     """Warn where the Hessian of an MLP has more columns than there are calibration ``tokens``."""
     if config.method != "obs" or config.dense_ratio == 1:

@@ -10,11 +10,11 @@ import torch
 
 from vllm_spense.format import Checkpoint, CheckpointWriter, pack_linear
 from vllm_spense.format.validate import check_checkpoint
-from vllm_spense.pruning.calibration import CalibrationText
 from vllm_spense.pruning.card import CARD_NAME
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.student import Student
+from vllm_spense.text import CalibrationText
 
 _OBJECTIVES = {
     "both": "towards the dense model's next-token distributions and the text's next tokens in equal parts",
@@ -83,7 +83,7 @@ def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationTex
     quantization = checkpoint.require_spense()
     entry = config.decisive() | {
         "tokens": config.tokens,
-        "text": {"source": text.source, "sha256": text.sha256},
+        "text": text.record(),
         "versions": versions("vllm-spense", "torch", "transformers"),
     }
     before = quantization.provenance.get("recovery", [])

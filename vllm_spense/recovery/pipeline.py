@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import nn
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.writer import check_target
-from vllm_spense.pruning.calibration import read_calibration, sample_windows, tokenize
 from vllm_spense.pruning.source import source_directory
+from vllm_spense.pruning.trust import warn_about_overlap
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import RecoveryProgress, train
+from vllm_spense.text import opening, opening_text, read_calibration, sample_windows, tokenize
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ def recover(
     checkpoint.require_spense()
     original = None if config.objective == "tokens" else _original(dense)
     text = read_calibration(config.calibration)
-    ids = tokenize(load_tokenizer(directory), text.text)
-    windows = sample_windows(ids, config.steps * config.batch, config.seq_len, config.seed)
+    tokenizer = load_tokenizer(directory)
+    start = opening(tokenizer, config.bos)
+    text = replace(text, bos=opening_text(tokenizer, start))
+    ids, samples = tokenize(tokenizer, text.text), config.steps * config.batch
+    windows = sample_windows(ids, samples, config.seq_len, config.seed, start)
+    warn_about_overlap(ids.numel(), samples, config.seq_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(checkpoint, config.train, device)
     teacher = None if original is None else _teacher(original, student.model, checkpoint)
