@@ -44,6 +44,7 @@ from vllm_spense.evaluation.continuation import continuation, text_items
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.recovery import RecoveryConfig, recover
+from vllm_spense.text import Beginning
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy_frontier.json"
 SEQ_LEN, MAX_TOKENS = 512, 16384
@@ -182,7 +183,10 @@ class Bench:
         return Remembered(self.dense)
 
     def windows(self, folder: Path) -> torch.Tensor:
-        return text_windows(self.tokenizer, folder / f"{self.split}.txt", SEQ_LEN, MAX_TOKENS)
+        return text_windows(self.tokenizer, self.beginning(folder), SEQ_LEN, MAX_TOKENS)
+
+    def beginning(self, folder: Path) -> Beginning:
+        return Beginning(folder / f"{self.split}.txt", self.tokenizer)
 
     def wikipedia(self, model: torch.nn.Module) -> dict[str, float]:
         windows = self.windows(self.text)
@@ -195,7 +199,7 @@ class Bench:
         return {"nll": mean_nll(model, self.windows(self.fiction))}
 
     def continuation(self, model: torch.nn.Module) -> dict[str, float]:
-        result = continuation(model, text_items(self.tokenizer, self.text / f"{self.split}.txt"))
+        result = continuation(model, text_items(self.tokenizer, self.beginning(self.text)))
         return asdict(result) | {"standard_error": result.standard_error}
 
 

@@ -271,7 +271,7 @@ def test_calibration_is_asked_for() -> None:
     ("content", "message"),
     [
         ("w1 " * 63, "63 tokens, fewer than one window of 64"),
-        (None, "no such calibration text file"),
+        (None, "no such text file"),
         (b"\xff\xfe\x00", "not UTF-8"),
     ],
 )

@@ -318,7 +318,7 @@ def test_an_unfinished_run_is_not_thrown_away(model: Path, text: Path, tmp_path:
     interrupt(model, out, options(text), after=2)
     with pytest.raises(ResumeError, match=r"2 finished layers.*--resume to continue.*--restart"):
         prune(model, out, options(text))
-    with pytest.raises(ValueError, match="no such calibration text"):
+    with pytest.raises(ValueError, match="no such text file"):
         prune(model, out, options(tmp_path / "missing"))
     with WorkDirectory(out) as work:
         assert work.finished() == 2

@@ -28,7 +28,7 @@ from vllm_spense.recovery import RecoveryConfig, RecoveryError, RecoveryProgress
 from vllm_spense.recovery.output import round_stochastically, write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import learning_rate, train
-from vllm_spense.text import CalibrationText
+from vllm_spense.text import TextRecord
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
@@ -266,7 +266,7 @@ def test_a_small_step_survives_fp8(root: Path, tmp_path: Path) -> None:
         for parameter in student.parameters:
             parameter *= 1.01
     config = options(root)
-    write(checkpoint, tmp_path / "out", student, config, CalibrationText("", "none", "0" * 64))
+    write(checkpoint, tmp_path / "out", student, config, TextRecord("none", "0" * 64))
     for name in names:
         old, new = (dequantize(*c.module_weight(name)) for c in (checkpoint, Checkpoint(tmp_path / "out")))
         assert float((new * old).sum() / (old * old).sum()) == pytest.approx(1.01, abs=2e-3)
@@ -287,7 +287,7 @@ def test_families(kind: str, weight_dtype: str, root: Path, tmp_path: Path) -> N
     student = load_student(checkpoint, config.train, CPU)
     windows = HELD_OUT[:, :32].contiguous()
     train(student, load_model(dense), windows.repeat(2, 1), config)
-    write(checkpoint, tmp_path / "out", student, config, CalibrationText("", "none", "0" * 64))
+    write(checkpoint, tmp_path / "out", student, config, TextRecord("none", "0" * 64))
     verify(tmp_path / "out")
     with torch.no_grad():
         before, after = (
@@ -313,7 +313,7 @@ def test_families(kind: str, weight_dtype: str, root: Path, tmp_path: Path) -> N
         ({}, "missing", ValueError, "missing"),
         ({}, "tuned", ValueError, "was not pruned from"),
         ({}, "small", ValueError, "was not pruned from"),
-        ({"calibration": "missing.txt"}, "dense", ValueError, "no such calibration text"),
+        ({"calibration": "missing.txt"}, "dense", ValueError, "no such text file"),
         ({"seq_len": 5000}, "dense", ValueError, "4000 tokens, fewer than one window"),
         ({"learning_rate": 1.0}, "nan", RecoveryError, "step 1 of 4: the loss is nan.* --learning-rate"),
     ],

@@ -27,7 +27,7 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, pipeline, prune
 from vllm_spense.recovery import RecoveryConfig, recover
 from vllm_spense.recovery import pipeline as recovery
-from vllm_spense.text import first_windows, opening, opening_text, sample_windows, tokenize
+from vllm_spense.text import Beginning, first_windows, opening, opening_text, sample_windows, tokenize
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"
 TEMPLATES = {
@@ -191,7 +191,7 @@ def test_contexts_of_the_continuation_task(dense: Path, tmp_path: Path) -> None:
     documents = [" ".join(f"w{(3 * i + j * j) % 11}" for j in range(60)) for i in range(20)]
     path.write_text("\n\n".join(documents))
     tokenizer = load_tokenizer(dense)
-    plain, opened = text_items(tokenizer, path, bos="never"), text_items(tokenizer, path)
+    plain, opened = (text_items(tokenizer, Beginning(path, tokenizer), bos=bos) for bos in ("never", "auto"))
     assert torch.equal(opened.contexts[:, 1:], plain.contexts)
     assert set(opened.contexts[:, 0].tolist()) == {BOS}
     assert torch.equal(opened.spans, plain.spans)
@@ -304,7 +304,9 @@ def test_smollm2_reads_the_same_windows_as_before(assets: Path) -> None:
     assert torch.equal(tokenize(tokenizer, path.read_text()), ids)
     starts = torch.randint(0, len(ids) - 512 + 1, (64,), generator=torch.Generator().manual_seed(3))
     assert torch.equal(sample_windows(ids, 64, 512, 3), ids[starts[:, None] + torch.arange(512)])
-    assert torch.equal(text_windows(tokenizer, path, 512, 16384), ids[:16384].view(32, 512))
+    assert torch.equal(
+        text_windows(tokenizer, Beginning(path, tokenizer), 512, 16384), ids[:16384].view(32, 512)
+    )
 
 
 def test_spense_and_dense_agree_on_the_start(dense: Path, text: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from vllm_spense.cli.progress import (
     recovery_progress,
 )
 from vllm_spense.cli.serving_plan import plot_plan, show_prediction
+from vllm_spense.cli.text_options import CALIBRATION, TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
 
 app = typer.Typer(
@@ -34,10 +35,6 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-StartOption = Annotated[
-    Literal["auto", "always", "never"],
-    typer.Option("--bos", help="Start windows with the BOS token; auto: where serving does"),
-]
 Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", show_default=False)]
 
 
@@ -90,7 +87,8 @@ def prune(
         Literal["nearest", "refit"] | None, typer.Option(help="To FP8; refit: other weights make up for it")
     ] = None,
     gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
-    calibration: Annotated[str | None, typer.Option(help="Text file, or Hugging Face dataset name")] = None,
+    calibration: Annotated[list[str] | None, CALIBRATION] = None,
+    text_column: ColumnOption = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
     bos: StartOption = "auto",
@@ -141,7 +139,8 @@ def prune(
         **{name: value for name, value in methods.items() if value is not None},
         targets=targets,
         attention_dense_ratio=attention_dense_ratio,
-        calibration=calibration,
+        calibration=one_or_all(calibration),
+        text_column=text_column,
         num_samples=num_samples,
         seq_len=seq_len,
         bos=bos,
@@ -169,10 +168,9 @@ def prune(
 @app.command()
 def recover(
     directory: Directory,
-    calibration: Annotated[
-        str, typer.Option(help="Text file, or Hugging Face dataset name", show_default=False)
-    ],
+    calibration: Annotated[list[str], CALIBRATION],
     out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
+    text_column: ColumnOption = None,
     dense: Annotated[
         str | None, typer.Option(help="The model that DIRECTORY was pruned from", show_default=False)
     ] = None,
@@ -196,7 +194,8 @@ def recover(
     from vllm_spense.recovery import recover as run
 
     config = RecoveryConfig(
-        calibration=calibration,
+        calibration=one_or_all(calibration),
+        text_column=text_column,
         objective=objective,
         train=train,
         steps=steps,
@@ -216,7 +215,8 @@ def recover(
 @app.command(name="eval")
 def evaluate_(
     directory: Annotated[Path, typer.Argument(help="Dense or Spense checkpoint", show_default=False)],
-    text: Annotated[Path, typer.Option("--text", help="Held-out text file", show_default=False)],
+    text: Annotated[list[str], TEXT],
+    text_column: ColumnOption = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens to score", min=2)] = 16384,
     bos: StartOption = "auto",
@@ -234,7 +234,7 @@ def evaluate_(
     limit: Annotated[int | None, typer.Option(help="Of --tasks: items per task", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Perplexity on non-overlapping windows of a text file, and what else is asked for."""
+    """Perplexity on non-overlapping windows of a text, and what else is asked for."""
     from vllm_spense.evaluation import evaluate
 
     quiet_transformers()
@@ -245,6 +245,7 @@ def evaluate_(
             seq_len=seq_len,
             max_tokens=max_tokens,
             bos=bos,
+            text_column=text_column,
             activations="none" if weights_only else "checkpoint",
             reference=reference,
             with_continuation=with_continuation,

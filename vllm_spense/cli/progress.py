@@ -63,6 +63,9 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
     """One printed line per layer: losses of its modules, time so far and time left."""
 
     def step(event: PruneProgress) -> None:
+        if event.stage == "text":
+            console.print(f"text: {event.layer / 1e6:.0f} million characters read", highlight=False)
+            return
         if event.stage != "layers":
             if event.layer * 4 % event.layers < 4:  # a line per quarter
                 name = {"check": "self-check", "gradient": "gradient pass"}[event.stage]

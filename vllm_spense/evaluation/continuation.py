@@ -12,14 +12,12 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_spense.evaluation.perplexity import read_text
-from vllm_spense.text import Bos, opening
+from vllm_spense.text import Beginning, Bos, opening
 
 CHOICES = 4
 CONTEXT = 32
@@ -63,19 +61,21 @@ def continuation(
     return Continuation(float(right.double().mean()), len(right))
 
 
-def text_items(tokenizer: Any, path: Path, *, count: int = 850, seed: int = 0, bos: Bos = "auto") -> Items:
-    """Items of a UTF-8 text whose documents are separated by blank lines, one item per document.
+def text_items(
+    tokenizer: Any, text: Beginning, *, count: int = 850, seed: int = 0, bos: Bos = "auto"
+) -> Items:
+    """Items of a text, one per document: what blank lines separate, or a chat.
 
     Every context starts with the model's opening (:func:`~vllm_spense.text.bos.opening`).
 
     Raises ``ValueError`` when the text has no documents that are long enough.
     """
-    documents = [part for part in read_text(path).split("\n\n") if part.strip()]
+    documents = text.documents()
     ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
     try:
         items = make_items(ids, count=count, seed=seed)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{text.name}: {error}") from None
     start = torch.tensor(opening(tokenizer, bos), dtype=torch.long).expand(len(items.answers), -1)
     return replace(items, contexts=torch.cat([start, items.contexts], 1))
 

@@ -16,7 +16,7 @@ from vllm_spense.evaluation.continuation import BATCH, Continuation, continuatio
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.loading import Activations, load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
-from vllm_spense.text import Bos, context_length, opening, opening_text
+from vllm_spense.text import Beginning, Bos, Given, context_length, find_sources, opening, opening_text
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -41,11 +41,12 @@ class Evaluation:
 
 def evaluate(
     directory: str | Path,
-    text: str | Path,
+    text: Given,
     *,
     seq_len: int = 512,
     max_tokens: int = 16384,
     bos: Bos = "auto",
+    text_column: str | None = None,
     dtype: Dtype | None = None,
     activations: Activations = "checkpoint",
     reference: str | Path | None = None,
@@ -55,7 +56,7 @@ def evaluate(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Quality of a dense or Spense ``directory`` on the file ``text`` (UTF-8).
+    """Quality of a dense or Spense ``directory`` on ``text``: files, folders, ``-``, or a dataset of the hub.
 
     Perplexity: the first ``max_tokens // seq_len`` non-overlapping windows of ``seq_len`` tokens, each
     scored on its own ``seq_len - 1`` next tokens. ``bos``: whether windows start with the model's BOS token
@@ -74,20 +75,20 @@ def evaluate(
     another vocabulary and for unknown tasks, ``ImportError`` for tasks without lm_eval.
     """
     started = time.monotonic()
-    path = Path(text)
-    if not path.is_file():  # before the model's files: it is what people mistype
-        raise ValueError(f"{text}: the text cannot be read (no such file)")
+    find_sources(text)  # before the model's files: it is what people mistype
     harness = Harness(tasks, include_path) if tasks else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     tokenizer = load_tokenizer(directory)
-    start = opening(tokenizer, bos)
-    windows = text_windows(tokenizer, path, seq_len, max_tokens, bos)
-    items = text_items(tokenizer, path, bos=bos) if with_continuation else None
-    if reference is not None and not _same_tokens(reference, path, seq_len, windows, bos):
-        raise ValueError(f"{reference} splits the text into other tokens than {directory}")
+    start, beginning = opening(tokenizer, bos), Beginning(text, tokenizer, text_column)
+    windows = text_windows(tokenizer, beginning, seq_len, max_tokens, bos)
+    items = text_items(tokenizer, beginning, bos=bos) if with_continuation else None
+    if reference is not None:
+        others = text_windows(load_tokenizer(reference), beginning, seq_len, windows.numel(), bos)
+        if not torch.equal(others, windows):
+            raise ValueError(f"{reference} splits the text into other tokens than {directory}")
     steps = _Steps(len(windows) + (0 if items is None else -(-len(items.answers) // BATCH)), progress)
     windows = windows.to(device)
     model = load_model(directory, activations=activations, **options)
@@ -111,10 +112,6 @@ def evaluate(
         continuation=chosen,
         tasks=scores,
     )
-
-
-def _same_tokens(reference: str | Path, text: Path, seq_len: int, windows: torch.Tensor, bos: Bos) -> bool:
-    return torch.equal(text_windows(load_tokenizer(reference), text, seq_len, windows.numel(), bos), windows)
 
 
 class _Steps:

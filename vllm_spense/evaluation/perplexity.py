@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from vllm_spense.text import Bos, context_length, first_windows, opening, tokenize
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file; raises ``ValueError`` when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the text cannot be read ({error})") from None
+from vllm_spense.text import Beginning, Bos, context_length, first_windows, opening
 
 
 def text_windows(
-    tokenizer: Any, path: Path, seq_len: int, max_tokens: int, bos: Bos = "auto"
+    tokenizer: Any, text: Beginning, seq_len: int, max_tokens: int, bos: Bos = "auto"
 ) -> torch.Tensor:
-    """First non-overlapping windows [num, seq_len] int64 of a text file, each behind the model's opening.
+    """First non-overlapping windows [num, seq_len] int64 of a text, each behind the model's opening.
 
     Raises ``ValueError`` for a text shorter than one window.
     """
@@ -32,10 +23,10 @@ def text_windows(
     if seq_len <= context_length(start) or max_tokens < seq_len:
         least = context_length(start) + 1
         raise ValueError(f"max_tokens {max_tokens} holds no window of {seq_len} tokens (at least {least})")
-    ids = tokenize(tokenizer, read_text(path))
+    ids = text.tokens(tokenizer, max_tokens)
     windows = first_windows(ids, seq_len, start, max_tokens // seq_len)
     if not len(windows):
-        raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {seq_len}")
+        raise ValueError(f"{text.name} has {len(ids)} tokens, fewer than one window of {seq_len}")
     return windows
 
 

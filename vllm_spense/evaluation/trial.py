@@ -54,9 +54,9 @@ def try_out(directory: str | Path, ids: torch.Tensor | None = None, bos: Bos = "
     tokenizer = _tokenizer(directory)
     start = () if tokenizer is None else opening(tokenizer, bos)
     perplexity, scored = None, 0
-    if ids is not None:
+    context = context_length(start)
+    if ids is not None and ids.numel() > context:
         windows = first_windows(ids, min(SEQ_LEN, ids.numel()), start).to(model.device)
-        context = context_length(start)
         nll = mean_nll(model, windows, context=context)
         scored = windows.shape[0] * (windows.shape[1] - context)
         if not math.isfinite(nll):

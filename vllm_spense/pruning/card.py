@@ -8,6 +8,7 @@ from typing import Any
 from vllm_spense.format.manifest import replace_text
 from vllm_spense.pruning.adapters import layer_name
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.text import TextRecord
 
 _SELECTIONS = {
     "spensegpt": "the last ones",
@@ -51,7 +52,7 @@ def model_card(
     else:
         behind = f", each behind {calibration['bos']}" if "bos" in calibration else ""
         data = (
-            f"{config.num_samples} windows of {config.seq_len} tokens from {calibration['source']} "
+            f"{config.num_samples} windows of {config.seq_len} tokens from {_named(calibration['source'])} "
             f"(SHA-256 {calibration['sha256'][:16]}…), seed {config.seed}{behind}"
         )
     return f"""\
@@ -139,6 +140,10 @@ def _damping(provenance: dict[str, Any]) -> str:
     raised = provenance["raised_damping"]
     found = ", ".join(f"{name} ({value:g})" for name, value in raised.items())
     return f"\nThese input Hessians needed more damping: {found}." if raised else ""
+
+
+def _named(source: str | list[str]) -> str:
+    return source if isinstance(source, str) else TextRecord(source, "").names
 
 
 def _no_data(calibration: Any) -> str:

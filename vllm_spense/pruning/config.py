@@ -65,8 +65,9 @@ class PruneConfig(BaseModel):
     (default: ``dense_ratio``) is the part of its key/value heads that stays dense in every layer, with all
     query heads that belong to them, rounded to whole heads.
 
-    ``calibration``: a text file, or a dataset name ``org/name``.
-    ``bos``: whether its windows start with the model's BOS token; ``auto``: where serving puts it there, too.
+    ``calibration``: text, as one source or several: files, folders, ``-`` or datasets of the hub
+    (:mod:`vllm_spense.text.sources`). ``text_column``: of rows; by default the first known one. ``bos``:
+    whether windows start with the model's BOS token; ``auto``: where serving puts it there, too.
     ``damping``: part of the Hessian's mean diagonal that is added to it. ``alignment``: the dense count
     is a multiple of it. ``max_tp``: the largest tensor-parallel size to promise if the extents allow
     it. ``strict``: every warning is an error.
@@ -93,10 +94,11 @@ class PruneConfig(BaseModel):
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     targets: Targets = "mlp"
     attention_dense_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    calibration: str | None = None
+    calibration: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     num_samples: Positive = 64
     seq_len: Annotated[int, Field(ge=2)] = 512
     bos: Bos = "auto"
+    text_column: str | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     weight_dtype: WeightDtype = "fp8"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -164,10 +166,12 @@ class PruneConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result: not where text and files are or how a run is carried out.
 
-        ``bos`` is left out where it is the usual one, as in all records from before it was an option.
+        Younger ones are left out where they are as usual, as in all records from before they were options.
         """
         aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
-        return self.model_dump(exclude=aside | ({"bos"} if self.bos == "auto" else set()))
+        younger = {"bos": "auto", "text_column": None}
+        aside |= {name for name, usual in younger.items() if getattr(self, name) == usual}
+        return self.model_dump(exclude=aside)
 
     @property
     def rounding_refit(self) -> bool:

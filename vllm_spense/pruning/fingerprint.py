@@ -13,7 +13,7 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.manifest import sha256
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.text import CalibrationText
+from vllm_spense.text import TextRecord
 
 _HEADER_LIMIT = 100_000_000
 """safetensors refuses longer headers."""
@@ -23,7 +23,7 @@ def fingerprint(
     base_model: str,
     source: Checkpoint,
     config: PruneConfig,
-    text: CalibrationText | None,
+    text: TextRecord | None,
     windows: torch.Tensor | None,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def fingerprint(
     calibration: dict[str, Any] | None = None
     if text is not None and windows is not None:
         tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        calibration = text.record() | {"tokens": tokens}
+        calibration = text.dump() | {"tokens": tokens}
     files = {info.file for info in source.tensors.values()}
     return {
         "options": config.decisive(),

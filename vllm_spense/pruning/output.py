@@ -28,7 +28,7 @@ from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import PrunedLayer
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
-from vllm_spense.text import CalibrationText
+from vllm_spense.text import TextRecord
 
 REST_SHARD_BYTES = 1 << 30
 """Embeddings and head go through memory one by one; smaller tensors share a file."""
@@ -92,7 +92,7 @@ def write_rest(
     source: SourceModel,
     config: PruneConfig,
     base_model: str,
-    text: CalibrationText | None,
+    text: TextRecord | None,
     records: list[LayerRecord],
 ) -> None:
     """Add to the finished layers everything else: embeddings, norms, head, and all files but weights."""
@@ -170,7 +170,7 @@ def _ignored(source: SourceModel, modules: dict[str, ModuleSpec]) -> list[str]:
 
 
 def _provenance(
-    config: PruneConfig, base_model: str, text: CalibrationText | None, records: list[LayerRecord]
+    config: PruneConfig, base_model: str, text: TextRecord | None, records: list[LayerRecord]
 ) -> dict[str, Any]:
     _, losses = merged(records)
     damping: dict[str, float] = {}
@@ -179,7 +179,7 @@ def _provenance(
     return {
         "base_model": base_model,
         "options": config.decisive(),
-        "calibration": None if text is None else text.record(),
+        "calibration": None if text is None else text.dump(),
         "versions": versions("vllm-spense", "torch", "transformers"),
         "losses": {name: float(f"{loss:.6g}") for name, loss in losses.items()},
         "raised_damping": damping,

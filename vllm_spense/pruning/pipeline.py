@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -39,16 +39,7 @@ from vllm_spense.pruning.trust import (
     warn_about_size,
     warnings_as_errors,
 )
-from vllm_spense.text import (
-    CalibrationText,
-    TextEnd,
-    opening,
-    opening_text,
-    read_calibration,
-    sample_windows,
-    text_end,
-    tokenize,
-)
+from vllm_spense.text import Calibration, TextEnd, calibrate, find_sources
 
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
@@ -59,8 +50,9 @@ class PruneProgress:
     """State after one layer: 1-based ``layer`` of ``layers``, losses per MLP module, seconds.
 
     ``restored``: the layer was finished by an earlier run and only the hidden states were computed.
-    ``stage``: nothing is pruned yet in ``check``, which compares the layers with the model's own forward,
-    and in ``gradient``, where each layer is counted forward and backward.
+    ``stage``: nothing is pruned yet in ``text``, where a long text is read (``layer`` are characters so far,
+    ``layers`` is 0), in ``check``, which compares the layers with the model's own forward, and in
+    ``gradient``, where each layer is counted forward and backward.
     """
 
     layer: int
@@ -69,7 +61,7 @@ class PruneProgress:
     elapsed: float
     remaining: float
     restored: bool = False
-    stage: Literal["check", "gradient", "layers"] = "layers"
+    stage: Literal["text", "check", "gradient", "layers"] = "layers"
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,8 @@ def prune(
         if config.resume and work.published():  # killed behind the last step: only to be cleaned up
             return _report_of(Path(out), config, time.monotonic() - started)
         check_target(Path(out).absolute(), config.overwrite)
-        text = None if config.calibration is None else read_calibration(config.calibration)
+        if config.calibration is not None:
+            find_sources(config.calibration)  # before the model's files: it is what people mistype
         directory = source_directory(model)
         name = str(model) if not Path(model).exists() else directory.name
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,12 +125,12 @@ def prune(
         for index, layer in enumerate(source.layers):  # what cannot be pruned is refused before any work
             LayerPruner(config, None).layouts(index, layer)
         warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
-        windows, end = None, None
-        if text is not None:
-            text, windows, end = _windows(directory, text, config)
+        text = _calibration(directory, config, started, progress)
+        windows = None if text is None else text.windows
+        record = None if text is None else text.record
         if windows is not None:
             warn_about_calibration(windows.numel(), source.layers, config)
-        made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
+        made_from = fingerprint(name, source.checkpoint, config, record, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
         if windows is not None and not finished:
             check_replay(source, windows[:2], _steps("check", started, progress))
@@ -156,7 +149,7 @@ def prune(
         ) as writer:
             for index in range(len(records)):
                 writer.adopt(work.shard(index))
-            write_rest(writer, source, config, name, text, records)
+            write_rest(writer, source, config, name, record, records)
     written = facts(records, config, source.layers)
     return PruneReport(
         directory=Path(out),
@@ -167,7 +160,7 @@ def prune(
         damping={name: value for record in records for name, value in record.damping.items()},
         tensor_parallel_sizes=written.tensor_parallel_sizes,
         seconds=time.monotonic() - started,
-        text_end=end,
+        text_end=None if text is None else text.end,
     )
 
 
@@ -238,18 +231,34 @@ class _LayerLoop:
         return PruneProgress(index + 1, layers, records[index].losses, elapsed, remaining, restored)
 
 
-def _windows(
-    directory: Path, text: CalibrationText, config: PruneConfig
-) -> tuple[CalibrationText, torch.Tensor, TextEnd]:
-    """The text with what opens its windows, token ids [samples, seq] int64 to calibrate on, and its end."""
+def _calibration(
+    directory: Path,
+    config: PruneConfig,
+    started: float,
+    progress: Callable[[PruneProgress], None] | None,
+) -> Calibration | None:
+    """The windows to calibrate on; None where the config has no text."""
+    if config.calibration is None:
+        return None
+
+    def step(characters: int) -> None:
+        if progress is not None:
+            progress(PruneProgress(characters, 0, {}, time.monotonic() - started, 0.0, stage="text"))
+
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    ids, sizes = tokenize(tokenizer, text.text), (config.num_samples, config.seq_len, config.seed)
-    start = opening(tokenizer, config.bos)
-    windows = sample_windows(ids, *sizes, start)
-    warn_about_overlap(ids.numel(), config.num_samples, config.seq_len)
-    return replace(text, bos=opening_text(tokenizer, start)), windows, text_end(ids, *sizes)
+    text = calibrate(
+        find_sources(config.calibration),
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True),
+        config.num_samples,
+        config.seq_len,
+        config.seed,
+        bos=config.bos,
+        column=config.text_column,
+        progress=step,
+    )
+    warn_about_overlap(text)
+    return text
 
 
 def _choose(

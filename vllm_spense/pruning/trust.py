@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_spense.pruning.adapters import DecoderLayer
     from vllm_spense.pruning.config import PruneConfig
+    from vllm_spense.text import Calibration
 
 SMALL_MODEL = 1_000_000_000
 """Parameters below which one-shot 2:4 costs visible quality; docs/accuracy.md has a model of 0.13 billion."""
@@ -53,11 +54,12 @@ def warn_about_size(parameters: int, config: PruneConfig) -> None:
         )
 
 
-def warn_about_overlap(tokens: int, num_samples: int, seq_len: int) -> None:
-    """Warn where ``num_samples`` windows are longer together than the text of so many ``tokens``."""
-    if num_samples * seq_len > tokens:
+def warn_about_overlap(text: Calibration) -> None:
+    """Warn where the windows are longer together than the text."""
+    if text.tokens is not None and text.windows.numel() > text.tokens:
+        count, seq_len = text.windows.shape
         warn(
-            f"{num_samples} windows of {seq_len} tokens out of a text of {tokens} tokens overlap heavily; "
+            f"{count} windows of {seq_len} tokens out of a text of {text.tokens} tokens overlap heavily; "
             "a longer calibration text prunes better"
         )
 

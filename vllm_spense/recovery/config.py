@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 class RecoveryConfig(BaseModel):
     """Options of :func:`vllm_spense.recovery.recover`; raises ``pydantic.ValidationError`` (a ValueError).
 
-    ``calibration``: a text file, or a dataset name ``org/name``. ``objective``: KL divergence from the
+    ``calibration``: text, as for pruning, and its ``text_column``. ``objective``: KL divergence from the
     dense model's next-token distributions, cross entropy with the text's own next tokens, or their mean.
     ``train``: the MLPs' kept weights and all norms, or those of attention, too. A step reads ``batch`` fresh
     windows of ``seq_len`` tokens. ``bos``: whether they start with the model's BOS token; ``auto``: where
@@ -27,7 +27,7 @@ class RecoveryConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    calibration: str
+    calibration: str | Annotated[tuple[str, ...], Field(min_length=1)]
     objective: Objective = "distill"
     train: Train = "mlp"
     steps: Positive = 100
@@ -35,16 +35,19 @@ class RecoveryConfig(BaseModel):
     batch: Positive = 1
     seq_len: Annotated[int, Field(ge=2)] = 512
     bos: Bos = "auto"
+    text_column: str | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
     overwrite: bool = False
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result: not where the text is and what may be replaced.
 
-        ``bos`` is left out where it is the usual one, as in all records from before it was an option.
+        Younger ones are left out where they are as usual, as in all records from before they were options.
         """
         aside = {"calibration", "overwrite"}
-        return self.model_dump(exclude=aside | ({"bos"} if self.bos == "auto" else set()))
+        younger = {"bos": "auto", "text_column": None}
+        aside |= {name for name, usual in younger.items() if getattr(self, name) == usual}
+        return self.model_dump(exclude=aside)
 
     @property
     def tokens(self) -> int:

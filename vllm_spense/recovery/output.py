@@ -14,7 +14,7 @@ from vllm_spense.pruning.card import CARD_NAME
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.student import Student
-from vllm_spense.text import CalibrationText
+from vllm_spense.text import TextRecord
 
 _OBJECTIVES = {
     "both": "towards the dense model's next-token distributions and the text's next tokens in equal parts",
@@ -28,7 +28,7 @@ _TRAINED = {
 
 
 def write(
-    checkpoint: Checkpoint, out: str | Path, student: Student, config: RecoveryConfig, text: CalibrationText
+    checkpoint: Checkpoint, out: str | Path, student: Student, config: RecoveryConfig, text: TextRecord
 ) -> None:
     """Write ``checkpoint`` with the student's values into ``out``, in the dtypes it has now.
 
@@ -78,12 +78,12 @@ def round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: tor
     return ((value.contiguous().view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
 
 
-def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationText) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: TextRecord) -> dict[str, Any]:
     """config.json, whose provenance has one more entry in ``recovery``."""
     quantization = checkpoint.require_spense()
     entry = config.decisive() | {
         "tokens": config.tokens,
-        "text": text.record(),
+        "text": text.dump(),
         "versions": versions("vllm-spense", "torch", "transformers"),
     }
     before = quantization.provenance.get("recovery", [])
@@ -92,7 +92,7 @@ def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: CalibrationTex
     return checkpoint.config | {"quantization_config": dumped}
 
 
-def _card(directory: Path, config: RecoveryConfig, text: CalibrationText) -> str:
+def _card(directory: Path, config: RecoveryConfig, text: TextRecord) -> str:
     """The checkpoint's model card with a section on this run at its end."""
     path = directory / CARD_NAME
     card = path.read_text(encoding="utf-8") if path.is_file() else f"# {directory.name}\n"
@@ -102,7 +102,7 @@ def _card(directory: Path, config: RecoveryConfig, text: CalibrationText) -> str
 ## Recovery
 
 After pruning, {_TRAINED[config.train]} were trained {_OBJECTIVES[config.objective]}: {config.steps} steps,
-{config.tokens} tokens of {text.source} (SHA-256 {text.sha256[:16]}…), learning rate
+{config.tokens} tokens of {text.names} (SHA-256 {text.sha256[:16]}…), learning rate
 {config.learning_rate:g}. Zeros of the 2:4 regions stayed zeros. Losses per layer and the
 evaluation above are from before.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import RecoveryProgress, train
-from vllm_spense.text import opening, opening_text, read_calibration, sample_windows, tokenize
+from vllm_spense.text import calibrate, find_sources
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,21 @@ def recover(
     checkpoint = Checkpoint(directory)
     checkpoint.require_spense()
     original = None if config.objective == "tokens" else _original(dense)
-    text = read_calibration(config.calibration)
-    tokenizer = load_tokenizer(directory)
-    start = opening(tokenizer, config.bos)
-    text = replace(text, bos=opening_text(tokenizer, start))
-    ids, samples = tokenize(tokenizer, text.text), config.steps * config.batch
-    windows = sample_windows(ids, samples, config.seq_len, config.seed, start)
-    warn_about_overlap(ids.numel(), samples, config.seq_len)
+    text = calibrate(
+        find_sources(config.calibration),
+        load_tokenizer(directory),
+        config.steps * config.batch,
+        config.seq_len,
+        config.seed,
+        bos=config.bos,
+        column=config.text_column,
+    )
+    warn_about_overlap(text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(checkpoint, config.train, device)
     teacher = None if original is None else _teacher(original, student.model, checkpoint)
-    losses = train(student, teacher, windows, config, progress)
-    write(checkpoint, out, student, config, text)
+    losses = train(student, teacher, text.windows, config, progress)
+    write(checkpoint, out, student, config, text.record)
     return RecoveryReport(Path(out), config, losses, time.monotonic() - started)
 
 

@@ -1,7 +1,10 @@
 """Text for calibration and evaluation: reading it, and cutting its tokens into windows."""
 
+from vllm_spense.text.beginning import Beginning
 from vllm_spense.text.bos import Bos, opening, opening_text
-from vllm_spense.text.reading import CalibrationText, read_calibration
+from vllm_spense.text.calibration import Calibration, calibrate
+from vllm_spense.text.reading import TextRecord
+from vllm_spense.text.sources import Given, find_sources
 from vllm_spense.text.windows import (
     TextEnd,
     context_length,
@@ -12,14 +15,18 @@ from vllm_spense.text.windows import (
 )
 
 __all__ = [
+    "Beginning",
     "Bos",
-    "CalibrationText",
+    "Calibration",
+    "Given",
     "TextEnd",
+    "TextRecord",
+    "calibrate",
     "context_length",
+    "find_sources",
     "first_windows",
     "opening",
     "opening_text",
-    "read_calibration",
     "sample_windows",
     "text_end",
     "tokenize",

@@ -41,7 +41,7 @@ def first_windows(
         taken = seq_len if _begins(part, opening) else seq_len - len(opening)
         if part.numel() < taken:
             break
-        windows.append(_opened(part, seq_len, opening))
+        windows.append(one_window(part, seq_len, opening))
         at += taken
     return torch.stack(windows) if windows else ids.new_empty(0, seq_len)
 
@@ -55,15 +55,14 @@ def sample_windows(
     shorter than one window, or a window holds nothing but the opening.
     """
     n = ids.numel()
-    if seq_len <= context_length(opening):
-        raise ValueError(f"a window of {seq_len} tokens is filled by the {len(opening)} that open it")
+    check_window(seq_len, opening)
     if n < seq_len:
         raise ValueError(
             f"the calibration text has {n} tokens, fewer than one window of {seq_len}; "
             "give a longer text or a smaller --seq-len"
         )
     starts = _starts(n, num_samples, seq_len, seed).tolist()
-    return torch.stack([_opened(ids[start : start + seq_len], seq_len, opening) for start in starts])
+    return torch.stack([one_window(ids[start : start + seq_len], seq_len, opening) for start in starts])
 
 
 def text_end(ids: torch.Tensor, num_samples: int, seq_len: int, seed: int) -> TextEnd:
@@ -79,6 +78,19 @@ def context_length(opening: Sequence[int]) -> int:
     return max(1, len(opening))
 
 
+def check_window(seq_len: int, opening: Sequence[int]) -> None:
+    """Raises ``ValueError`` for windows that hold nothing but their opening."""
+    if seq_len <= context_length(opening):
+        raise ValueError(f"a window of {seq_len} tokens is filled by the {len(opening)} that open it")
+
+
+def one_window(part: torch.Tensor, seq_len: int, opening: Sequence[int]) -> torch.Tensor:
+    """``opening`` and what then fits of ``part [n]`` into ``seq_len`` tokens, or ``part`` if it has it."""
+    if _begins(part, opening):
+        return part[:seq_len]
+    return torch.cat([part.new_tensor(opening), part[: seq_len - len(opening)]])
+
+
 def _starts(n: int, num_samples: int, seq_len: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, n - seq_len + 1, (num_samples,), generator=generator)
@@ -86,10 +98,3 @@ def _starts(n: int, num_samples: int, seq_len: int, seed: int) -> torch.Tensor:
 
 def _begins(part: torch.Tensor, opening: Sequence[int]) -> bool:
     return part[: len(opening)].tolist() == list(opening)
-
-
-def _opened(part: torch.Tensor, seq_len: int, opening: Sequence[int]) -> torch.Tensor:
-    """``opening`` and what then fits of ``part`` into ``seq_len`` tokens; ``part`` itself if it has it."""
-    if _begins(part, opening):
-        return part[:seq_len]
-    return torch.cat([part.new_tensor(opening), part[: seq_len - len(opening)]])
