@@ -429,8 +429,8 @@ def test_the_command_refuses_in_one_line_before_any_work(dense: Path, tmp_path: 
     )
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if not line.startswith("warning:")] == [
-        f"error: {tmp_path / 'bad.jsonl'}, row 21: there is no column text, messages, conversations or prompt and "
-        "completion, but question; name the one that holds the text (--text-column)"
+        f"error: {tmp_path / 'bad.jsonl'}, row 21: there is no column text, messages, conversations or "
+        "prompt and completion, but question; name the one that holds the text (--text-column)"
     ]
     assert not (tmp_path / "out").exists()
 
