@@ -103,20 +103,27 @@ def _windows_of(
 ) -> torch.Tensor:
     """One window per piece, without the tokens at its ends, which the cut may have changed."""
     generator = random.Random(seed)
-    left, windows = iter(pieces), []
+    left, windows = _tokenized(pieces, tokenizer), []
     for _ in range(num_samples):
         ids = torch.empty(0, dtype=torch.long)
         while ids.numel() < seq_len:
-            piece = next(left, None)
-            if piece is None:
+            more = next(left, None)
+            if more is None:
                 raise ValueError(
                     f"the calibration text has over {CHARACTERS} characters per token nearly everywhere; "
                     "is it text that this model can read?"
                 )
-            ids = torch.cat([ids, tokenize(tokenizer, piece)[1:-1]])
+            ids = torch.cat([ids, more[1:-1]])
         at = generator.randrange(ids.numel() - seq_len + 1)
         windows.append(one_window(ids[at : at + seq_len], seq_len, start))
     return torch.stack(windows)
+
+
+def _tokenized(pieces: list[str], tokenizer: Any) -> Iterator[torch.Tensor]:
+    """Token ids of each piece; a few are split at once, which tokenizers do on several cores."""
+    for at in range(0, len(pieces), 16):
+        some = tokenizer(pieces[at : at + 16], add_special_tokens=False, verbose=False)["input_ids"]
+        yield from (torch.tensor(ids, dtype=torch.long) for ids in some)
 
 
 def _cut(chunks: Iterator[str], size: int) -> Iterator[str]:
