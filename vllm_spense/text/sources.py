@@ -11,7 +11,7 @@ from pathlib import Path
 STANDARD_INPUT = "-"
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 """By suffix, in front of which ``.gz`` does not count. What has none of these is known by its content."""
-READABLE = ".txt, .jsonl, .json and .parquet, each also as .gz"
+READABLE = ".txt, .jsonl, .json (each also as .gz) and .parquet"
 _TABLES = {".csv", ".tsv"}  # text, but not to be calibrated on with its commas and quotes
 _DATASET = re.compile(r"(?P<repository>[A-Za-z0-9][\w.\-]*/[\w.\-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 
