@@ -25,6 +25,7 @@ from vllm_spense.cli.progress import (
 )
 from vllm_spense.cli.serving_plan import plot_plan, show_prediction
 from vllm_spense.cli.trial import try_checkpoint
+from vllm_spense.format.errors import one_line
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -484,7 +485,7 @@ def _one_line(error: Exception) -> str:
             ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
         ]
         return escape("; ".join(parts))
-    return escape(str(error) or type(error).__name__)
+    return escape(one_line(str(error), 4000) or type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.ops import dense_linear, quantize_per_token
+from vllm_spense.sources import check_source, check_tensors, check_tokenizer
 
 Activations = Literal["checkpoint", "none"]
 
@@ -65,7 +66,9 @@ def load_model(
     ``activations="none"`` leaves activations unquantised (weights only). No code from the directory is
     run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories.
     """
+    check_source(directory)
     checkpoint = Checkpoint(directory)
+    check_tensors(checkpoint)
     from transformers import AutoModelForCausalLM
 
     if checkpoint.quantization is None:
@@ -83,6 +86,8 @@ def load_model(
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer, without running code from it."""
+    check_source(directory)
+    check_tokenizer(Path(directory))
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

@@ -41,6 +41,7 @@ from vllm_spense.pruning.selection import DenseChoice
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
 from vllm_spense.pruning.trust import warn_about_calibration, warn_about_size, warnings_as_errors
+from vllm_spense.sources import base_model
 
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
@@ -114,7 +115,7 @@ def prune(
         check_target(Path(out).absolute(), config.overwrite)
         text = None if config.calibration is None else read_calibration(config.calibration)
         directory = source_directory(model)
-        name = str(model) if not Path(model).exists() else directory.name
+        base = base_model(directory)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
@@ -126,7 +127,7 @@ def prune(
         windows, end = (None, None) if text is None else _windows(directory, text, config)
         if windows is not None:
             warn_about_calibration(windows.numel(), source.layers, config)
-        made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
+        made_from = fingerprint(base, source.checkpoint, config, text, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
         choice = None
         if windows is not None and config.needs_gradient:
@@ -143,7 +144,7 @@ def prune(
         ) as writer:
             for index in range(len(records)):
                 writer.adopt(work.shard(index))
-            write_rest(writer, source, config, name, text, records)
+            write_rest(writer, source, config, base, text, records)
     written = facts(records, config, source.layers)
     return PruneReport(
         directory=Path(out),

@@ -13,19 +13,29 @@ from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.conversion import model_parameter
+from vllm_spense.format.errors import one_line
 from vllm_spense.pruning.adapters import DecoderLayer, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
+from vllm_spense.sources import check_source, check_tensors
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _RESAVE = "convert the model with transformers' save_pretrained first"
 
 
 def source_directory(model: str | Path) -> Path:
-    """The local directory of ``model``; a hub name is downloaded (safetensors and text files only)."""
+    """The local directory of ``model``, looked at with :func:`check_source`.
+
+    A hub name is downloaded (safetensors and text files only).
+    """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+    if not path.exists():
+        path = _download(model)
+    check_source(path)
+    return path
+
+
+def _download(model: str | Path) -> Path:
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise ValueError(f"{model}: no such model directory")
     from huggingface_hub import snapshot_download
 
@@ -34,7 +44,7 @@ def source_directory(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
         raise ValueError(
-            f"{model}: neither a local directory nor a model that can be downloaded ({error})"
+            f"{model}: neither a local directory nor a model that can be downloaded ({one_line(str(error))})"
         ) from None
 
 
@@ -79,6 +89,7 @@ class SourceModel:
         self.checkpoint = SourceCheckpoint(directory)
         if self.checkpoint.quantization is not None:
             raise ValueError(f"{directory} is a Spense checkpoint already; prune the dense model instead")
+        check_tensors(self.checkpoint)
         self.device = device
         self.stored_dtype = _stored_dtype(self.checkpoint)
         default = torch.float32 if device.type == "cpu" else self.stored_dtype
