@@ -23,7 +23,7 @@ from vllm_spense.cli.progress import (
     quiet_transformers,
     recovery_progress,
 )
-from vllm_spense.cli.serving_plan import plot_plan, show_prediction
+from vllm_spense.cli.serving_plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.format.errors import one_line
 
@@ -426,6 +426,7 @@ def plan_(
     """Predict what Spense gains when served, before pruning: speed-up, memory, and where it does not pay."""
     from vllm_spense.planning import compare, plan, read_model
 
+    refuse_unprunable(model)
     shape = read_model(model, dense_ratio)
     found = plan(
         *(shape, gpu),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -41,7 +41,7 @@ from vllm_spense.pruning.selection import DenseChoice
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
 from vllm_spense.pruning.trust import warn_about_calibration, warn_about_size, warnings_as_errors
-from vllm_spense.sources import base_model
+from vllm_spense.sources import base_model, check_windows, load_tokenizer
 
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
@@ -228,11 +228,11 @@ class _LayerLoop:
 
 def _windows(directory: Path, text: CalibrationText, config: PruneConfig) -> tuple[torch.Tensor, TextEnd]:
     """Token ids [samples, seq] int64 to calibrate on, and the end of the text."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     ids, sizes = tokenize(tokenizer, text.text), (config.num_samples, config.seq_len, config.seed)
-    return sample_windows(ids, *sizes), text_end(ids, *sizes)
+    windows = sample_windows(ids, *sizes)
+    check_windows(windows, directory)
+    return windows, text_end(ids, *sizes)
 
 
 def _choose(

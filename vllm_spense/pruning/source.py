@@ -14,9 +14,9 @@ from torch import nn
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.conversion import model_parameter
 from vllm_spense.format.errors import one_line
-from vllm_spense.pruning.adapters import DecoderLayer, decoder, decoder_layers
+from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
-from vllm_spense.sources import check_source, check_tensors
+from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _RESAVE = "convert the model with transformers' save_pretrained first"
@@ -50,13 +50,21 @@ def _download(model: str | Path) -> Path:
 
 def meta_network(directory: Path, dtype: torch.dtype) -> nn.Module:
     """The transformers model that config.json describes, on the meta device: no memory, no foreign code."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
+    config = load_config(directory)
+    with building(directory), torch.device("meta"):
         network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     split_fused(network)
     return network.eval()
+
+
+def layers_of(network: nn.Module, directory: Path) -> list[DecoderLayer]:
+    """The decoder layers of the ``network`` of ``directory``; :class:`UnsupportedModelError` names that."""
+    try:
+        return decoder_layers(network)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(refusal(network, directory, str(error))) from None
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -95,9 +103,10 @@ class SourceModel:
         default = torch.float32 if device.type == "cpu" else self.stored_dtype
         self.dtype = default if dtype is None else dtype
         self.network: Any = meta_network(directory, self.dtype)
-        self.layers: list[DecoderLayer] = decoder_layers(self.network)
+        self.layers: list[DecoderLayer] = layers_of(self.network, directory)
         self._tied: dict[str, str] = dict(getattr(self.network, "all_tied_weights_keys", None) or {})
-        _fill_buffers(self.network, device)
+        with building(directory):
+            _fill_buffers(self.network, device)
         for name, _ in _stored_tensors(self.network, ""):
             self._read(name, self._header)
 

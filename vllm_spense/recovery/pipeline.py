@@ -20,6 +20,7 @@ from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import RecoveryProgress, train
+from vllm_spense.sources import check_windows
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def recover(
     text = read_calibration(config.calibration)
     ids = tokenize(load_tokenizer(directory), text.text)
     windows = sample_windows(ids, config.steps * config.batch, config.seq_len, config.seed)
+    check_windows(windows, checkpoint.directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(checkpoint, config.train, device)
     teacher = None if original is None else _teacher(original, student.model, checkpoint)

@@ -16,6 +16,7 @@ from vllm_spense.format.broken_files import DOWNLOAD, Diagnosis, diagnose
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.sources.quantised import quantisation_of, quantised_tensor
+from vllm_spense.sources.tokenizer import TOKENIZER_FILES
 
 ORIGINAL = "prune the original, unquantised model (its linears become FP8 while it is pruned)"
 _CONVERT = "convert it with transformers' `save_pretrained`, which writes safetensors"
@@ -31,18 +32,8 @@ _OTHER_WEIGHTS = {
     ".msgpack": Diagnosis("its weights are those of Flax (.msgpack)", _CONVERT),
     ".onnx": Diagnosis("its weights are those of ONNX", "give the original model's directory (safetensors)"),
 }
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-"""Any one of these makes a tokenizer."""
 _TEXTS = (
-    *_TOKENIZERS,
+    *TOKENIZER_FILES,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -74,16 +65,6 @@ def check_source(path: str | Path) -> dict[str, Any]:
             raise _error(found, directory / name)
     _check_weights(directory, names)
     return config
-
-
-def check_tokenizer(directory: Path) -> None:
-    """Raises :class:`CheckpointError` for a directory without any tokenizer."""
-    if not any((directory / name).exists() for name in _TOKENIZERS):
-        raise CheckpointError(
-            f"no tokenizer is there (none of {', '.join(_TOKENIZERS[:3])})",
-            file=directory,
-            fix="copy the tokenizer's files from the model that this one was made from",
-        )
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
