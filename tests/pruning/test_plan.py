@@ -175,7 +175,7 @@ def test_output_bytes_are_those_of_the_run(
 def test_the_command(tmp_path: Path) -> None:
     model = add_tokenizer(make_llama(tmp_path / "model"))
     command = [sys.executable, "-m", "vllm_spense.cli.app", "prune", str(model), "-o", str(tmp_path / "out")]
-    command += ["--calibration", "text", "--dry-run"]
+    command += ["--calibration", "text", "--seq-len", "64", "--dry-run"]
     said = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     found = json.loads(said)
     assert len(found["layers"]) == 2

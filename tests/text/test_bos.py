@@ -17,9 +17,10 @@ import torch
 from rich.console import Console
 from tiny import make_llama, make_spense
 from tiny_text import add_tokenizer, write_text
+from transformers import AutoTokenizer
 
 from vllm_spense.cli.trial import try_checkpoint
-from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
+from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.continuation import text_items
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.perplexity import text_windows
@@ -42,7 +43,7 @@ def set_bos(directory: Path, *, added: str = "", template: str = "", bos: bool =
     """Give the tokenizer of :func:`add_tokenizer` the BOS token w7 and what it sets in front of texts."""
     from tokenizers import AddedToken, processors
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     if bos:  # a word of its own, or else w71 would be split
         tokenizer.add_special_tokens({"bos_token": AddedToken(f"w{BOS}", single_word=True)})
     if added:
@@ -98,7 +99,7 @@ def obvious_nll(directory: Path, windows: list[list[int]], context: int = 1) -> 
     ],
 )
 def test_opening(how: dict[str, Any], auto: tuple[int], always: tuple[int], tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(set_bos(add_tokenizer(tmp_path), **how))
+    tokenizer = AutoTokenizer.from_pretrained(set_bos(add_tokenizer(tmp_path), **how))
     assert opening(tokenizer) == auto
     assert opening(tokenizer, "always") == always
     assert opening(tokenizer, "never") == ()
@@ -107,7 +108,7 @@ def test_opening(how: dict[str, Any], auto: tuple[int], always: tuple[int], tmp_
 
 
 def test_always_needs_a_bos_token(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(add_tokenizer(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(add_tokenizer(tmp_path))
     assert opening(tokenizer) == ()
     with pytest.raises(ValueError, match=r"--bos always.*no BOS token"):
         opening(tokenizer, "always")
@@ -190,7 +191,7 @@ def test_contexts_of_the_continuation_task(dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     documents = [" ".join(f"w{(3 * i + j * j) % 11}" for j in range(60)) for i in range(20)]
     path.write_text("\n\n".join(documents))
-    tokenizer = load_tokenizer(dense)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
     plain, opened = text_items(tokenizer, path, bos="never"), text_items(tokenizer, path)
     assert torch.equal(opened.contexts[:, 1:], plain.contexts)
     assert set(opened.contexts[:, 0].tolist()) == {BOS}
@@ -225,7 +226,7 @@ def test_lm_eval_reads_the_same_start(
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True
     )
-    Harness(["pairs"], tmp_path).run(model, load_tokenizer(model_dir), bos=bos)
+    Harness(["pairs"], tmp_path).run(model, AutoTokenizer.from_pretrained(model_dir), bos=bos)
     assert seen
     assert all(row[:2].tolist() == first for batch in seen for row in batch)
 
@@ -297,7 +298,7 @@ def test_without_bos_the_records_are_the_old_ones(dense: Path, text: Path, tmp_p
 @pytest.mark.model
 def test_smollm2_reads_the_same_windows_as_before(assets: Path) -> None:
     """Its BOS token only marks turns of a chat. The windows as they were made before BOS was looked at."""
-    tokenizer = load_tokenizer(assets / "SmolLM2-135M-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(assets / "SmolLM2-135M-Instruct")
     assert opening(tokenizer) == ()
     path = assets / "wikipedia" / "test.txt"
     ids = torch.tensor(tokenizer(path.read_text(), add_special_tokens=False, verbose=False)["input_ids"])

@@ -23,8 +23,9 @@ from vllm_spense.cli.progress import (
     quiet_transformers,
     recovery_progress,
 )
-from vllm_spense.cli.serving_plan import plot_plan, show_prediction
+from vllm_spense.cli.serving_plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.trial import try_checkpoint
+from vllm_spense.format.errors import one_line
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -437,6 +438,7 @@ def plan_(
     """Predict what Spense gains when served, before pruning: speed-up, memory, and where it does not pay."""
     from vllm_spense.planning import compare, plan, read_model
 
+    refuse_unprunable(model)
     shape = read_model(model, dense_ratio)
     found = plan(
         *(shape, gpu),
@@ -496,7 +498,7 @@ def _one_line(error: Exception) -> str:
             ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
         ]
         return escape("; ".join(parts))
-    return escape(str(error) or type(error).__name__)
+    return escape(one_line(str(error), 4000) or type(error).__name__)
 
 
 if __name__ == "__main__":

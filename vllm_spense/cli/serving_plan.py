@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
 PLOT_CONTEXTS = (512, 2048, 8192, 32768)
 PLOT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def refuse_unprunable(model: str) -> None:
+    """Raise what ``spense prune`` raises for a directory that it refuses; Spense checkpoints pass.
+
+    Without transformers only the files are looked at.
+    """
+    from vllm_spense.cli.progress import quiet_transformers
+    from vllm_spense.sources import check_source
+
+    directory = Path(model)
+    if not directory.exists():  # a preset, or a mistake
+        return
+    spense = check_source(directory).get("quantization_config") is not None
+    if not spense and find_spec("transformers") is not None:
+        from vllm_spense.pruning.admission import admit
+
+        quiet_transformers()
+        admit(directory)
 
 
 def show_prediction(

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vllm_spense import sources
 from vllm_spense.format import Checkpoint, CheckpointError, unpack_linear
 from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.ops import dense_linear, quantize_per_token
+from vllm_spense.sources import building, check_source, check_tensors, load_config
 
 Activations = Literal["checkpoint", "none"]
 
@@ -65,17 +67,22 @@ def load_model(
     ``activations="none"`` leaves activations unquantised (weights only). No code from the directory is
     run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories.
     """
+    check_source(directory)
     checkpoint = Checkpoint(directory)
+    check_tensors(checkpoint)
     from transformers import AutoModelForCausalLM
 
     if checkpoint.quantization is None:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        config = load_config(checkpoint.directory)
+        with building(checkpoint.directory):
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
     else:
         model = _load_spense(checkpoint, dtype, activations)
     return model.to(device).eval()
@@ -83,9 +90,8 @@ def load_model(
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer, without running code from it."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    check_source(directory)
+    return sources.load_tokenizer(Path(directory))
 
 
 def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activations) -> nn.Module:

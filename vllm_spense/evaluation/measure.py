@@ -16,6 +16,7 @@ from vllm_spense.evaluation.continuation import BATCH, Continuation, continuatio
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.loading import Activations, load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
+from vllm_spense.sources import check_windows
 from vllm_spense.text import Bos, context_length, opening, opening_text
 
 Dtype = Literal["float32", "bfloat16"]
@@ -88,6 +89,9 @@ def evaluate(
     items = text_items(tokenizer, path, bos=bos) if with_continuation else None
     if reference is not None and not _same_tokens(reference, path, seq_len, windows, bos):
         raise ValueError(f"{reference} splits the text into other tokens than {directory}")
+    for used in (directory, reference):
+        if used is not None:
+            check_windows(windows, Path(used))
     steps = _Steps(len(windows) + (0 if items is None else -(-len(items.answers) // BATCH)), progress)
     windows = windows.to(device)
     model = load_model(directory, activations=activations, **options)

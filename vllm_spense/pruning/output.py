@@ -28,6 +28,7 @@ from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import PrunedLayer
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.sources import BaseModel
 from vllm_spense.text import CalibrationText
 
 REST_SHARD_BYTES = 1 << 30
@@ -91,7 +92,7 @@ def write_rest(
     writer: CheckpointWriter,
     source: SourceModel,
     config: PruneConfig,
-    base_model: str,
+    base: BaseModel,
     text: CalibrationText | None,
     records: list[LayerRecord],
 ) -> None:
@@ -102,7 +103,7 @@ def write_rest(
             writer.add(name, source.checkpoint.load(name))
     written = facts(records, config, source.layers)
     modules, losses = merged(records)
-    provenance = _provenance(config, base_model, text, records)
+    provenance = _provenance(config, base, text, records)
     fp8 = config.weight_dtype == "fp8"
     quantization = SpenseCheckpointConfig(
         weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
@@ -116,7 +117,7 @@ def write_rest(
     writer.write_config(source.checkpoint.config | {"quantization_config": dumped})
     writer.copy_side_files(source.checkpoint.directory)
     sizes = written.tensor_parallel_sizes
-    card = model_card(base_model, config, written.mlp_sparsity, sizes, losses, provenance)
+    card = model_card(base, config, written.mlp_sparsity, sizes, losses, provenance)
     writer.write_text(CARD_NAME, card)
 
 
@@ -170,14 +171,14 @@ def _ignored(source: SourceModel, modules: dict[str, ModuleSpec]) -> list[str]:
 
 
 def _provenance(
-    config: PruneConfig, base_model: str, text: CalibrationText | None, records: list[LayerRecord]
+    config: PruneConfig, base: BaseModel, text: CalibrationText | None, records: list[LayerRecord]
 ) -> dict[str, Any]:
     _, losses = merged(records)
     damping: dict[str, float] = {}
     for record in records:
         damping |= record.damping
     return {
-        "base_model": base_model,
+        **base.record(),
         "options": config.decisive(),
         "calibration": None if text is None else text.record(),
         "versions": versions("vllm-spense", "torch", "transformers"),

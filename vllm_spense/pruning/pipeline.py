@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -39,6 +39,7 @@ from vllm_spense.pruning.trust import (
     warn_about_size,
     warnings_as_errors,
 )
+from vllm_spense.sources import base_model, check_windows, load_tokenizer
 from vllm_spense.text import (
     CalibrationText,
     TextEnd,
@@ -123,7 +124,7 @@ def prune(
         check_target(Path(out).absolute(), config.overwrite)
         text = None if config.calibration is None else read_calibration(config.calibration)
         directory = source_directory(model)
-        name = str(model) if not Path(model).exists() else directory.name
+        base = base_model(directory)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
@@ -137,7 +138,7 @@ def prune(
             text, windows, end = _windows(directory, text, config)
         if windows is not None:
             warn_about_calibration(windows.numel(), source.layers, config)
-        made_from = fingerprint(name, source.checkpoint, config, text, windows, device)
+        made_from = fingerprint(base, source.checkpoint, config, text, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
         if windows is not None and not finished:
             check_replay(source, windows[:2], _steps("check", started, progress))
@@ -156,7 +157,7 @@ def prune(
         ) as writer:
             for index in range(len(records)):
                 writer.adopt(work.shard(index))
-            write_rest(writer, source, config, name, text, records)
+            write_rest(writer, source, config, base, text, records)
     written = facts(records, config, source.layers)
     return PruneReport(
         directory=Path(out),
@@ -242,12 +243,11 @@ def _windows(
     directory: Path, text: CalibrationText, config: PruneConfig
 ) -> tuple[CalibrationText, torch.Tensor, TextEnd]:
     """The text with what opens its windows, token ids [samples, seq] int64 to calibrate on, and its end."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     ids, sizes = tokenize(tokenizer, text.text), (config.num_samples, config.seq_len, config.seed)
     start = opening(tokenizer, config.bos)
     windows = sample_windows(ids, *sizes, start)
+    check_windows(windows, directory)
     warn_about_overlap(ids.numel(), config.num_samples, config.seq_len)
     return replace(text, bos=opening_text(tokenizer, start)), windows, text_end(ids, *sizes)
 

@@ -20,6 +20,7 @@ from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import RecoveryProgress, train
+from vllm_spense.sources import check_windows
 from vllm_spense.text import opening, opening_text, read_calibration, sample_windows, tokenize
 
 
@@ -65,6 +66,7 @@ def recover(
     ids, samples = tokenize(tokenizer, text.text), config.steps * config.batch
     windows = sample_windows(ids, samples, config.seq_len, config.seed, start)
     warn_about_overlap(ids.numel(), samples, config.seq_len)
+    check_windows(windows, checkpoint.directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(checkpoint, config.train, device)
     teacher = None if original is None else _teacher(original, student.model, checkpoint)
