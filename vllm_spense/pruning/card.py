@@ -104,6 +104,10 @@ vllm serve DIR --tensor-parallel-size N
 N is one of {", ".join(map(str, sizes))}. {_BACK_ENDS[config.weight_dtype]} `spense doctor` names the
 back end of this machine. Engines without the plugin can serve `spense export DIR -o DENSE --format FORMAT`.
 
+In transformers, `import vllm_spense` comes first; `from_pretrained` then gives the dense weights, for
+training, adapters and evaluation. Without that import transformers warns `Unknown quantization type, got
+spense` and fills the pruned layers with random numbers.
+
 ## Evaluation
 
 {NOT_MEASURED}
