@@ -336,6 +336,17 @@ def test_refusals_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_teacher_that_is_not_whole_teaches_nothing(root: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(root / "dense", tmp_path / "teacher")
+    state = load_file(tmp_path / "teacher" / "model.safetensors")
+    del state[name]
+    save_file(state, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"teacher, tensor {name}: .* it is missing"):
+        recover(root / "bf16", tmp_path / "out", options(root), tmp_path / "teacher")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dense_directory_is_no_checkpoint_to_recover(root: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no Spense checkpoint"):
         recover(root / "dense", tmp_path / "out", options(root), root / "dense")

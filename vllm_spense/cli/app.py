@@ -209,7 +209,7 @@ def recover(
         overwrite=overwrite,
     )
     quiet_transformers()
-    with recovery_progress(console) as progress:
+    with one_line_warnings(errors), recovery_progress(console) as progress:
         run(directory, out, config, dense, progress)
     console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
 
@@ -239,7 +239,7 @@ def evaluate_(
     from vllm_spense.evaluation import evaluate
 
     quiet_transformers()
-    with module_progress(errors, "steps") as progress:
+    with one_line_warnings(errors), module_progress(errors, "steps") as progress:
         result = evaluate(
             directory,
             text,

@@ -50,4 +50,5 @@ def _rebuild(problem, file, module, tensor, fix) -> CheckpointError:
     return CheckpointError(problem, file=file, module=module, tensor=tensor, fix=fix)
 
 
+RESAVE = "convert the model with transformers' save_pretrained first"
 REPRUNE = "make the checkpoint again with `spense prune`, or download it again"

@@ -16,7 +16,7 @@ from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
 from vllm_spense.pruning.admission import admit
-from vllm_spense.pruning.attention import target
+from vllm_spense.pruning.attention import OUT, target
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
@@ -217,7 +217,9 @@ class _Sizes:
         device = [logits]
         for layer in layers:
             linears = linears_of(layer).values()
-            forwards += self._attention(tokens, seq) + 2.0 * tokens * sum(x.weight.numel() for x in linears)
+            forwards += self._attention(layer, tokens, seq) + 2.0 * tokens * sum(
+                x.weight.numel() for x in linears
+            )
             inner = 0 if layer.mlp is None else layer.mlp.intermediate * (2 * len(layer.mlp.inner) + 4)
             widest = max([hidden, *(linear.out_features for linear in layer.dense.values())])
             saved = seq * (10 * hidden + 8 * widest + inner) * wide
@@ -303,11 +305,10 @@ class _Sizes:
             total += layout.out_features * 4 if wide == 1 else 0
         return total
 
-    def _attention(self, tokens: float, seq: int) -> float:
-        """FLOP of QKᵀ and PV, half of each is masked."""
-        model = self.model
-        head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        return 2.0 * tokens * seq * model.num_attention_heads * head
+    def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:
+        """FLOP of QKᵀ and PV, half of each is masked. Heads need not be alike in all layers (Gemma 4)."""
+        outs = [x.in_features for name, x in layer.dense.items() if name.rpartition(".")[2] in OUT]
+        return 2.0 * tokens * seq * max(outs, default=0)
 
     def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:
         mlp = layer.mlp
@@ -315,7 +316,7 @@ class _Sizes:
             return _Work()
         tokens = float(self.tokens)
         flop = 2 * tokens * sum(w.numel() for linear in layer.dense.values() for w in linear.parameters())
-        flop += self._attention(tokens, self.config.seq_len)
+        flop += self._attention(layer, tokens, self.config.seq_len)
         original = flop
         sides: list[int] = []
         solved: list[str] = []

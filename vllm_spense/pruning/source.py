@@ -13,13 +13,12 @@ from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.conversion import model_parameter
-from vllm_spense.format.errors import one_line
+from vllm_spense.format.errors import RESAVE, one_line
 from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_RESAVE = "convert the model with transformers' save_pretrained first"
 
 
 def source_directory(model: str | Path) -> Path:
@@ -123,7 +122,7 @@ class SourceModel:
         value = model_parameter(stored, self.checkpoint.tensors, load)
         if value is None:
             problem = "the model of config.json needs this tensor, and it is missing"
-            raise CheckpointError(problem, file=self.checkpoint.directory, tensor=stored, fix=_RESAVE)
+            raise CheckpointError(problem, file=self.checkpoint.directory, tensor=stored, fix=RESAVE)
         expected = self.network.get_parameter_or_buffer(name).shape
         if value.shape != expected:
             info = self.checkpoint.tensors.get(stored)
@@ -131,7 +130,7 @@ class SourceModel:
                 f"shape {list(value.shape)}, but the model of config.json needs {list(expected)}",
                 file=self.checkpoint.directory if info is None else info.file,
                 tensor=stored,
-                fix=_RESAVE,
+                fix=RESAVE,
             )
         return value
 
@@ -140,7 +139,7 @@ class SourceModel:
         info = self.checkpoint.tensors[stored]
         if info.dtype not in _FLOATS:
             problem = f"dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
-            raise CheckpointError(problem, file=info.file, tensor=stored, fix=_RESAVE)
+            raise CheckpointError(problem, file=info.file, tensor=stored, fix=RESAVE)
         return torch.empty(info.shape, dtype=_FLOATS[info.dtype], device="meta")
 
     # -- modules ---------------------------------------------------------------------------------
