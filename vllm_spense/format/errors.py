@@ -31,8 +31,8 @@ class CheckpointError(ValueError):
 
     def _text(self) -> str:
         named = (("file", self.file), ("module", self.module), ("tensor", self.tensor))
-        where = ", ".join(f"{kind} {_shown(name, 500)}" for kind, name in named if name)
-        problem = _shown(self.problem, 1500)
+        where = ", ".join(f"{kind} {one_line(name, 500)}" for kind, name in named if name)
+        problem = one_line(self.problem)
         text = f"{where}: {problem}" if where else problem
         return f"{text}. Fix: {self.fix}" if self.fix else text
 
@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
         return _rebuild, (self.problem, self.file, self.module, self.tensor, self.fix)
 
 
-def _shown(text: str, limit: int) -> str:
+def one_line(text: str, limit: int = 1500) -> str:
     """Text from a file, fit for a terminal and a log: no control characters, no lone surrogates."""
     text = re.sub(r"\s*\n\s*", " ", text[: limit + 1] + ("…" if len(text) > limit else ""))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
