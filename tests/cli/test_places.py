@@ -20,6 +20,7 @@ from tiny_text import add_tokenizer, write_text
 
 from vllm_spense import verify
 from vllm_spense.cli.app import main
+from vllm_spense.format.manifest import read_manifest
 from vllm_spense.pruning import PruneConfig, PruneProgress, prune
 
 SIZES = ("--num-samples", "4", "--seq-len", "64", "--preset", "spensegpt+")
