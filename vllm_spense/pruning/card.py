@@ -123,7 +123,7 @@ spense eval DIR --text FILE --reference {shlex.quote(base.name)}
 
 def record_evaluation(directory: Path, text: str) -> None:
     """Put what was measured into the card of a checkpoint just written; its manifest stays right."""
-    card = (directory / CARD_NAME).read_text()
+    card = (directory / CARD_NAME).read_text(encoding="utf-8")
     replace_text(directory, CARD_NAME, card.replace(NOT_MEASURED, text))
 
 

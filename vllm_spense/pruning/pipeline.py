@@ -12,8 +12,8 @@ import torch
 
 from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.format.report import inspect
+from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
-from vllm_spense.format.writer import check_target
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
 from vllm_spense.pruning.allocation import dense_counts
@@ -25,6 +25,7 @@ from vllm_spense.pruning.output import (
     facts,
     merged,
     pack_layer,
+    rehearse,
     restore_layer,
     write_rest,
 )
@@ -118,10 +119,14 @@ def prune(
     ``ValueError`` instead, with the work directory kept as for other errors.
     """
     started = time.monotonic()
-    with WorkDirectory(out) as work, warnings_as_errors(config.strict):
+    inputs = [model] if config.calibration is None else [model, config.calibration]
+    target, work = Target(out, overwrite=config.overwrite, inputs=inputs), WorkDirectory(out)
+    if not (config.resume and work.published()):
+        target.check()
+    with work, warnings_as_errors(config.strict):
         if config.resume and work.published():  # killed behind the last step: only to be cleaned up
             return _report_of(Path(out), config, time.monotonic() - started)
-        check_target(Path(out).absolute(), config.overwrite)
+        target.rehearse(work.path)
         text = None if config.calibration is None else read_calibration(config.calibration)
         directory = source_directory(model)
         base = base_model(directory)
@@ -130,8 +135,7 @@ def prune(
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
         source = SourceModel(directory, device)
         warn_about_experts(source.layers, source.stored_dtype)
-        for index, layer in enumerate(source.layers):  # what cannot be pruned is refused before any work
-            LayerPruner(config, None).layouts(index, layer)
+        rehearse(source, config, base, text)  # what cannot be pruned or written is refused before any work
         warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
         windows, end = None, None
         if text is not None:
@@ -145,15 +149,20 @@ def prune(
         choice = None
         if windows is not None and config.needs_gradient:
             choice = _choose(source, windows, config, work, finished, started, progress)
-        inputs = None if windows is None else _embed(source, windows, config, work)
-        records = _LayerLoop(work, source, config, inputs, choice, started, progress).run(finished)
+        hidden = None if windows is None else _embed(source, windows, config, work)
+        records = _LayerLoop(work, source, config, hidden, choice, started, progress).run(finished)
 
         def check(checkpoint: Path) -> None:
             check_checkpoint(Checkpoint(checkpoint))
             work.announce(checkpoint)
 
         with CheckpointWriter(
-            out, overwrite=config.overwrite, max_shard_bytes=REST_SHARD_BYTES, work=work.path, check=check
+            out,
+            overwrite=config.overwrite,
+            inputs=[*inputs, directory],
+            max_shard_bytes=REST_SHARD_BYTES,
+            work=work.path,
+            check=check,
         ) as writer:
             for index in range(len(records)):
                 writer.adopt(work.shard(index))

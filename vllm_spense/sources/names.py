@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
+from vllm_spense.format.files import storable
 
 _CACHED = re.compile(r"models--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
@@ -39,4 +40,4 @@ def base_model(directory: Path) -> BaseModel:
     said = read_json(path / CONFIG_NAME).get("_name_or_path")
     if isinstance(said, str) and _HUB_NAME.fullmatch(said) and said.lower().endswith(f"/{path.name.lower()}"):
         return BaseModel(said)
-    return BaseModel(path.name or path.resolve().name or "model")
+    return BaseModel(storable(path.name or path.resolve().name or "model"))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_spense.format.files import storable
+
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
@@ -22,7 +24,7 @@ class CalibrationText:
 
     def record(self) -> dict[str, Any]:
         """What provenance says of the text; ``bos`` only where windows start with something."""
-        found: dict[str, Any] = {"source": self.source, "sha256": self.sha256}
+        found: dict[str, Any] = {"source": storable(self.source), "sha256": self.sha256}
         return found if self.bos is None else found | {"bos": self.bos}
 
 
