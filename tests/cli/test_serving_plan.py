@@ -109,7 +109,7 @@ def test_lines_end_where_the_cache_is_full() -> None:
     ("arguments", "code", "words"),
     [
         (("Qwen9",), 1, "no such directory, and no preset"),
-        (("EMPTY",), 1, "config.json: the file is missing. Fix:"),
+        (("EMPTY",), 1, "the directory is empty. Fix:"),
         (("Qwen3-32B", "--gpu", "A100"), 1, "--gpu takes H100, H200, B200"),
         (("Qwen3-32B", "--tp", "3"), 1, "--tp 3 does not divide"),
         (("Qwen3-32B", "--measured", "/no/such/run"), 1, "/no/such/run"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,51 @@ def test_extents_that_do_not_fit_the_model(spense: Path, tmp_path: Path) -> None
 
 def test_tokenizer_comes_from_the_directory(dense: Path) -> None:
     assert load_tokenizer(dense)("w3 w1")["input_ids"] == [3, 1]
+
+
+# -- what the files lack, and what they hold beside the model ------------------------------------
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def edited(dense: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    shutil.copytree(dense, out)
+    state = load_file(dense / "model.safetensors")
+    edit(state)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+DAMAGE = {
+    "missing": (lambda s: s.pop(UP), rf"tensor {UP}: the model .* needs this tensor, and it is missing"),
+    "no head": (lambda s: s.pop("lm_head.weight"), r"tensor lm_head\.weight: .* it is missing"),
+    "no bias": (lambda s: s.pop("model.layers.0.self_attn.q_proj.bias"), r"q_proj\.bias: .* it is missing"),
+    "shape": (lambda s: s.update({UP: s[UP][:-4].contiguous()}), rf"{UP}: shape \[204, 144\].*\[208, 144\]"),
+}
+
+
+@pytest.mark.parametrize("as_reference", [False, True])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_dense_model_that_is_not_whole_is_never_scored(
+    damage: str, as_reference: bool, dense: Path, spense: Path, text: Path, tmp_path: Path, capfd
+) -> None:
+    """transformers fills what is missing with random numbers and goes on."""
+    edit, message = DAMAGE[damage]
+    broken = edited(dense, tmp_path / "broken", edit)
+    model, reference = (spense, broken) if as_reference else (broken, None)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        evaluate(model, text, seq_len=32, reference=reference)
+    assert str(broken) in str(caught.value)
+    assert "MISSING" not in "".join(capfd.readouterr()), "transformers' table would hide the one line"
+
+
+def test_unused_tensors_are_named_in_one_line(dense: Path, text: Path, tmp_path: Path) -> None:
+    def add(state: dict[str, torch.Tensor]) -> None:
+        state["model.layers.2.mlp.up_proj.weight"] = torch.ones(4, 4)  # of a layer more than there are
+        state["model.mtp.norm.weight"] = torch.ones(4)
+
+    more = edited(dense, tmp_path / "more", add)
+    with pytest.warns(UserWarning, match=r"2 tensors .* left out \(the first: model\.layers\.2\.mlp") as said:
+        found = evaluate(more, text, seq_len=32)
+    assert len([w for w in said if "left out" in str(w.message)]) == 1
+    assert found.nll == evaluate(dense, text, seq_len=32).nll

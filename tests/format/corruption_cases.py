@@ -60,6 +60,8 @@ class Case:
     sharded: bool = False
 
 
+CUT = rf"file \S+/{WEIGHTS}: the file ends after \d+ of \d+ bytes, as if a download was cut off"
+EMPTY = r"file \S+/{}: the file is empty"
 UNREADABLE = rf"file \S+/{WEIGHTS}: the safetensors file cannot be read \(.*\)"
 MISSING = r"module {}, tensor {}: the tensor is missing \(expected {}"
 SHAPE = r"file \S+/model.safetensors, module {}, tensor {}: shape {}, expected {}"
@@ -78,13 +80,13 @@ DISAGREE = r"file \S+/{}, tensor {}: the index and the file disagree: the tensor
 
 CASES: dict[str, Case] = {
     # the weight file as a container
-    "cut in the header": Case(raw(lambda d: d[:100]), UNREADABLE),
-    "cut in the payload": Case(raw(lambda d: d[:-1000]), UNREADABLE),
-    "one byte short": Case(raw(lambda d: d[:-1]), UNREADABLE),
+    "cut in the header": Case(raw(lambda d: d[:100]), CUT),
+    "cut in the payload": Case(raw(lambda d: d[:-1000]), CUT),
+    "one byte short": Case(raw(lambda d: d[:-1]), CUT),
     "bytes appended": Case(raw(lambda d: d + b"\0" * 16), UNREADABLE),
-    "empty weight file": Case(raw(lambda d: b""), UNREADABLE),
+    "empty weight file": Case(raw(lambda d: b""), EMPTY.format(WEIGHTS)),
     "zeroed weight file": Case(raw(lambda d: bytes(len(d))), UNREADABLE),
-    "pickle instead": Case(raw(lambda d: b"PK\x03\x04" + d), UNREADABLE),
+    "pickle instead": Case(raw(lambda d: b"PK\x03\x04" + d), "this is a zip archive, as torch.save"),
     "header length flipped": Case(flip(1), UNREADABLE),
     "header length huge": Case(flip(7, 6), UNREADABLE),
     "header brace flipped": Case(flip(8), UNREADABLE),
@@ -259,7 +261,7 @@ CASES: dict[str, Case] = {
     ),
     # config.json
     "config missing": Case(remove(CONFIG), r"file \S+/config.json: the file is missing", "tools"),
-    "config empty": Case(raw(lambda d: b"", CONFIG), JSON.format("config.json"), "tools"),
+    "config empty": Case(raw(lambda d: b"", CONFIG), EMPTY.format("config.json"), "tools"),
     "config cut": Case(raw(lambda d: d[:-20], CONFIG), JSON.format("config.json"), "tools"),
     "config not utf-8": Case(
         raw(lambda d: d.replace(b"llama", b"ll\xffma"), CONFIG), JSON.format("config.json"), "tools"

@@ -12,6 +12,7 @@ from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.manifest import (
     MANIFEST_NAME,
     check_manifest,
+    is_loaded_file,
     is_weight_file,
     read_manifest,
     sha256,
@@ -105,6 +106,26 @@ def test_a_file_that_is_loaded_must_be_listed(directory: Path, name: str) -> Non
     edit(directory, lambda raw: raw["files"].pop(name))
     with pytest.raises(CheckpointError, match=f"{name}: the manifest does not list this file"):
         check_manifest(directory)
+
+
+@pytest.mark.parametrize("name", ["2_Dense/model.safetensors", "2_Dense/config.json"])
+def test_so_must_a_file_of_a_part_of_the_model(directory: Path, name: str) -> None:
+    (directory / "2_Dense").mkdir()
+    for file in ("model.safetensors", "config.json"):
+        (directory / "2_Dense" / file).write_bytes(b"weights")
+    write_manifest(directory)
+    hashed: list[str] = []
+    check_manifest(directory, only=is_loaded_file, progress=hashed.append)
+    assert name in hashed
+    edit(directory, lambda raw: raw["files"].pop(name))
+    with pytest.raises(CheckpointError, match=f"{name}: the manifest does not list this file"):
+        check_manifest(directory)
+
+
+def test_weights_in_a_folder_of_somebodys_own_are_none_of_the_models(directory: Path) -> None:
+    (directory / "my_adapter").mkdir()
+    (directory / "my_adapter" / "adapter_model.safetensors").write_bytes(b"")
+    check_manifest(directory)
 
 
 def test_the_plugin_asks_for_weights_only(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.format.manifest import check_manifest, read_manifest
-from vllm_spense.format.writer import check_target
+from vllm_spense.format.target import Target
 
 
 def names(directory: Path) -> set[str]:
@@ -110,7 +111,6 @@ def test_failure_in_the_last_step_keeps_the_old_directory(tmp_path: Path) -> Non
 def test_overwrite_replaces_everything(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, count=5, max_shard_bytes=1)
-    (out / "old.txt").write_text("old")
     tensors = write(out, count=1, overwrite=True)
     assert names(tmp_path) == {"out"}
     assert names(out) == {"model.safetensors", "config.json", "spense_manifest.json"}
@@ -129,7 +129,7 @@ def test_a_non_empty_target_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_a_file_in_the_way_is_refused_even_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(FileExistsError, match="out is a file; choose another output directory"):
-        check_target(tmp_path / "out", overwrite=True)
+        Target(tmp_path / "out", overwrite=True).check()
 
 
 def test_a_target_filled_meanwhile_is_kept(tmp_path: Path) -> None:
@@ -185,35 +185,25 @@ def test_a_name_cannot_be_used_twice(tmp_path: Path, max_shard_bytes: int) -> No
         writer.write_config({})
 
 
-def test_side_files(tmp_path: Path) -> None:
+def test_side_files_are_hashed_too_and_all_modes_are_normal(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    (source / "original").mkdir(parents=True)
-    wanted = {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "vocab.txt",
-    }
-    unwanted = {
-        "config.json",
-        "README.md",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "model.gguf",
-        "modeling_evil.py",
-        ".gitattributes",
-        "spense_manifest.json",
-    }
-    for name in wanted | unwanted:
-        (source / name).write_text(name)
-    with CheckpointWriter(tmp_path / "out") as writer:
-        writer.add("a", torch.zeros(8))
-        writer.write_config({"own": 1})
-        writer.copy_side_files(source)
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("…", encoding="utf-8")
+    for path in (source / "tokenizer.json", source / "additional_chat_templates" / "tool_use.jinja"):
+        path.chmod(0o400)
+    mask = os.umask(0o077)
+    try:
+        with CheckpointWriter(tmp_path / "out") as writer:
+            writer.add("a", torch.zeros(8))
+            writer.write_config({"own": 1})
+            writer.copy_side_files(source)
+    finally:
+        os.umask(mask)
+    out = tmp_path / "out"
     ours = {"model.safetensors", "config.json", "spense_manifest.json"}
-    assert names(tmp_path / "out") == wanted | ours
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"own": 1}
-    assert wanted < set(read_manifest(tmp_path / "out")), "side files are hashed too"
+    assert names(out) == {"tokenizer.json", "additional_chat_templates", *ours}
+    assert set(read_manifest(out)) >= {"tokenizer.json", "additional_chat_templates/tool_use.jinja"}
+    assert {p.stat().st_mode & 0o777 for p in (out, *out.rglob("*")) if p.is_dir()} == {0o755}
+    assert {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()} == {0o644}
+    check_manifest(out)

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_llama
+from tiny_gemma4 import GEMMA4, gemma4, make_gemma4
 from tiny_text import add_tokenizer
 
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.pruning.activations import LayerInputs, in_memory
+from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.plan import Plan, plan
 
 QWEN3_32B = {
@@ -175,7 +179,7 @@ def test_output_bytes_are_those_of_the_run(
 def test_the_command(tmp_path: Path) -> None:
     model = add_tokenizer(make_llama(tmp_path / "model"))
     command = [sys.executable, "-m", "vllm_spense.cli.app", "prune", str(model), "-o", str(tmp_path / "out")]
-    command += ["--calibration", "text", "--dry-run"]
+    command += ["--calibration", "text", "--seq-len", "64", "--dry-run"]
     said = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     found = json.loads(said)
     assert len(found["layers"]) == 2
@@ -194,3 +198,27 @@ def test_headers_are_checked_where_there_are_any(dense_model: Path, tmp_path: Pa
     config = PruneConfig(method="magnitude", selection="spensegpt")
     with pytest.raises(CheckpointError, match=r"shape \[208, 144\].*needs \[256, 144\]"):
         plan(tmp_path, config)
+
+
+@torch.no_grad()
+def test_arguments_that_differ_between_windows_are_counted(tmp_path: Path) -> None:
+    """Gemma 4: what the windows of a run allocate, but for the hidden states themselves."""
+    allocated: list[int] = []
+
+    def allocate(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        kept = in_memory(shape, dtype)
+        allocated.append(kept.nbytes)
+        return kept
+
+    model = gemma4()
+    windows = torch.randint(3, 500, (4, 64))
+    inputs = LayerInputs(model, windows, torch.device("cpu"), allocate=allocate)
+    for index, layer in enumerate(decoder_layers(model)):
+        inputs.advance(index, layer.module)
+    hidden = windows.numel() * GEMMA4["hidden_size"] * 2
+    assert inputs.hidden.nbytes == hidden
+    config = PruneConfig(calibration="x", num_samples=4, seq_len=64)
+    found = plan(make_gemma4(tmp_path / "model"), config)
+    assert found.gradient is not None
+    assert found.gradient.activation_bytes - 5 * hidden == sum(allocated) - hidden > 2 * hidden
+    assert found.activation_bytes > sum(allocated)

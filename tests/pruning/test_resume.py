@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 from tiny_text import add_tokenizer, write_text
 
-from vllm_spense.format.manifest import check_manifest
+from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.resume import ResumeError, WorkDirectory, work_path
@@ -301,12 +302,39 @@ def test_an_old_checkpoint_stays_until_the_new_one_is_there(
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    write_manifest(out)
     with pytest.raises(KeyboardInterrupt):
         prune(model, out, options(text, overwrite=True), stop_after(2))
-    assert [p.name for p in out.iterdir()] == ["old"]
+    assert sorted(p.name for p in out.iterdir()) == ["old", MANIFEST_NAME]
     with pytest.raises(FileExistsError, match="not empty"):
         prune(model, out, options(text, resume=True))
     prune(model, out, options(text, resume=True, overwrite=True))
+    assert_same(out, whole)
+
+
+def test_a_directory_of_somebodys_own_in_place_of_ours(model: Path, text: Path, tmp_path: Path) -> None:
+    """Whatever it holds stays, also with --restart."""
+    out = tmp_path / "out"
+    work_path(out).mkdir()
+    (work_path(out) / "diary.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(ResumeError, match=r"diary\.txt is not of an unfinished run"):
+            prune(model, out, options(text, restart=restart))
+    assert files(work_path(out)) == {"diary.txt": b"mine"}
+
+
+def test_a_work_directory_on_another_disk(
+    model: Path, text: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A link that somebody put there for the space."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    out = tmp_path / "out"
+    with tempfile.TemporaryDirectory(dir=shm) as other:
+        work_path(out).symlink_to(other)
+        prune(model, out, options(text))
+        work_path(out).unlink()
     assert_same(out, whole)
 
 

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from vllm_spense.evaluation import load_model
 from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, CheckpointError, dequantize
+from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter, dequantize
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.recovery import RecoveryConfig, RecoveryError, RecoveryProgress, recover, training
-from vllm_spense.recovery.output import round_stochastically, write
+from vllm_spense.recovery.output import round_stochastically, write_rest, write_weights
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import learning_rate, train
 from vllm_spense.text import TextRecord
@@ -272,6 +272,12 @@ def test_a_small_step_survives_fp8(root: Path, tmp_path: Path) -> None:
         assert float((new * old).sum() / (old * old).sum()) == pytest.approx(1.01, abs=2e-3)
 
 
+def write(checkpoint: Checkpoint, out: Path, student: Any, config: Any, text: TextRecord) -> None:
+    with CheckpointWriter(out) as writer:
+        write_rest(writer, checkpoint, config, text)
+        write_weights(writer, checkpoint, student, config)
+
+
 # -- families ------------------------------------------------------------------------------------
 
 
@@ -336,6 +342,17 @@ def test_refusals_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_teacher_that_is_not_whole_teaches_nothing(root: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(root / "dense", tmp_path / "teacher")
+    state = load_file(tmp_path / "teacher" / "model.safetensors")
+    del state[name]
+    save_file(state, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"teacher, tensor {name}: .* it is missing"):
+        recover(root / "bf16", tmp_path / "out", options(root), tmp_path / "teacher")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dense_directory_is_no_checkpoint_to_recover(root: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no Spense checkpoint"):
         recover(root / "dense", tmp_path / "out", options(root), root / "dense")
@@ -349,7 +366,10 @@ def test_out_in_use(root: Path, recovered: dict[str, Path], tmp_path: Path) -> N
         recover(root / "bf16", tmp_path / "out", options(root, calibration="unread"), root / "dense")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     config = options(root, overwrite=True, steps=1)
-    recover(tmp_path / "out", tmp_path / "out", config, root / "dense")  # in place
+    with pytest.raises(FileExistsError, match="is an input of this command"):
+        recover(tmp_path / "out", tmp_path / "out", config, root / "dense")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    recover(root / "bf16", tmp_path / "out", config, root / "dense")
     verify(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -19,7 +19,7 @@ from tiny import make_llama, make_spense
 from tiny_text import add_tokenizer, write_text
 
 from vllm_spense.cli.trial import try_checkpoint
-from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
+from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.continuation import text_items
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.perplexity import text_windows
@@ -27,6 +27,7 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, pipeline, prune
 from vllm_spense.recovery import RecoveryConfig, recover
 from vllm_spense.recovery import pipeline as recovery
+from vllm_spense.sources import load_tokenizer
 from vllm_spense.text import Beginning, first_windows, opening, opening_text, sample_windows, tokenize
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_text import add_tokenizer, write_text
 
-from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.evaluation.continuation import text_items
 from vllm_spense.evaluation.perplexity import text_windows
+from vllm_spense.sources import load_tokenizer
 from vllm_spense.text import Beginning, calibrate, find_sources, sample_windows, text_end
 from vllm_spense.text import beginning as beginnings
 from vllm_spense.text import calibration as calibrations

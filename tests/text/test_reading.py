@@ -20,9 +20,9 @@ from pyarrow import parquet
 from tiny import make_llama
 from tiny_text import add_tokenizer
 
-from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.sources import load_tokenizer
 from vllm_spense.text import Beginning, TextRecord, find_sources
 from vllm_spense.text.reading import Text
 from vllm_spense.text.sources import Dataset, File

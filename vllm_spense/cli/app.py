@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from vllm_spense.cli.console import new_console, print_anywhere, say, shown
 from vllm_spense.cli.interrupt import interruptible, notes
 from vllm_spense.cli.plan import show_plan
 from vllm_spense.cli.progress import (
@@ -23,17 +23,19 @@ from vllm_spense.cli.progress import (
     quiet_transformers,
     recovery_progress,
 )
-from vllm_spense.cli.serving_plan import plot_plan, show_prediction
+from vllm_spense.cli.server import ServerError
+from vllm_spense.cli.serving_plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.text_options import CALIBRATION, TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
+from vllm_spense.format.errors import one_line
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
+console = new_console()
+errors = new_console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", show_default=False)]
 
@@ -159,7 +161,7 @@ def prune(
         return
     with interruptible(errors), one_line_warnings(errors), pruning_progress(console) as progress:
         report = run(model, out, config, progress)
-    console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
+    _say_written(out)
     if not no_check:
         with one_line_warnings(errors):
             try_checkpoint(report, console)
@@ -207,9 +209,9 @@ def recover(
         overwrite=overwrite,
     )
     quiet_transformers()
-    with recovery_progress(console) as progress:
+    with one_line_warnings(errors), recovery_progress(console) as progress:
         run(directory, out, config, dense, progress)
-    console.print(f"Wrote [bold]{out}[/]. Serve it: [cyan]vllm serve {out}[/]")
+    _say_written(out)
 
 
 @app.command(name="eval")
@@ -238,7 +240,7 @@ def evaluate_(
     from vllm_spense.evaluation import evaluate
 
     quiet_transformers()
-    with module_progress(errors, "steps") as progress:
+    with one_line_warnings(errors), module_progress(errors, "steps") as progress:
         result = evaluate(
             directory,
             text,
@@ -257,20 +259,20 @@ def evaluate_(
     if as_json:
         print(json.dumps({"directory": str(directory), **asdict(result)}))
         return
-    behind = "" if result.bos is None else f", windows behind {escape(result.bos)}"
-    console.print(
-        f"perplexity [bold]{result.perplexity:.3f}[/] over {result.tokens} tokens{behind}, "
-        f"{result.seconds:.0f} s"
-    )
+    perplexity, seconds = (f"{result.perplexity:.3f}", "bold"), f"{result.seconds:.0f} s"
+    behind = "" if result.bos is None else f", windows behind {shown(result.bos)}"
+    say(console, "perplexity ", perplexity, f" over {result.tokens} tokens{behind}, {seconds}")
     if (a := result.agreement) is not None:
-        console.print(
-            f"reference {a.reference_perplexity:.3f}, KL divergence [bold]{a.kl:.4f}[/] nats, same first "
-            f"choice for [bold]{a.top1:.1%}[/] of the tokens"
+        kl, same = (f"{a.kl:.4f}", "bold"), (f"{a.top1:.1%}", "bold")
+        say(
+            *(console, f"reference {a.reference_perplexity:.3f}, KL divergence ", kl, " nats, same first "),
+            *("choice for ", same, " of the tokens"),
         )
     if (c := result.continuation) is not None:
-        console.print(f"continuation [bold]{c.accuracy:.1%}[/] ± {c.standard_error:.1%} of {c.items} items")
+        accuracy = f"{c.accuracy:.1%}", "bold"
+        say(console, "continuation ", accuracy, f" ± {c.standard_error:.1%} of {c.items} items")
     for task, scores in (result.tasks or {}).items():
-        console.print(f"{task} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        say(console, f"{task} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 @app.command()
@@ -289,7 +291,7 @@ def inspect(
         from vllm_spense.cli.plot import plot_layers
 
         plot_layers(report, plot)
-        errors.print(f"Wrote [bold]{plot}[/]")
+        say(errors, "Wrote ", (shown(plot), "bold"))
     if as_json:
         modules = [
             {
@@ -314,7 +316,8 @@ def inspect(
         }
         print(json.dumps({**summary, "modules": modules}))
         return
-    table = Table(title=str(directory))
+    say(console, (shown(directory), "italic"))
+    table = Table()
     for column in ("module", "split", "shape", "2:4", "dense", "zeros", "MiB", "loss"):
         left = column in ("module", "split")
         table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
@@ -327,7 +330,8 @@ def inspect(
     dtype = "FP8" if report.weight_dtype == "float8_e4m3fn" else "bf16"
     hybrid, dense = len(report.hybrid), len(report.modules) - len(report.hybrid)
     saved = 1 - report.stored_bytes / report.dense_bytes if report.dense_bytes else 0.0
-    console.print(
+    say(
+        console,
         f"{len(report.modules)} linear layers: {hybrid} hybrid with a 2:4 region ({report.sparsity:.1%} "
         f"zeros there), {dense} all-dense {dtype}\n"
         f"mean dense ratio of the hybrid MLP layers: {report.dense_ratio:.3f}\n"
@@ -335,8 +339,6 @@ def inspect(
         f"{report.dense_bytes / 2**20:,.2f} MiB ({saved:.1%} saved); files "
         f"{report.total_bytes / 2**20:,.2f} MiB\n"
         f"tensor parallel sizes: {', '.join(map(str, report.tensor_parallel_sizes))}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -353,7 +355,7 @@ def verify(
     with module_progress(errors, "checks") as progress:
         report = run(directory, update_manifest=update_manifest, progress=progress)
     note = "" if report.architecture_checked else " (transformers is missing: fit to the model not checked)"
-    console.print(f"[green]OK[/] {report.modules} modules, {report.tensors} tensors{note}")
+    say(console, ("OK", "green"), f" {report.modules} modules, {report.tensors} tensors{note}")
 
 
 @app.command()
@@ -371,7 +373,7 @@ def export(
 
     with module_progress(errors, "modules") as progress:
         run(directory, out, format=format, overwrite=overwrite, progress=progress)
-    console.print(f"Wrote [bold]{out}[/] ({format})")
+    say(console, "Wrote ", (shown(out), "bold"), f" ({format})")
 
 
 @app.command()
@@ -404,7 +406,7 @@ def tune(
         budget=budget,
         progress=console.print,
     )
-    console.print(f"Wrote [bold]{path}[/]")
+    say(console, "Wrote ", (shown(path), "bold"))
 
 
 @app.command(name="plan")
@@ -438,6 +440,7 @@ def plan_(
     """Predict what Spense gains when served, before pruning: speed-up, memory, and where it does not pay."""
     from vllm_spense.planning import compare, plan, read_model
 
+    refuse_unprunable(model)
     shape = read_model(model, dense_ratio)
     found = plan(
         *(shape, gpu),
@@ -450,7 +453,7 @@ def plan_(
     compared = None if measured is None else compare(shape, measured)
     if plot is not None:
         plot_plan(found, plot)
-        errors.print(f"Wrote [bold]{plot}[/]")
+        say(errors, "Wrote ", (shown(plot), "bold"))
     show_prediction(found, as_json, console, compared)
 
 
@@ -459,13 +462,13 @@ def doctor() -> None:
     """Versions, plugin, back ends, GPU: what is missing and how to get it."""
     from vllm_spense.cli.doctor import doctor as run
 
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "error": "[red]error[/]"}
+    colors = {"ok": "green", "note": "yellow", "error": "red"}
     findings = run()
     width = max(len(f.topic) for f in findings)
     for f in findings:  # one line each, however narrow the terminal is
-        fix = f"; [dim]{escape(f.fix)}[/]" if f.fix and f.status != "ok" else ""
-        line = f"{f.topic:<{width}}  {marks[f.status]}{' ' * (6 - len(f.status))} {escape(f.text)}{fix}"
-        console.print(line, soft_wrap=True, highlight=False)
+        mark = f"{f.status:<6}", colors[f.status]
+        fix = f"; {f.fix}" if f.fix and f.status != "ok" else ""
+        say(console, f"{f.topic:<{width}}  ", mark, f" {shown(f.text)}", (fix, "dim"))
     if any(f.status == "error" for f in findings):
         raise typer.Exit(1)
 
@@ -483,21 +486,33 @@ def demo(
 
 def main() -> None:
     """Entry point: expected failures become one line on stderr and exit code 1."""
+    print_anywhere()
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        text = ". ".join([_one_line(error), *notes(error)])
-        errors.print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
+        say(errors, ("error:", "red"), " ", ". ".join([_one_line(error), *notes(error)]))
         sys.exit(1)
 
 
+def _say_written(out: Path) -> None:
+    command = f"vllm serve {shlex.quote(shown(out))}"
+    say(console, "Wrote ", (shown(out), "bold"), ". Serve it: ", (command, "cyan"))
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(error, ServerError):
+        return str(error)  # with the end of the server's log
+    if isinstance(error, UnicodeEncodeError):  # bytes of a name that are no characters here
+        return (
+            f"a library cannot take the name {shown(error.object)}, which is no text in this locale "
+            f"({sys.getfilesystemencoding()}): set LC_ALL=C.UTF-8, or rename it"
+        )
     if isinstance(error, ValidationError):  # our own options
         parts = [
             ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
         ]
-        return escape("; ".join(parts))
-    return escape(str(error) or type(error).__name__)
+        return shown("; ".join(parts))
+    return shown(one_line(str(error), 4000)) or type(error).__name__
 
 
 if __name__ == "__main__":

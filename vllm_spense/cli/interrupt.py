@@ -9,7 +9,8 @@ from types import FrameType
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from vllm_spense.cli.console import say, shown
 
 
 @contextmanager
@@ -38,12 +39,12 @@ def interruptible(console: Console) -> Iterator[None]:
         if not (struck or isinstance(error, KeyboardInterrupt)):
             raise
         text = ". ".join(notes(error)) or "nothing was left behind"
-        console.print(f"[red]interrupted:[/] {text}", highlight=False, soft_wrap=True)
+        say(console, ("interrupted:", "red"), " ", text)
         raise typer.Exit(130) from None  # typer would end without a word
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def notes(error: BaseException) -> list[str]:
-    """What was added to an error on its way up (``add_note``), ready for rich to print."""
-    return [escape(note) for note in getattr(error, "__notes__", ())]
+    """What was added to an error on its way up (``add_note``), ready to be printed."""
+    return [shown(note) for note in getattr(error, "__notes__", ())]

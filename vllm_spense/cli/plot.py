@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_spense.format.files import writing
 from vllm_spense.format.report import CheckpointReport, ModuleReport, sparsity
+
+_DRAWN = b"Matplotlib"
+"""It signs its pictures."""
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,10 +58,28 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height))
 
 
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a picture as a PNG file that is whole or not there.
+
+    Raises ``ValueError`` for another kind of file, ``FileExistsError`` when what is there is not a picture of
+    ours, and ``OSError``.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: pictures are written as PNG files; choose a name that ends with .png")
+    place = out.resolve()
+    if place.exists() and not (place.is_file() and _DRAWN in place.open("rb").read(1024)):
+        raise FileExistsError(f"{out} is there and was not drawn by this command; choose another name")
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f".{place.name}.partial")
+        figure.savefig(partial, dpi=130, format="png")
+        partial.replace(place)
+
+
 def plot_layers(report: CheckpointReport, out: Path) -> None:
     """Draw dense ratios above, losses below (relative output error on calibration text), as ``out``.
 
-    Raises ``ImportError`` with the fix when matplotlib is missing.
+    Raises like :func:`new_figure` and :func:`save_figure`.
     """
     figure = new_figure(7, 4.2)
     series = layer_series(report)
@@ -84,5 +106,4 @@ def plot_layers(report: CheckpointReport, out: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out)

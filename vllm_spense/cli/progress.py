@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_spense.cli.console import say, shown
 
 if TYPE_CHECKING:
     from vllm_spense.pruning import PruneProgress
@@ -31,7 +32,7 @@ def one_line_warnings(console: Console) -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, UserWarning):
-                console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+                say(console, ("warning:", "yellow"), " ", shown(message))
             else:
                 plain(message, category, *where, **more)
 
@@ -48,12 +49,14 @@ class Step(Protocol):
 @contextmanager
 def module_progress(console: Console, what: str) -> Iterator[Step]:
     """A bar that counts steps; progress callbacks of the Python functions can be it directly."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    quiet = not console.is_terminal  # a log would get an empty line of it
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task(shown(what), total=None)
 
         def step(name: object, total: int | None = None) -> None:
-            bar.update(task, advance=1, total=total, description=f"{what} {name}")
+            bar.update(task, advance=1, total=total, description=shown(f"{what} {name}"))
 
         yield step
 
@@ -69,11 +72,11 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
         if event.stage != "layers":
             if event.layer * 4 % event.layers < 4:  # a line per quarter
                 name = {"check": "self-check", "gradient": "gradient pass"}[event.stage]
-                console.print(f"{name} {event.layer / event.layers:>4.0%}  {_clock(event)}", highlight=False)
+                say(console, f"{name} {event.layer / event.layers:>4.0%}  ", _clock(event))
             return
         losses = "  ".join(f"{name.rpartition('.')[2]} {loss:.4f}" for name, loss in event.losses.items())
-        losses += "  [dim]done before[/]" if event.restored else ""
-        console.print(f"layer {event.layer:>3}/{event.layers}  {losses}  {_clock(event)}", highlight=False)
+        before = ("  done before" if event.restored else "", "dim")
+        say(console, f"layer {event.layer:>3}/{event.layers}  {losses}", before, "  ", _clock(event))
 
     yield step
 
@@ -84,13 +87,10 @@ def recovery_progress(console: Console) -> Iterator[Callable[[RecoveryProgress],
 
     def step(event: RecoveryProgress) -> None:
         speed = f"{event.tokens_per_second:.0f} tokens/s"
-        console.print(
-            f"step {event.step:>3}/{event.steps}  loss {event.loss:.4f}  {speed}  {_clock(event)}",
-            highlight=False,
-        )
+        say(console, f"step {event.step:>3}/{event.steps}  loss {event.loss:.4f}  {speed}  ", _clock(event))
 
     yield step
 
 
-def _clock(event: PruneProgress | RecoveryProgress) -> str:
-    return f"[dim]{event.elapsed:.0f} s, {event.remaining:.0f} s left[/]"
+def _clock(event: PruneProgress | RecoveryProgress) -> tuple[str, str]:
+    return f"{event.elapsed:.0f} s, {event.remaining:.0f} s left", "dim"

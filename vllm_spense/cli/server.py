@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 
+class ServerError(RuntimeError):
+    """The server stopped or is not ready; the end of its log follows in lines of their own."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server: ``http://127.0.0.1:port``, its first process, and the time it took to be ready."""
@@ -59,14 +63,14 @@ def serve(
 ) -> Iterator[Server]:
     """Run the server on ``model`` until the block ends; its output goes to ``log``.
 
-    Raises ``RuntimeError`` with the end of the log when it stops or is not ready in ``timeout`` seconds.
+    Raises :class:`ServerError` with the end of the log when it stops or is not ready in ``timeout`` seconds.
     """
     port = port or free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     started = time.monotonic()
-    with log.open("w") as stream:
+    with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -75,8 +79,9 @@ def serve(
                 waited = time.monotonic() - started
                 if process.poll() is not None or waited > timeout:
                     state = "stopped" if process.poll() is not None else f"not ready after {timeout:.0f} s"
-                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-                    raise RuntimeError(f"the server {state}; end of {log}:\n{tail}")
+                    said = log.read_text(encoding="utf-8", errors="replace")
+                    tail = "\n".join(said.splitlines()[-25:])
+                    raise ServerError(f"the server {state}; end of {log}:\n{tail}")
                 waiting(waited)
                 time.sleep(1)
             yield Server(port, process.pid, time.monotonic() - started)

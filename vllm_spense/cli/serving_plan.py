@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from vllm_spense.cli.plot import new_figure
+from vllm_spense.cli.console import say, shown
+from vllm_spense.cli.plot import new_figure, save_figure
 
 if TYPE_CHECKING:
     from vllm_spense.planning.compare import Comparison
@@ -18,6 +21,25 @@ if TYPE_CHECKING:
 
 PLOT_CONTEXTS = (512, 2048, 8192, 32768)
 PLOT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def refuse_unprunable(model: str) -> None:
+    """Raise what ``spense prune`` raises for a directory that it refuses; Spense checkpoints pass.
+
+    Without transformers only the files are looked at.
+    """
+    from vllm_spense.cli.progress import quiet_transformers
+    from vllm_spense.sources import check_source
+
+    directory = Path(model)
+    if not directory.exists():  # a preset, or a mistake
+        return
+    spense = check_source(directory).get("quantization_config") is not None
+    if not spense and find_spec("transformers") is not None:
+        from vllm_spense.pruning.admission import admit
+
+        quiet_transformers()
+        admit(directory)
 
 
 def show_prediction(
@@ -30,8 +52,8 @@ def show_prediction(
     console.print(_summary(found))
     console.print(_batches(found))
     for line in (found.source, *found.notes):
-        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"[bold]{found.verdict}[/]", highlight=False, soft_wrap=True)
+        say(console, f"- {line}")
+    say(console, (found.verdict, "bold"))
     if compared is not None:
         _show_comparison(compared, console)
 
@@ -48,15 +70,13 @@ def _show_comparison(compared: Sequence[Comparison], console: Console) -> None:
         row = c.row.phase, str(c.row.batch), str(c.row.context), *speeds
         table.add_row(*row, f"{c.dense_error:+.1%}", f"{c.spense_error:+.1%}")
     console.print(table)
-    console.print(
-        f"mean error of the speed-up: {mean_error(compared):.1%} over {len(compared)} rows", highlight=False
-    )
+    say(console, f"mean error of the speed-up: {mean_error(compared):.1%} over {len(compared)} rows")
 
 
 def plot_plan(found: Prediction, out: Path) -> None:
     """Draw decode speed-up against batch as ``out``, a line per context, as far as the KV cache holds it.
 
-    Raises ``ImportError`` with the fix when matplotlib is missing.
+    Raises like :func:`~vllm_spense.cli.plot.new_figure` and :func:`~vllm_spense.cli.plot.save_figure`.
     """
     figure = new_figure(6, 3.6)
     axis = figure.subplots()
@@ -66,9 +86,10 @@ def plot_plan(found: Prediction, out: Path) -> None:
             axis.plot(list(points), list(points.values()), "o-", markersize=3, label=f"context {context:,}")
     ratio = found.model.mlp_dense_ratio()
     axis.set_title(
-        f"{found.model.name} on {found.tensor_parallel} × {found.gpu.name}, dense ratio {ratio:.2f}, "
+        f"{shown(found.model.name)} on {found.tensor_parallel} × {found.gpu.name}, dense ratio {ratio:.2f}, "
         f"{found.kv_dtype} KV cache: predicted",
         fontsize=8,
+        parse_math=False,
     )
     axis.set_xscale("log", base=2)
     axis.set_xticks(PLOT_BATCHES, [str(batch) for batch in PLOT_BATCHES])
@@ -79,8 +100,7 @@ def plot_plan(found: Prediction, out: Path) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out)
 
 
 def speedups(found: Prediction) -> dict[int, dict[int, float]]:
@@ -102,9 +122,8 @@ def speedups(found: Prediction) -> dict[int, dict[int, float]]:
 
 def _summary(found: Prediction) -> Table:
     where = f"{found.tensor_parallel} × {found.gpu.name}"
-    table = Table(
-        title=f"{found.model.name} on {where}, dense ratio {found.model.mlp_dense_ratio():.3f} (predicted)"
-    )
+    ratio = found.model.mlp_dense_ratio()
+    table = Table(title=Text(f"{shown(found.model.name)} on {where}, dense ratio {ratio:.3f} (predicted)"))
     for column in ("", "dense FP8", "Spense", "gain"):
         table.add_column(column, justify="right" if column else "left")
     phases = (

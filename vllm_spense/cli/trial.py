@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+from vllm_spense.cli.console import say, shown
 
 if TYPE_CHECKING:
     from vllm_spense.pruning import PruneReport
@@ -24,12 +27,12 @@ def try_checkpoint(report: PruneReport, console: Console) -> None:
     directory, end = report.directory, report.text_end
     needed, available = memory_needed(directory), memory_available()
     if needed > available:
-        console.print(
+        command = f"spense eval {shlex.quote(shown(directory))} --text FILE"
+        say(
+            console,
             f"Not checked by running it: that takes {needed / 1e9:.1f} GB of memory, and "
-            f"{available / 1e9:.1f} GB are available here. Measure it where there is more: "
-            f"[cyan]spense eval {directory} --text FILE[/]",
-            highlight=False,
-            soft_wrap=True,
+            f"{available / 1e9:.1f} GB are available here. Measure it where there is more: ",
+            (command, "cyan"),
         )
         return
     trial = try_out(directory, None if end is None else end.ids, report.config.bos)
@@ -43,7 +46,7 @@ def try_checkpoint(report: PruneReport, console: Console) -> None:
     if trial.text is not None:
         lines.append(f"Greedy continuation of “{PROMPT}”: “{' '.join(trial.text.split())}”")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     record_evaluation(Path(directory), "\n\n".join(lines))
     if trial.absurd:
         with warnings_as_errors(report.config.strict):

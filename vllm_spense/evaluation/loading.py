@@ -7,17 +7,22 @@ those of the format's definition and need no vLLM.
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from vllm_spense import sources
 from vllm_spense.format import Checkpoint, CheckpointError, unpack_linear
-from vllm_spense.format.conversion import fused_groups, model_parameter
-from vllm_spense.format.errors import REPRUNE
+from vllm_spense.format.conversion import fused_groups, left_out, model_parameter
+from vllm_spense.format.errors import REPRUNE, RESAVE
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.ops import dense_linear, quantize_per_token
+from vllm_spense.sources import building, check_source, check_tensors, load_config
 
 Activations = Literal["checkpoint", "none"]
 
@@ -63,19 +68,14 @@ def load_model(
     """A causal language model for evaluation; ``dtype`` is that of activations and plain weights.
 
     ``activations="none"`` leaves activations unquantised (weights only). No code from the directory is
-    run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories.
+    run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories, also
+    where a tensor of the model is missing. Warns of tensors that the model does not use.
     """
+    check_source(directory)
     checkpoint = Checkpoint(directory)
-    from transformers import AutoModelForCausalLM
-
+    check_tensors(checkpoint)
     if checkpoint.quantization is None:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        model = _load_dense(checkpoint, dtype)
     else:
         model = _load_spense(checkpoint, dtype, activations)
     return model.to(device).eval()
@@ -83,9 +83,51 @@ def load_model(
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer, without running code from it."""
-    from transformers import AutoTokenizer
+    check_source(directory)
+    return sources.load_tokenizer(Path(directory))
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+def _load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(checkpoint.directory)
+    with _quiet_report(), building(checkpoint.directory):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused here
+            output_loading_info=True,
+        )
+    for name, stored, needed in sorted(found["mismatched_keys"]):
+        raise CheckpointError(
+            f"shape {list(stored)}, but the model of config.json needs {list(needed)}",
+            file=checkpoint.directory,
+            tensor=name,
+            fix=RESAVE,
+        )
+    for name in sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        problem = "the model of config.json needs this tensor, and it is missing"
+        raise CheckpointError(problem, file=checkpoint.directory, tensor=name, fix=RESAVE)
+    if found["unexpected_keys"]:
+        warnings.warn(left_out(found["unexpected_keys"], checkpoint.directory), stacklevel=3)
+    return model
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """While open, transformers does not print its table of missing and unexpected tensors."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activations) -> nn.Module:

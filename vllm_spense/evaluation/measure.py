@@ -16,6 +16,7 @@ from vllm_spense.evaluation.continuation import BATCH, Continuation, continuatio
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.loading import Activations, load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
+from vllm_spense.sources import check_windows
 from vllm_spense.text import Beginning, Bos, Given, context_length, find_sources, opening, opening_text
 
 Dtype = Literal["float32", "bfloat16"]
@@ -89,6 +90,9 @@ def evaluate(
         others = text_windows(load_tokenizer(reference), beginning, seq_len, windows.numel(), bos)
         if not torch.equal(others, windows):
             raise ValueError(f"{reference} splits the text into other tokens than {directory}")
+    for used in (directory, reference):
+        if used is not None:
+            check_windows(windows, Path(used))
     steps = _Steps(len(windows) + (0 if items is None else -(-len(items.answers) // BATCH)), progress)
     windows = windows.to(device)
     model = load_model(directory, activations=activations, **options)

@@ -108,7 +108,7 @@ def memory_needed(directory: str | Path) -> int:
 def memory_available() -> int:
     """Bytes of host memory that are free or could be."""
     try:
-        with open("/proc/meminfo") as lines:
+        with open("/proc/meminfo", encoding="ascii") as lines:
             found = dict(line.split(":") for line in lines)
         return int(found["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # no Linux

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm_spense.format.broken_files import Diagnosis, diagnose
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import TENSOR_NAMES, Layout
 from vllm_spense.format.manifest import read_text_file
@@ -39,12 +40,9 @@ def read_json(path: Path) -> Any:
     """Parse a JSON object file; :class:`CheckpointError` names the file when it cannot be read."""
     try:
         raw = json.loads(read_text_file(path, _MAX_JSON_BYTES))
-    except FileNotFoundError:
-        raise CheckpointError(
-            "the file is missing", file=path, fix="give a Hugging Face model directory"
-        ) from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON ({error})", file=path, fix=REPRUNE) from None
+        found = diagnose(path) or Diagnosis(f"not valid JSON ({error})", REPRUNE)
+        raise CheckpointError(found.problem, file=path, fix=found.fix) from None
     if not isinstance(raw, dict):
         raise CheckpointError("the top level must be an object", file=path, fix=REPRUNE)
     return raw
@@ -183,6 +181,5 @@ def _open(file: Path):
         with safe_open(file, framework="pt") as stream:
             yield stream
     except (SafetensorError, OSError, RuntimeError, MemoryError) as error:  # the last: address space
-        raise CheckpointError(
-            f"the safetensors file cannot be read ({error})", file=file, fix=REPRUNE
-        ) from None
+        found = diagnose(file) or Diagnosis(f"the safetensors file cannot be read ({error})", REPRUNE)
+        raise CheckpointError(found.problem, file=file, fix=found.fix) from None

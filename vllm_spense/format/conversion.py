@@ -8,6 +8,7 @@ and projection on disk, and stacked parameters ``[experts, N, K]`` in transforme
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ def part_rows(fused: str, rows: int, config: Mapping[str, Any]) -> dict[str, tup
         found[part] = start, stop
         start = stop
     return found
+
+
+def left_out(names: Iterable[str], directory: Path) -> str:
+    """The one line that says which tensors of ``directory`` are not used."""
+    unused = sorted(names)
+    return (
+        f"{directory}: {len(unused)} tensors that the model of config.json does not use are left out "
+        f"(the first: {unused[0]})"
+    )
 
 
 def model_parameter(

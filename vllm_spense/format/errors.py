@@ -31,16 +31,16 @@ class CheckpointError(ValueError):
 
     def _text(self) -> str:
         named = (("file", self.file), ("module", self.module), ("tensor", self.tensor))
-        where = ", ".join(f"{kind} {_shown(name, 500)}" for kind, name in named if name)
-        problem = _shown(self.problem, 1500)
+        where = ", ".join(f"{kind} {one_line(name, 500)}" for kind, name in named if name)
+        problem = one_line(self.problem)
         text = f"{where}: {problem}" if where else problem
-        return f"{text}. Fix: {self.fix}" if self.fix else text
+        return f"{text}. Fix: {one_line(self.fix, 1000)}" if self.fix else text
 
     def __reduce__(self):  # keeps the fields when it crosses a process border
         return _rebuild, (self.problem, self.file, self.module, self.tensor, self.fix)
 
 
-def _shown(text: str, limit: int) -> str:
+def one_line(text: str, limit: int = 1500) -> str:
     """Text from a file, fit for a terminal and a log: no control characters, no lone surrogates."""
     text = re.sub(r"\s*\n\s*", " ", text[: limit + 1] + ("…" if len(text) > limit else ""))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -50,4 +50,5 @@ def _rebuild(problem, file, module, tensor, fix) -> CheckpointError:
     return CheckpointError(problem, file=file, module=module, tensor=tensor, fix=fix)
 
 
+RESAVE = "convert the model with transformers' save_pretrained first"
 REPRUNE = "make the checkpoint again with `spense prune`, or download it again"

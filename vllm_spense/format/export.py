@@ -41,7 +41,10 @@ def export(
     if format == "fp8" and config.weight_dtype != "float8_e4m3fn":
         raise ValueError(f"{directory} holds {config.weight_dtype} weights: export it as bfloat16")
     check_headers(checkpoint)
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
+    with CheckpointWriter(out, overwrite=overwrite, inputs=[directory]) as writer:
+        writer.write_config(_dense_config(checkpoint, format))
+        writer.copy_side_files(checkpoint.directory)
+        writer.write_text("README.md", _card(checkpoint, format))
         # Other engines want the architecture's own linears; the twin stays a Spense checkpoint.
         model_type = "" if format == "spense-dense" else str(checkpoint.config.get("model_type"))
         for name, parts in fused_groups(checkpoint.plain_tensors(), model_type).items():
@@ -50,9 +53,6 @@ def export(
             _export_module(checkpoint, module, parts, format, writer)
             for part in parts:
                 progress(part)
-        writer.write_config(_dense_config(checkpoint, format))
-        writer.copy_side_files(checkpoint.directory)
-        writer.write_text("README.md", _card(checkpoint, format))
     return Path(out)
 
 

@@ -12,9 +12,10 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.files import write_text
 
 MANIFEST_NAME = "spense_manifest.json"
 MANIFEST_VERSION = 1
@@ -58,33 +59,29 @@ def write_manifest(directory: Path) -> None:
 def replace_text(directory: Path, name: str, text: str) -> None:
     """Replace the text file ``name`` (no weights: nothing else is hashed again) and its manifest entry."""
     path, entries = directory / name, read_manifest(directory)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    entries[name] = {"size": partial.stat().st_size, "sha256": sha256(partial)}
-    partial.rename(path)
+    write_text(path, text)
+    entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     _write(directory, entries)
 
 
 def _write(directory: Path, entries: dict[str, dict[str, object]]) -> None:
     text = json.dumps({"version": MANIFEST_VERSION, "files": entries}, indent=2)
-    partial = directory / f".{MANIFEST_NAME}.partial"
-    partial.write_text(text + "\n")
-    partial.rename(directory / MANIFEST_NAME)
+    write_text(directory / MANIFEST_NAME, text + "\n")
 
 
-def read_manifest(directory: Path) -> dict[str, dict[str, object]]:
+def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> dict[str, dict[str, object]]:
     """The manifest's entries by file name; raises :class:`CheckpointError` when it is malformed."""
-    path = directory / MANIFEST_NAME
+    path = directory / name
     try:
         raw = json.loads(read_text_file(path, _MAX_BYTES))
         if raw["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {raw['version']!r}, expected {MANIFEST_VERSION}")
         entries = raw["files"]
-        for name, entry in entries.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{name!r} leaves the directory")
+        for file, entry in entries.items():
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"{file!r} leaves the directory")
             if type(entry["size"]) is not int or len(entry["sha256"]) != 64:  # a bool is no size
-                raise ValueError(f"bad entry for {name!r}")
+                raise ValueError(f"bad entry for {file!r}")
     except FileNotFoundError:
         raise CheckpointError("the manifest is missing", file=path, fix=REPRUNE) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -104,9 +101,14 @@ def check_manifest(
     Files are hashed in parallel (hashlib releases the interpreter lock).
     """
     listed = read_manifest(directory)
-    for path in sorted(directory.iterdir()):  # else dropping an entry would switch its check off
-        if is_loaded_file(path.name) and only(path.name) and path.name not in listed:
-            raise CheckpointError("the manifest does not list this file", file=path, fix=REPRUNE)
+    folders = {PurePosixPath(name).parent for name in (MANIFEST_NAME, *listed)}
+    for folder in sorted(f for f in folders if os.path.isdir(directory / f)):
+        for path in sorted(
+            (directory / folder).iterdir()
+        ):  # else dropping an entry would switch its check off
+            name = (folder / path.name).as_posix()
+            if is_loaded_file(name) and only(name) and name not in listed:
+                raise CheckpointError("the manifest does not list this file", file=path, fix=REPRUNE)
     entries = {n: e for n, e in listed.items() if only(n)}
     for name, entry in entries.items():  # sizes first: cheap, and truncation is the common damage
         path = directory / name
@@ -141,8 +143,8 @@ def _raise_if_any(differs: Callable[[str], bool], names: Iterable[str], director
 
 
 def is_loaded_file(name: str) -> bool:
-    """What the plugin checks at load: config.json, the tensors and their index, not a chat template."""
-    return name == "config.json" or is_weight_file(name)
+    """What the plugin checks at load: config.json, tensors and index of the model and of its parts."""
+    return PurePosixPath(name).name == "config.json" or is_weight_file(name)
 
 
 def is_weight_file(name: str) -> bool:

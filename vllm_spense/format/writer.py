@@ -1,8 +1,8 @@
 """Write a checkpoint directory so that it is either complete or not there.
 
 Everything goes to a temporary directory beside the target (or in a work directory that is there
-already), which is renamed at the end; shards are flushed as soon as they are full, so memory holds one
-shard at most.
+already), which :mod:`vllm_spense.format.target` brings to its place at the end; shards are flushed as soon as
+they are full, so memory holds one shard at most.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from vllm_spense.format.files import storable, sync, writing
 from vllm_spense.format.manifest import write_manifest
+from vllm_spense.format.side_files import side_files
+from vllm_spense.format.target import Target
 
 MAX_SHARD_BYTES = 4 << 30
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 class CheckpointWriter:
     """Context manager that collects tensors and files and renames them into place on success.
 
-    ``work``: an existing directory on the target's file system to write in, instead of a temporary one
-    beside the target. ``check`` sees the whole directory before it is renamed and may raise.
-    Raises ``FileExistsError`` when ``directory`` exists and is not empty (``overwrite`` replaces it).
+    ``work``: an existing directory to write in, instead of a temporary one beside the target. ``check`` sees
+    the whole directory before it is renamed and may raise. Raises ``FileExistsError`` when ``directory``
+    exists and is not empty; ``overwrite`` replaces a checkpoint that Spense wrote, but none of the
+    ``inputs`` and nothing else (:class:`~vllm_spense.format.target.Target`).
     """
 
     def __init__(
@@ -41,16 +42,17 @@ class CheckpointWriter:
         directory: str | Path,
         *,
         overwrite: bool = False,
+        inputs: Iterable[str | Path] = (),
         max_shard_bytes: int = MAX_SHARD_BYTES,
         work: Path | None = None,
         check: Callable[[Path], object] = lambda directory: None,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.target = Target(directory, overwrite=overwrite, inputs=inputs)
+        self.directory = self.target.place
         self.work = work
         self.check = check
-        self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
-        check_target(self.directory, overwrite)
+        self.target.check()
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._total_bytes = 0
@@ -60,7 +62,8 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         with writing(self.directory):
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = self._new_directory("")
+            self.temporary = self.target.new_directory() if self.work is None else self._in_work()
+            self.target.rehearse(self.temporary)
         return self
 
     def __exit__(
@@ -104,22 +107,18 @@ class CheckpointWriter:
 
     def write_text(self, name: str, text: str) -> None:
         with writing(self.directory):
-            (self.temporary / name).write_text(text)
+            (self.temporary / name).write_text(storable(text), encoding="utf-8")
 
     def write_config(self, config: dict[str, Any]) -> None:
         self.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
     def copy_side_files(self, source: Path) -> None:
-        """Copy everything a server needs that is not weights: tokenizer, templates, generation config."""
-        skip = {CONFIG_NAME, INDEX_NAME, "README.md"}
-        for path in sorted(source.iterdir()):
-            if (
-                path.is_file()
-                and path.name not in skip
-                and not path.name.startswith((".", "spense_"))
-                and not path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json", ".py"))
-            ):
-                shutil.copy2(path, self.temporary / path.name)
+        """Copy what a server needs beside config and weights (:func:`~.side_files.side_files`)."""
+        for name, path in side_files(source).items():
+            with writing(self.directory):
+                goal = self.temporary / name
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, goal)
 
     def _claim(self, name: str) -> None:
         if name in self._names:
@@ -129,16 +128,12 @@ class CheckpointWriter:
     def _shard(self, index: int) -> Path:
         return self.temporary / f"shard-{index:05d}.safetensors"
 
-    def _new_directory(self, suffix: str) -> Path:
-        """Empty, hidden, beside the target or in the work directory; what a killed run left there goes."""
-        if self.work is not None:
-            path = self.work / f"checkpoint{suffix}"
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir()
-        else:
-            parent = self.directory.parent
-            path = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}{suffix}.", dir=parent))
-        path.chmod(0o755)
+    def _in_work(self) -> Path:
+        """An empty directory in the work directory; what a killed run left there goes."""
+        assert self.work is not None
+        path = self.work / "checkpoint"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
         return path
 
     def _flush(self) -> None:
@@ -164,63 +159,19 @@ class CheckpointWriter:
             self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
         with writing(self.directory):
             write_manifest(self.temporary)
-            for path in self.temporary.iterdir():
+            self.temporary.chmod(0o755)  # a server may run as another user, whatever the umask is here
+            for path in self.temporary.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
                 sync(path)
             sync(self.temporary)
         self.check(self.temporary)
-        check_target(self.directory, self.overwrite)
-        self._publish()
-
-    def _publish(self) -> None:
-        old = None
-        if self.directory.exists():
-            old = self._new_directory(".old")
-            self.directory.rename(old / "old")
-        self.temporary.rename(self.directory)
-        sync(self.directory.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the file system refuses inside becomes an ``OSError`` that names ``path`` and a way on."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(
-            f"{path} cannot be written ({reason}): free space on its disk, or choose another output directory"
-        ) from error
-
-
-def check_target(directory: Path, overwrite: bool) -> None:
-    """Refuse, before any work is done, an output path that could not be written at the end."""
-    above = next(path for path in directory.parents if path.exists())
-    if not above.is_dir():
-        raise FileExistsError(f"{above} is a file; choose another output directory")
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file; choose another output directory")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{directory} exists and is not empty; choose another directory or pass --overwrite"
-        )
+        self.target.publish(self.temporary)
 
 
 def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """One safetensors file of contiguous CPU tensors."""
     with writing(path):
         save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it private, but a server may run as another user
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a directory's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

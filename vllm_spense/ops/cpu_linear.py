@@ -47,7 +47,7 @@ def best_isa() -> int:
 
 def describe_cpu() -> str:
     """The CPU's name as Linux tells it, and the instruction set that the kernels use."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     names = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
     isa = best_isa()
     return f"{next(names, 'CPU')}, {ISAS[isa - 1] if isa else 'no instruction set with kernels'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import FUSED
+from vllm_spense.format.files import write_text
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
 from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
@@ -45,6 +45,7 @@ def tune(
     name = torch.cuda.get_device_name(device)
     path, start = table_path(name, directory), time.monotonic()
     tokens = sorted(tokens)
+    read_table(path)  # what is no table is not replaced, and found before the measurements
     for spec in specs:
         if time.monotonic() - start > budget:
             progress(f"stopped: the {budget:.0f} s are over, {path} holds what was measured")
@@ -61,9 +62,7 @@ def tune(
             entries=tuple(kept.values()),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(table.model_dump_json(indent=1) + "\n")
-        os.replace(partial, path)
+        write_text(path, table.model_dump_json(indent=1) + "\n")
     measured.cache_clear()
     return path
 

@@ -87,7 +87,7 @@ def read_table(path: Path) -> TuningTable | None:
     if not path.is_file():
         return None
     try:
-        return TuningTable.model_validate_json(path.read_text())
+        return TuningTable.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         reason = ": ".join([*map(str, first["loc"]), first["msg"]])

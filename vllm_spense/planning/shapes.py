@@ -9,10 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
+from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.fp8 import FP8_DTYPE
@@ -20,6 +21,7 @@ from vllm_spense.format.layout import Axis, Layout
 from vllm_spense.format.schema import MAX_FEATURES, SpenseCheckpointConfig, parse_config
 from vllm_spense.ops.online import online_layout
 from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.sources import check_source, load_config
 
 Kind = Literal["mlp", "attention"]
 
@@ -153,14 +155,31 @@ def read_model(model: str | Path, dense_ratio: float | None = None) -> ModelShap
     preset = next((name for name in PRESETS if name.lower() == str(model).lower()), None)
     if not Path(model).is_dir() and preset is not None:
         return _shape(preset, PRESETS[preset], f"preset {preset}", dense_ratio)
-    if not Path(model).is_dir():
+    if not Path(model).exists():
         raise CheckpointError(
             "no such directory, and no preset",
             file=model,
             fix=f"give a directory with a config.json, or one of {', '.join(PRESETS)}",
         )
-    path = Path(model) / CONFIG_NAME
-    return _shape(str(model), read_json(path), path, dense_ratio)
+    raw = check_source(model)
+    return _shape(str(model), _with_defaults(raw, Path(model)), Path(model) / CONFIG_NAME, dense_ratio)
+
+
+def _with_defaults(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """``raw`` (config.json) and what its class adds to it, for published files leave such keys out.
+
+    Without transformers, and where its class refuses the file, ``raw`` stands for itself.
+    """
+    if find_spec("transformers") is None:
+        return raw
+    try:
+        text = load_config(directory).get_text_config().to_dict()
+    except CheckpointError:
+        return raw
+    inside = raw.get("text_config")
+    if not isinstance(inside, dict):
+        return text | raw
+    return raw | {"text_config": text | inside}
 
 
 def _shape(name: str, raw: Mapping[str, Any], file: object, dense_ratio: float | None) -> ModelShape:
@@ -191,7 +210,7 @@ def _shape(name: str, raw: Mapping[str, Any], file: object, dense_ratio: float |
         notes.append(
             f"{experts.count} routed experts in {experts.layers} layers count as dense bf16, in both models"
         )
-    quantization = _quantization(raw, file, notes)
+    quantization = _quantization(raw, file)
     if quantization is not None:
         if dense_ratio is not None:
             raise ValueError(f"{name} is a Spense checkpoint: its layouts decide, leave --dense-ratio out")
@@ -234,12 +253,9 @@ def _count(
     return value
 
 
-def _quantization(raw: Mapping[str, Any], file: object, notes: list[str]) -> SpenseCheckpointConfig | None:
+def _quantization(raw: Mapping[str, Any], file: object) -> SpenseCheckpointConfig | None:
     found = raw.get("quantization_config")
     if found is None:
-        return None
-    if isinstance(found, dict) and found.get("quant_method") not in (None, "spense"):
-        notes.append(f"its {found['quant_method']} quantisation is ignored: both models are counted in FP8")
         return None
     quantization = parse_config(found, file)
     if quantization.torch_dtype != FP8_DTYPE:

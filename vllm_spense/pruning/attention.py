@@ -22,7 +22,7 @@ from vllm_spense.pruning.hessian import Hessian, squares
 from vllm_spense.pruning.selection import index_scores, permutation, permute_columns, permute_rows
 
 _INNER = ("q_proj", "k_proj", "v_proj")
-_OUT = ("o_proj", "out_proj", "dense")
+OUT = ("o_proj", "out_proj", "dense")
 _SHARED_NORM = re.compile(r"[qk]_(layer)?norm\.(weight|bias)")
 """Norms of queries and keys that all heads share (Qwen3, Gemma 3, Phi), if they are as long as one head."""
 
@@ -75,9 +75,9 @@ def target(layer: DecoderLayer, config: PruneConfig) -> Attention | None:
     if config.attention_ratio == 1:
         return None
     name = f"{layer.name}.self_attn"
-    linears = {short: layer.dense.get(f"{name}.{short}") for short in (*_INNER, *_OUT)}
+    linears = {short: layer.dense.get(f"{name}.{short}") for short in (*_INNER, *OUT)}
     inner = {f"{name}.{short}": linear for short in _INNER if (linear := linears[short]) is not None}
-    outs = [(f"{name}.{short}", linear) for short in _OUT if (linear := linears[short]) is not None]
+    outs = [(f"{name}.{short}", linear) for short in OUT if (linear := linears[short]) is not None]
     if len(inner) < len(_INNER) or len(outs) != 1:
         raise _unsupported(name, f"it has no plain linears {', '.join(_INNER)} and o_proj")
     out_name, out = outs[0]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from vllm_spense.format.manifest import replace_text
 from vllm_spense.pruning.adapters import layer_name
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.sources import BaseModel
 from vllm_spense.text import TextRecord
 
 _SELECTIONS = {
@@ -32,7 +36,7 @@ CARD_NAME = "README.md"
 
 
 def model_card(
-    base_model: str,
+    base: BaseModel,
     config: PruneConfig,
     mlp_sparsity: float,
     sizes: list[int],
@@ -55,19 +59,20 @@ def model_card(
             f"{config.num_samples} windows of {config.seq_len} tokens from {_named(calibration['source'])} "
             f"(SHA-256 {calibration['sha256'][:16]}…), seed {config.seed}{behind}"
         )
+    revision = "" if base.revision is None else f" at commit {base.revision}"
     return f"""\
 ---
-base_model: {base_model}
+base_model: {_yaml(base.name)}
 library_name: vllm
 tags: [spense, "2:4", sparse, vllm]
 ---
-# {base_model}, pruned to Spense
+# {base.name}, pruned to Spense
 
 Spense layers are part 2:4 sparse and part dense. In this model {_PRUNED[attention]}.
 
 | | |
 |---|---|
-| base model | {base_model} |
+| base model | {base.name}{revision} |
 | method | preset {config.preset}: {_METHODS[config.method]}{_refined(config)} |
 | dense intermediate indices | {config.dense_ratio:.0%}, {selected} |
 {heads}| zeros in the MLP | {mlp_sparsity:.1%} |
@@ -79,7 +84,7 @@ Spense layers are part 2:4 sparse and part dense. In this model {_PRUNED[attenti
 ```python
 from vllm_spense import PruneConfig, prune
 
-{_call(base_model, config, calibration)}
+{_call(base.name, config, calibration)}
 ```
 
 vllm-spense {versions["vllm-spense"]}, torch {versions["torch"]}, transformers {versions["transformers"]}.
@@ -100,23 +105,32 @@ vllm serve DIR --tensor-parallel-size N
 N is one of {", ".join(map(str, sizes))}. {_BACK_ENDS[config.weight_dtype]} `spense doctor` names the
 back end of this machine. Engines without the plugin can serve `spense export DIR -o DENSE --format FORMAT`.
 
+In transformers, `import vllm_spense` comes first; `from_pretrained` then gives the dense weights, for
+training, adapters and evaluation. Without that import transformers warns `Unknown quantization type, got
+spense` and fills the pruned layers with random numbers.
+
 ## Evaluation
 
 {NOT_MEASURED}
 
-Pruning without retraining costs quality. Compare this checkpoint with {base_model} on text that matters
+Pruning without retraining costs quality. Compare this checkpoint with {base.name} on text that matters
 to you before relying on it. The licence of the base model applies.
 
 ```
-spense eval DIR --text FILE --reference {base_model}
+spense eval DIR --text FILE --reference {shlex.quote(base.name)}
 ```
 """
 
 
 def record_evaluation(directory: Path, text: str) -> None:
     """Put what was measured into the card of a checkpoint just written; its manifest stays right."""
-    card = (directory / CARD_NAME).read_text()
+    card = (directory / CARD_NAME).read_text(encoding="utf-8")
     replace_text(directory, CARD_NAME, card.replace(NOT_MEASURED, text))
+
+
+def _yaml(name: str) -> str:
+    """A name as a YAML value; quoted where it could be read as something else."""
+    return name if re.fullmatch(r"[A-Za-z][\w./-]*", name) else json.dumps(name, ensure_ascii=False)
 
 
 def _call(base_model: str, config: PruneConfig, calibration: Any) -> str:

@@ -13,6 +13,7 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.manifest import sha256
 from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.sources import BaseModel
 from vllm_spense.text import TextRecord
 
 _HEADER_LIMIT = 100_000_000
@@ -20,7 +21,7 @@ _HEADER_LIMIT = 100_000_000
 
 
 def fingerprint(
-    base_model: str,
+    base: BaseModel,
     source: Checkpoint,
     config: PruneConfig,
     text: TextRecord | None,
@@ -35,7 +36,8 @@ def fingerprint(
     files = {info.file for info in source.tensors.values()}
     return {
         "options": config.decisive(),
-        "model": base_model,
+        "model": base.name,
+        "revision": base.revision,
         "source": {CONFIG_NAME: sha256(source.directory / CONFIG_NAME)}
         | {file.name: _weight_file(file) for file in sorted(files)},
         "calibration": calibration,

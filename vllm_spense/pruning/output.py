@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from vllm_spense.format import (
     pack_linear,
     unpack_linear,
 )
+from vllm_spense.format.files import storable
+from vllm_spense.format.side_files import side_files
 from vllm_spense.pruning.adapters import DecoderLayer
 from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.card import CARD_NAME, model_card
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
-from vllm_spense.pruning.layer import PrunedLayer
+from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.sources import BaseModel
 from vllm_spense.text import TextRecord
 
 REST_SHARD_BYTES = 1 << 30
@@ -91,7 +95,7 @@ def write_rest(
     writer: CheckpointWriter,
     source: SourceModel,
     config: PruneConfig,
-    base_model: str,
+    base: BaseModel,
     text: TextRecord | None,
     records: list[LayerRecord],
 ) -> None:
@@ -100,9 +104,39 @@ def write_rest(
     for name in sorted(source.checkpoint.tensors):
         if not name.startswith(prefixes):
             writer.add(name, source.checkpoint.load(name))
+    description, card = describe(source, config, base, text, records)
+    writer.write_config(description)
+    writer.copy_side_files(source.checkpoint.directory)
+    writer.write_text(CARD_NAME, card)
+
+
+def rehearse(source: SourceModel, config: PruneConfig, base: BaseModel, text: TextRecord | None) -> None:
+    """Do what the end of a run does without its weights; ``ValueError`` for what could not be done then.
+
+    Finds sizes that no layout fits, files beside the weights that cannot be read, and names or settings that
+    config.json or the model card cannot hold.
+    """
+    pruner = LayerPruner(config, None)
+    layouts = {n: x for i, layer in enumerate(source.layers) for n, x in pruner.layouts(i, layer).items()}
+    modules = {name: ModuleSpec.of(layout, bias=False) for name, layout in layouts.items()}
+    record = LayerRecord(modules, dict.fromkeys(modules, 0.0), {}, 0.0)
+    description, card = describe(source, config, base, text, [record])
+    json.dumps(description)
+    storable(card).encode()
+    side_files(source.checkpoint.directory)
+
+
+def describe(
+    source: SourceModel,
+    config: PruneConfig,
+    base: BaseModel,
+    text: TextRecord | None,
+    records: list[LayerRecord],
+) -> tuple[dict[str, Any], str]:
+    """config.json and the model card of a checkpoint with these layers."""
     written = facts(records, config, source.layers)
     modules, losses = merged(records)
-    provenance = _provenance(config, base_model, text, records)
+    provenance = _provenance(config, base, text, records)
     fp8 = config.weight_dtype == "fp8"
     quantization = SpenseCheckpointConfig(
         weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
@@ -113,11 +147,9 @@ def write_rest(
         provenance=provenance,
     )
     dumped = quantization.model_dump(mode="json")
-    writer.write_config(source.checkpoint.config | {"quantization_config": dumped})
-    writer.copy_side_files(source.checkpoint.directory)
     sizes = written.tensor_parallel_sizes
-    card = model_card(base_model, config, written.mlp_sparsity, sizes, losses, provenance)
-    writer.write_text(CARD_NAME, card)
+    card = model_card(base, config, written.mlp_sparsity, sizes, losses, provenance)
+    return source.checkpoint.config | {"quantization_config": dumped}, card
 
 
 def facts(records: list[LayerRecord], config: PruneConfig, layers: list[DecoderLayer]) -> Written:
@@ -170,14 +202,14 @@ def _ignored(source: SourceModel, modules: dict[str, ModuleSpec]) -> list[str]:
 
 
 def _provenance(
-    config: PruneConfig, base_model: str, text: TextRecord | None, records: list[LayerRecord]
+    config: PruneConfig, base: BaseModel, text: TextRecord | None, records: list[LayerRecord]
 ) -> dict[str, Any]:
     _, losses = merged(records)
     damping: dict[str, float] = {}
     for record in records:
         damping |= record.damping
     return {
-        "base_model": base_model,
+        **base.record(),
         "options": config.decisive(),
         "calibration": None if text is None else text.dump(),
         "versions": versions("vllm-spense", "torch", "transformers"),

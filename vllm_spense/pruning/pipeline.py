@@ -12,8 +12,8 @@ import torch
 
 from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.format.report import inspect
+from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
-from vllm_spense.format.writer import check_target
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
 from vllm_spense.pruning.allocation import dense_counts
@@ -25,6 +25,7 @@ from vllm_spense.pruning.output import (
     facts,
     merged,
     pack_layer,
+    rehearse,
     restore_layer,
     write_rest,
 )
@@ -39,7 +40,8 @@ from vllm_spense.pruning.trust import (
     warn_about_size,
     warnings_as_errors,
 )
-from vllm_spense.text import Calibration, TextEnd, calibrate, find_sources
+from vllm_spense.sources import base_model, check_windows, load_tokenizer
+from vllm_spense.text import Calibration, TextEnd, TextRecord, calibrate, find_sources, listed
 
 MAX_GRADIENT_TOKENS = 2048
 """A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
@@ -109,47 +111,58 @@ def prune(
     ``ValueError`` instead, with the work directory kept as for other errors.
     """
     started = time.monotonic()
-    with WorkDirectory(out) as work, warnings_as_errors(config.strict):
+    inputs = [model] if config.calibration is None else [model, *listed(config.calibration)]
+    target, work = Target(out, overwrite=config.overwrite, inputs=inputs), WorkDirectory(out)
+    if not (config.resume and work.published()):
+        target.check()
+    with work, warnings_as_errors(config.strict):
         if config.resume and work.published():  # killed behind the last step: only to be cleaned up
             return _report_of(Path(out), config, time.monotonic() - started)
-        check_target(Path(out).absolute(), config.overwrite)
+        target.rehearse(work.path)
+        expected = None  # the record of the text, as far as it is known before the model is looked at
         if config.calibration is not None:
-            find_sources(config.calibration)  # before the model's files: it is what people mistype
+            expected = TextRecord.of(find_sources(config.calibration))
         directory = source_directory(model)
-        name = str(model) if not Path(model).exists() else directory.name
+        base = base_model(directory)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
         source = SourceModel(directory, device)
         warn_about_experts(source.layers, source.stored_dtype)
-        for index, layer in enumerate(source.layers):  # what cannot be pruned is refused before any work
-            LayerPruner(config, None).layouts(index, layer)
+        rehearse(
+            source, config, base, expected
+        )  # what cannot be pruned or written is refused before any work
         warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
         text = _calibration(directory, config, started, progress)
         windows = None if text is None else text.windows
         record = None if text is None else text.record
         if windows is not None:
             warn_about_calibration(windows.numel(), source.layers, config)
-        made_from = fingerprint(name, source.checkpoint, config, record, windows, device)
+        made_from = fingerprint(base, source.checkpoint, config, record, windows, device)
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
         if windows is not None and not finished:
             check_replay(source, windows[:2], _steps("check", started, progress))
         choice = None
         if windows is not None and config.needs_gradient:
             choice = _choose(source, windows, config, work, finished, started, progress)
-        inputs = None if windows is None else _embed(source, windows, config, work)
-        records = _LayerLoop(work, source, config, inputs, choice, started, progress).run(finished)
+        hidden = None if windows is None else _embed(source, windows, config, work)
+        records = _LayerLoop(work, source, config, hidden, choice, started, progress).run(finished)
 
         def check(checkpoint: Path) -> None:
             check_checkpoint(Checkpoint(checkpoint))
             work.announce(checkpoint)
 
         with CheckpointWriter(
-            out, overwrite=config.overwrite, max_shard_bytes=REST_SHARD_BYTES, work=work.path, check=check
+            out,
+            overwrite=config.overwrite,
+            inputs=[*inputs, directory],
+            max_shard_bytes=REST_SHARD_BYTES,
+            work=work.path,
+            check=check,
         ) as writer:
             for index in range(len(records)):
                 writer.adopt(work.shard(index))
-            write_rest(writer, source, config, name, record, records)
+            write_rest(writer, source, config, base, record, records)
     written = facts(records, config, source.layers)
     return PruneReport(
         directory=Path(out),
@@ -245,11 +258,9 @@ def _calibration(
         if progress is not None:
             progress(PruneProgress(characters, 0, {}, time.monotonic() - started, 0.0, stage="text"))
 
-    from transformers import AutoTokenizer
-
     text = calibrate(
         find_sources(config.calibration),
-        AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True),
+        load_tokenizer(directory),
         config.num_samples,
         config.seq_len,
         config.seed,
@@ -257,6 +268,7 @@ def _calibration(
         column=config.text_column,
         progress=step,
     )
+    check_windows(text.windows, directory)
     warn_about_overlap(text)
     return text
 

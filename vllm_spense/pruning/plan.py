@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ from torch import nn
 
 from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder, decoder_layers
-from vllm_spense.pruning.attention import target
+from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
+from vllm_spense.pruning.admission import admit
+from vllm_spense.pruning.attention import OUT, target
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
@@ -24,7 +24,7 @@ from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
 from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
 from vllm_spense.pruning.rounding import BLOCKS, ITERATIONS
 from vllm_spense.pruning.rows import ROWS
-from vllm_spense.pruning.source import SourceModel, meta_network, source_directory
+from vllm_spense.pruning.source import source_directory
 
 DeviceModel = Literal["here", "h200", "b200"]
 
@@ -111,16 +111,16 @@ class Plan:
 def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "here") -> Plan:
     """Estimate ``prune(model, …, config)``. The directory needs config.json; weights are optional.
 
-    With weights there, their headers are checked as the run would (:class:`SourceModel`), and the same
+    With weights there, their headers are checked as the run would (:func:`admit`), and the same
     errors raised. ``here`` measures this machine's GEMMs for a second; else figures of THROUGHPUT.
     """
     directory = source_directory(model)
     cuda = device_model != "here" or torch.cuda.is_available()
-    network, stored = _network(directory)
+    admitted = admit(directory, None if config.calibration is None else config.seq_len)
+    network, stored, modules = admitted.network, admitted.stored_dtype, admitted.layers
     dtype = stored if cuda else torch.float32
     rates = _measure(dtype, torch.device("cuda" if cuda else "cpu")) if device_model == "here" else None
     sizes = _Sizes(network.config, config, dtype, stored, rates or THROUGHPUT[device_model])
-    modules = decoder_layers(network)
     layers = [sizes.layer(layer) for layer in modules]
     in_layers = sum(p.numel() for layer in modules for p in layer.module.parameters())
     rest = [p.numel() for p in network.parameters()]
@@ -217,7 +217,9 @@ class _Sizes:
         device = [logits]
         for layer in layers:
             linears = linears_of(layer).values()
-            forwards += self._attention(tokens, seq) + 2.0 * tokens * sum(x.weight.numel() for x in linears)
+            forwards += self._attention(layer, tokens, seq) + 2.0 * tokens * sum(
+                x.weight.numel() for x in linears
+            )
             inner = 0 if layer.mlp is None else layer.mlp.intermediate * (2 * len(layer.mlp.inner) + 4)
             widest = max([hidden, *(linear.out_features for linear in layer.dense.values())])
             saved = seq * (10 * hidden + 8 * widest + inner) * wide
@@ -303,11 +305,10 @@ class _Sizes:
             total += layout.out_features * 4 if wide == 1 else 0
         return total
 
-    def _attention(self, tokens: float, seq: int) -> float:
-        """FLOP of QKᵀ and PV, half of each is masked."""
-        model = self.model
-        head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        return 2.0 * tokens * seq * model.num_attention_heads * head
+    def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:
+        """FLOP of QKᵀ and PV, half of each is masked. Heads need not be alike in all layers (Gemma 4)."""
+        outs = [x.in_features for name, x in layer.dense.items() if name.rpartition(".")[2] in OUT]
+        return 2.0 * tokens * seq * max(outs, default=0)
 
     def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:
         mlp = layer.mlp
@@ -315,7 +316,7 @@ class _Sizes:
             return _Work()
         tokens = float(self.tokens)
         flop = 2 * tokens * sum(w.numel() for linear in layer.dense.values() for w in linear.parameters())
-        flop += self._attention(tokens, self.config.seq_len)
+        flop += self._attention(layer, tokens, self.config.seq_len)
         original = flop
         sides: list[int] = []
         solved: list[str] = []
@@ -374,17 +375,6 @@ class _Sizes:
             n = layout.out_features
             work.fp32 += 2.0 * (BLOCKS * (1 + ITERATIONS) * n + n - rows) * k**2
             work.moved += 4.0 * BLOCKS * ITERATIONS * ITERATION_PASSES * n * k
-
-
-def _network(directory: Path) -> tuple[Any, torch.dtype]:
-    """The network on meta and the dtype of its weights; with weights there, their headers are checked."""
-    if any(directory.glob("*.safetensors")):
-        source = SourceModel(directory, torch.device("cpu"))
-        return source.network, source.stored_dtype
-    raw = json.loads((directory / "config.json").read_bytes())
-    name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    dtype = getattr(torch, name)
-    return meta_network(directory, dtype), dtype
 
 
 def _embedding(network: Any) -> Iterator[Any]:

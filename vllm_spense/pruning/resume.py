@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_spense.format import ModuleSpec
+from vllm_spense.format.files import sync, writing
 from vllm_spense.format.manifest import MANIFEST_NAME, sha256
-from vllm_spense.format.writer import save_shard, sync, writing
+from vllm_spense.format.target import Target
+from vllm_spense.format.writer import save_shard
 
 _STATE, _LOCK, _COSTS = "state.json", "lock", "costs.safetensors"
 _STATE_VERSION = 1
+_OURS = re.compile(
+    r"lock|token|checkpoint|activations-.*"
+    r"|(partial-)?(state|layer-\d+)\.json|(layer-\d+|costs|partial)\.safetensors"
+)
 
 
 class ResumeError(RuntimeError):
@@ -38,9 +46,10 @@ class LayerRecord:
 
 
 def work_path(out: str | Path) -> Path:
-    """The hidden directory beside ``out`` in which a run into ``out`` works."""
-    out = Path(out).absolute()
-    return out.with_name(f".{out.name}.spense-work")
+    """The hidden directory beside ``out`` (in it, if it cannot be renamed) in which a run into it works."""
+    target = Target(out)
+    beside = target.place.with_name(f".{target.place.name}.spense-work")
+    return beside if beside.is_dir() else target.hidden("work")
 
 
 class WorkDirectory:
@@ -49,17 +58,21 @@ class WorkDirectory:
     Everything in it has its final name only when it is complete and on the disk, so a kill at any moment
     leaves a prefix of the layers. Leaving normally removes it. Leaving by an exception keeps it if it
     holds a finished layer, and then the exception carries a note that says how to go on.
-    Raises :class:`ResumeError` when another process works on the same ``out``.
+    Raises :class:`ResumeError` when another process works on the same ``out``, and when something is in there
+    that no run has written.
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.out = Path(out).absolute()
+        self.out = Target(out).place
         self.path = work_path(out)
         self._begun = False
 
     def __enter__(self) -> WorkDirectory:
         with writing(self.out):
             self.path.mkdir(parents=True, exist_ok=True)
+            for path in self.path.iterdir():
+                if not _OURS.fullmatch(path.name):
+                    raise ResumeError(f"{path} is not of an unfinished run: move it out of there")
             self._handle = self._lock()
         return self
 
@@ -175,7 +188,7 @@ class WorkDirectory:
     def _write(self, name: str, content: dict[str, Any]) -> None:
         partial = self.path / f"partial-{name}"
         with writing(self.out):
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             sync(partial)
             partial.rename(self.path / name)
             sync(self.path)
@@ -213,7 +226,8 @@ class WorkDirectory:
         self._clear(keep=0)
         (self.path / _STATE).unlink(missing_ok=True)
         (self.path / _LOCK).unlink()
-        self.path.rmdir()
+        with suppress(OSError):  # a link or a mount point of somebody's own
+            self.path.rmdir()
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

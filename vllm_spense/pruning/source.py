@@ -13,19 +13,28 @@ from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.conversion import model_parameter
-from vllm_spense.pruning.adapters import DecoderLayer, decoder, decoder_layers
+from vllm_spense.format.errors import RESAVE, one_line
+from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
+from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_RESAVE = "convert the model with transformers' save_pretrained first"
 
 
 def source_directory(model: str | Path) -> Path:
-    """The local directory of ``model``; a hub name is downloaded (safetensors and text files only)."""
+    """The local directory of ``model``, looked at with :func:`check_source`.
+
+    A hub name is downloaded (safetensors and text files only).
+    """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+    if not path.exists():
+        path = _download(model)
+    check_source(path)
+    return path
+
+
+def _download(model: str | Path) -> Path:
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise ValueError(f"{model}: no such model directory")
     from huggingface_hub import snapshot_download
 
@@ -34,19 +43,27 @@ def source_directory(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
         raise ValueError(
-            f"{model}: neither a local directory nor a model that can be downloaded ({error})"
+            f"{model}: neither a local directory nor a model that can be downloaded ({one_line(str(error))})"
         ) from None
 
 
 def meta_network(directory: Path, dtype: torch.dtype) -> nn.Module:
     """The transformers model that config.json describes, on the meta device: no memory, no foreign code."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
+    config = load_config(directory)
+    with building(directory), torch.device("meta"):
         network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     split_fused(network)
     return network.eval()
+
+
+def layers_of(network: nn.Module, directory: Path) -> list[DecoderLayer]:
+    """The decoder layers of the ``network`` of ``directory``; :class:`UnsupportedModelError` names that."""
+    try:
+        return decoder_layers(network)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(refusal(network, directory, str(error))) from None
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -79,14 +96,16 @@ class SourceModel:
         self.checkpoint = SourceCheckpoint(directory)
         if self.checkpoint.quantization is not None:
             raise ValueError(f"{directory} is a Spense checkpoint already; prune the dense model instead")
+        check_tensors(self.checkpoint)
         self.device = device
         self.stored_dtype = _stored_dtype(self.checkpoint)
         default = torch.float32 if device.type == "cpu" else self.stored_dtype
         self.dtype = default if dtype is None else dtype
         self.network: Any = meta_network(directory, self.dtype)
-        self.layers: list[DecoderLayer] = decoder_layers(self.network)
+        self.layers: list[DecoderLayer] = layers_of(self.network, directory)
         self._tied: dict[str, str] = dict(getattr(self.network, "all_tied_weights_keys", None) or {})
-        _fill_buffers(self.network, device)
+        with building(directory):
+            _fill_buffers(self.network, device)
         for name, _ in _stored_tensors(self.network, ""):
             self._read(name, self._header)
 
@@ -103,7 +122,7 @@ class SourceModel:
         value = model_parameter(stored, self.checkpoint.tensors, load)
         if value is None:
             problem = "the model of config.json needs this tensor, and it is missing"
-            raise CheckpointError(problem, file=self.checkpoint.directory, tensor=stored, fix=_RESAVE)
+            raise CheckpointError(problem, file=self.checkpoint.directory, tensor=stored, fix=RESAVE)
         expected = self.network.get_parameter_or_buffer(name).shape
         if value.shape != expected:
             info = self.checkpoint.tensors.get(stored)
@@ -111,7 +130,7 @@ class SourceModel:
                 f"shape {list(value.shape)}, but the model of config.json needs {list(expected)}",
                 file=self.checkpoint.directory if info is None else info.file,
                 tensor=stored,
-                fix=_RESAVE,
+                fix=RESAVE,
             )
         return value
 
@@ -120,7 +139,7 @@ class SourceModel:
         info = self.checkpoint.tensors[stored]
         if info.dtype not in _FLOATS:
             problem = f"dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
-            raise CheckpointError(problem, file=info.file, tensor=stored, fix=_RESAVE)
+            raise CheckpointError(problem, file=info.file, tensor=stored, fix=RESAVE)
         return torch.empty(info.shape, dtype=_FLOATS[info.dtype], device="meta")
 
     # -- modules ---------------------------------------------------------------------------------

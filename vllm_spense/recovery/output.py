@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from vllm_spense.format import Checkpoint, CheckpointWriter, pack_linear
-from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.pruning.card import CARD_NAME
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
@@ -27,31 +26,34 @@ _TRAINED = {
 }
 
 
-def write(
-    checkpoint: Checkpoint, out: str | Path, student: Student, config: RecoveryConfig, text: TextRecord
+def write_rest(
+    writer: CheckpointWriter, checkpoint: Checkpoint, config: RecoveryConfig, text: TextRecord
 ) -> None:
-    """Write ``checkpoint`` with the student's values into ``out``, in the dtypes it has now.
+    """Write all files but the weights, which can be done before the training."""
+    writer.write_config(_config(checkpoint, config, text))
+    writer.copy_side_files(checkpoint.directory)
+    writer.write_text(CARD_NAME, _card(checkpoint.directory, config, text))
+
+
+def write_weights(
+    writer: CheckpointWriter, checkpoint: Checkpoint, student: Student, config: RecoveryConfig
+) -> None:
+    """Write the tensors of ``checkpoint`` with the student's values, in the dtypes they have now.
 
     What was not trained is copied bit for bit. What was is rounded stochastically: a short run moves most
     weights by less than half a step of their dtype, and rounding to nearest would undo it. Raises
-    ``FileExistsError``, and ``ValueError`` for values that are not finite.
+    ``ValueError`` for values that are not finite.
     """
     generator = torch.Generator().manual_seed(config.seed)
     values = dict(pair for trained in student.trained for pair in trained.values())
-    with CheckpointWriter(
-        out, overwrite=config.overwrite, check=lambda path: check_checkpoint(Checkpoint(path))
-    ) as writer:
-        for name in checkpoint.plain_tensors():
-            stored = checkpoint.load(name)
-            if name in values:
-                stored = round_stochastically(values[name], stored.dtype, generator).to(stored.dtype)
-            writer.add(name, stored)
-        for module in checkpoint.require_spense().modules:
-            for short, tensor in _module(checkpoint, module, values.get(module), generator).items():
-                writer.add(f"{module}.{short}", tensor)
-        writer.write_config(_config(checkpoint, config, text))
-        writer.copy_side_files(checkpoint.directory)
-        writer.write_text(CARD_NAME, _card(checkpoint.directory, config, text))
+    for name in checkpoint.plain_tensors():
+        stored = checkpoint.load(name)
+        if name in values:
+            stored = round_stochastically(values[name], stored.dtype, generator).to(stored.dtype)
+        writer.add(name, stored)
+    for module in checkpoint.require_spense().modules:
+        for short, tensor in _module(checkpoint, module, values.get(module), generator).items():
+            writer.add(f"{module}.{short}", tensor)
 
 
 def _module(

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from vllm_spense.evaluation import load_model, load_tokenizer
-from vllm_spense.format import Checkpoint, CheckpointError
-from vllm_spense.format.writer import check_target
+from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter
+from vllm_spense.format.target import Target
+from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.pruning.source import source_directory
 from vllm_spense.pruning.trust import warn_about_overlap
 from vllm_spense.recovery.config import RecoveryConfig
-from vllm_spense.recovery.output import write
+from vllm_spense.recovery.output import write_rest, write_weights
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import RecoveryProgress, train
-from vllm_spense.text import calibrate, find_sources
+from vllm_spense.sources import check_windows
+from vllm_spense.text import calibrate, find_sources, listed
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def recover(
     :class:`~vllm_spense.recovery.training.RecoveryError` (a ``ValueError``) for a loss that is not finite.
     """
     started = time.monotonic()
-    check_target(Path(out).absolute(), config.overwrite)
+    inputs = [directory, *listed(config.calibration), *([] if dense is None else [dense])]
+    Target(out, overwrite=config.overwrite, inputs=inputs).check()
     checkpoint = Checkpoint(directory)
     checkpoint.require_spense()
     original = None if config.objective == "tokens" else _original(dense)
@@ -68,11 +71,18 @@ def recover(
         column=config.text_column,
     )
     warn_about_overlap(text)
+    check_windows(text.windows, checkpoint.directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = load_student(checkpoint, config.train, device)
-    teacher = None if original is None else _teacher(original, student.model, checkpoint)
-    losses = train(student, teacher, text.windows, config, progress)
-    write(checkpoint, out, student, config, text.record)
+
+    def check(written: Path) -> None:
+        check_checkpoint(Checkpoint(written))
+
+    with CheckpointWriter(out, overwrite=config.overwrite, inputs=inputs, check=check) as writer:
+        write_rest(writer, checkpoint, config, text.record)  # before the work: it fails then, if it does
+        student = load_student(checkpoint, config.train, device)
+        teacher = None if original is None else _teacher(original, student.model, checkpoint)
+        losses = train(student, teacher, text.windows, config, progress)
+        write_weights(writer, checkpoint, student, config)
     return RecoveryReport(Path(out), config, losses, time.monotonic() - started)
 
 

@@ -4,7 +4,7 @@ from vllm_spense.text.beginning import Beginning
 from vllm_spense.text.bos import Bos, opening, opening_text
 from vllm_spense.text.calibration import Calibration, calibrate
 from vllm_spense.text.reading import TextRecord
-from vllm_spense.text.sources import Given, find_sources
+from vllm_spense.text.sources import Given, find_sources, listed
 from vllm_spense.text.windows import (
     TextEnd,
     context_length,
@@ -25,6 +25,7 @@ __all__ = [
     "context_length",
     "find_sources",
     "first_windows",
+    "listed",
     "opening",
     "opening_text",
     "sample_windows",

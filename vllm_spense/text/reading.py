@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_spense.format.files import storable
 from vllm_spense.text.columns import choose, row_text
 from vllm_spense.text.rows import (
     Row,
@@ -47,6 +48,12 @@ class TextRecord:
     documents: int | None = None
     pieces: int | None = None
     bos: str | None = None
+
+    @classmethod
+    def of(cls, sources: Sequence[Source]) -> TextRecord:
+        """What can be said before anything is read."""
+        names = [storable(source.name) for source in sources]
+        return cls(names[0] if len(names) == 1 else names, "0" * 64)
 
     def dump(self) -> dict[str, Any]:
         """Only what there is to say: for a plain text file source and hash."""
@@ -91,13 +98,12 @@ class Text:
 
     def record(self) -> TextRecord:
         """What was read, when it is at its end."""
-        names = [source.name for source in self.sources]
-        plain = len(names) == 1 and not self._columns
-        return TextRecord(
-            names[0] if len(names) == 1 else names,
-            self._digest.hexdigest(),
-            ", ".join(self._columns) or None,
-            None if plain else self._documents,
+        plain = len(self.sources) == 1 and not self._columns
+        return replace(
+            TextRecord.of(self.sources),
+            sha256=self._digest.hexdigest(),
+            column=", ".join(self._columns) or None,
+            documents=None if plain else self._documents,
         )
 
     def _dataset(self, dataset: Dataset) -> Iterator[Piece]:

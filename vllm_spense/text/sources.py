@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ READABLE = ".txt, .jsonl, .json (each also as .gz) and .parquet"
 _TABLES = {".csv", ".tsv"}  # text, but not to be calibrated on with its commas and quotes
 _DATASET = re.compile(r"(?P<repository>[A-Za-z0-9][\w.\-]*/[\w.\-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 
-Given = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Given = str | Path | Sequence[str | Path]
 """One source or several: a file, a folder, ``-``, or a dataset ``org/name``, ``org/name:config:split``."""
 
 
@@ -53,17 +52,22 @@ class Dataset:
 Source = File | Dataset
 
 
+def listed(given: Given) -> list[str | Path]:
+    """One or several, as a list."""
+    return [given] if isinstance(given, str | Path) else list(given)
+
+
 def find_sources(given: Given) -> list[Source]:
     """What ``given`` names, in this order; the files of a folder, and of the folders in it, by name.
 
     Raises ``ValueError`` for what is not there or cannot be text, by its name.
     """
-    several = [given] if isinstance(given, str | os.PathLike) else list(given)
+    several = listed(given)
     if not several:
         raise ValueError("no text is given")
     if several.count(STANDARD_INPUT) > 1:
         raise ValueError("standard input (-) can be read only once")
-    return [source for one in several for source in _find(os.fspath(one))]
+    return [source for one in several for source in _find(str(one))]
 
 
 def _find(given: str) -> list[Source]:
