@@ -189,13 +189,31 @@ def test_the_command_says_which_token(dense: Path, text: Path) -> None:
 
 def test_contexts_of_the_continuation_task(dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
-    documents = [" ".join(f"w{(3 * i + j * j) % 11}" for j in range(60)) for i in range(20)]
+    documents = [" ".join(f"w{(3 * i + j * j) % 11 + 20}" for j in range(60)) for i in range(20)]
     path.write_text("\n\n".join(documents))
     tokenizer = load_tokenizer(dense)
     plain, opened = (text_items(tokenizer, Beginning(path, tokenizer), bos=bos) for bos in ("never", "auto"))
     assert torch.equal(opened.contexts[:, 1:], plain.contexts)
     assert set(opened.contexts[:, 0].tolist()) == {BOS}
     assert torch.equal(opened.spans, plain.spans)
+
+
+def test_a_chat_that_begins_with_bos_gets_no_second_one(dense: Path, tmp_path: Path) -> None:
+    """The template writes it, as Llama 3's and Gemma's do; the tokenizer would add another."""
+    tokenizer = load_tokenizer(dense)
+    tokenizer.chat_template = TEMPLATES["gemma"]
+    said = [" ".join(f"w{(3 * i + j * j) % 11 + 20}" for j in range(50)) for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n" for text in said)
+    )
+    chats = Beginning(tmp_path / "chats.jsonl", tokenizer)
+    windows = text_windows(tokenizer, chats, 52, 52 * 20).tolist()  # BOS, the role, 50 words
+    assert [window[0] for window in windows] == [BOS] * 20
+    assert [window.count(BOS) for window in windows] == [1] * 20
+    assert [window[2:] for window in windows] == [[int(word[1:]) for word in text.split()] for text in said]
+    for context in text_items(tokenizer, chats).contexts.tolist():
+        assert context[0] == BOS
+        assert context.count(BOS) == 1
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,6 @@ def agreement(
 
 
 def _log_probabilities(model: nn.Module, window: torch.Tensor, context: int) -> torch.Tensor:
-    """Log-probabilities ``[seq_len - context, vocabulary]`` of the next tokens of ``window [seq_len]``."""
+    """Log-probabilities ``[seq_len - context, vocabulary]`` fp32 of the scored tokens of ``window``."""
     logits = model(input_ids=window[None], use_cache=False).logits[0, context - 1 : -1]
     return logits.float().log_softmax(-1)

@@ -70,14 +70,16 @@ def text_items(
 
     Raises ``ValueError`` when the text has no documents that are long enough.
     """
+    start = list(opening(tokenizer, bos))
     documents = text.documents()
     ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
+    ids = [row[len(start) :] if row[: len(start)] == start else row for row in ids]  # a chat's own
     try:
         items = make_items(ids, count=count, seed=seed)
     except ValueError as error:
         raise ValueError(f"{text.name}: {error}") from None
-    start = torch.tensor(opening(tokenizer, bos), dtype=torch.long).expand(len(items.answers), -1)
-    return replace(items, contexts=torch.cat([start, items.contexts], 1))
+    front = torch.tensor(start, dtype=torch.long).expand(len(items.answers), -1)
+    return replace(items, contexts=torch.cat([front, items.contexts], 1))
 
 
 def make_items(

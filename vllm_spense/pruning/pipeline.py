@@ -129,9 +129,7 @@ def prune(
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
         source = SourceModel(directory, device)
         warn_about_experts(source.layers, source.stored_dtype)
-        rehearse(
-            source, config, base, expected
-        )  # what cannot be pruned or written is refused before any work
+        rehearse(source, config, base, expected)  # what cannot be pruned or written is refused first
         warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
         text = _calibration(directory, config, started, progress)
         windows = None if text is None else text.windows

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from vllm_spense.format.errors import one_line
+
 _CHOICES = (("text",), ("messages",), ("conversations",), ("prompt", "completion"))
 _ROLES = {
     "human": "user",
@@ -58,7 +60,7 @@ def _chat(messages: list[Any], tokenizer: Any) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # the template is a program of the model's own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = one_line(str(error) or type(error).__name__, 200)
         raise ValueError(f"the model's chat template does not take this chat ({reason})") from None
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vllm_spense.format.errors import one_line
 from vllm_spense.text.sources import Dataset, File
 from vllm_spense.text.streams import text_of
 
@@ -81,7 +82,9 @@ def parquet_rows(file: File, wanted: Wanted) -> Iterator[Row]:
                     number += 1
                     yield number, row
     except (OSError, ArrowException) as error:
-        raise ValueError(f"{file.place}: the parquet file cannot be read ({error})") from None
+        raise ValueError(
+            f"{file.place}: the parquet file cannot be read ({one_line(str(error), 200)})"
+        ) from None
 
 
 def dataset_rows(dataset: Dataset, wanted: Wanted) -> Iterator[Row]:
@@ -96,7 +99,7 @@ def dataset_rows(dataset: Dataset, wanted: Wanted) -> Iterator[Row]:
     try:
         rows = load_dataset(dataset.repository, dataset.config, split=dataset.split)
     except Exception as error:  # hub, network, cache, builder: each raises its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = one_line(str(error) or type(error).__name__, 200)
         raise ValueError(f"{dataset.name}: no such file, and not readable as a dataset ({reason})") from None
     yield from enumerate(rows.select_columns(wanted(rows.column_names)), 1)
 
