@@ -299,7 +299,8 @@ for command in json.loads(sys.argv[1]):
 
 def in_turn(*commands: tuple[object, ...]) -> list[str]:
     """One process for several commands: starting it takes longer than they do."""
-    return [sys.executable, "-c", RUN, json.dumps([[str(word) for word in command] for command in commands], ensure_ascii=False)]
+    words = [[str(word) for word in command] for command in commands]
+    return [sys.executable, "-c", RUN, json.dumps(words, ensure_ascii=False)]
 
 
 def ascii_run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
