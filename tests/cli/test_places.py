@@ -164,11 +164,12 @@ def steps_until_refused(root: Path, out: Path, match: str, **changes: Any) -> in
 
 
 def test_a_file_that_cannot_be_copied(root: Path, tmp_path: Path) -> None:
-    (root / "dense" / "merges.txt").symlink_to(root / "gone")
+    lost = root / "dense" / "additional_chat_templates" / "lost.jinja"
+    lost.symlink_to(root / "gone")
     try:
-        assert steps_until_refused(root, tmp_path / "out", r"merges\.txt: the file cannot be read") == 0
+        assert steps_until_refused(root, tmp_path / "out", r"lost\.jinja: the file cannot be read") == 0
     finally:
-        (root / "dense" / "merges.txt").unlink()
+        lost.unlink()
     assert not list(tmp_path.iterdir())
 
 
@@ -328,7 +329,7 @@ def test_a_locale_without_utf_8(root: Path, tmp_path: Path) -> None:
             ("verify", tmp_path / "recovered"),
             ("plan", out),
             ("plan", dense),
-            ("prune", dense, "-o", tmp_path / "none", "--calibration", text, "--dry-run"),
+            ("prune", dense, "-o", tmp_path / "none", "--calibration", text, *SIZES, "--dry-run"),
         )
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
