@@ -5,6 +5,7 @@ All commands run here on one tiny model, in this process where that shows the sa
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from mounts import run_with_mount
 from tiny import make_llama
 from tiny_text import add_tokenizer, write_text
 
+import vllm_spense
 from vllm_spense import verify
 from vllm_spense.cli.app import main
 from vllm_spense.format.manifest import read_manifest
@@ -162,11 +164,12 @@ def steps_until_refused(root: Path, out: Path, match: str, **changes: Any) -> in
 
 
 def test_a_file_that_cannot_be_copied(root: Path, tmp_path: Path) -> None:
-    (root / "dense" / "merges.txt").symlink_to(root / "gone")
+    lost = root / "dense" / "additional_chat_templates" / "lost.jinja"
+    lost.symlink_to(root / "gone")
     try:
-        assert steps_until_refused(root, tmp_path / "out", r"merges\.txt: the file cannot be read") == 0
+        assert steps_until_refused(root, tmp_path / "out", r"lost\.jinja: the file cannot be read") == 0
     finally:
-        (root / "dense" / "merges.txt").unlink()
+        lost.unlink()
     assert not list(tmp_path.iterdir())
 
 
@@ -299,7 +302,8 @@ for command in json.loads(sys.argv[1]):
 
 def in_turn(*commands: tuple[object, ...]) -> list[str]:
     """One process for several commands: starting it takes longer than they do."""
-    return [sys.executable, "-c", RUN, json.dumps([[str(word) for word in command] for command in commands])]
+    words = [[str(word) for word in command] for command in commands]
+    return [sys.executable, "-c", RUN, json.dumps(words, ensure_ascii=False)]
 
 
 def ascii_run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
@@ -325,7 +329,7 @@ def test_a_locale_without_utf_8(root: Path, tmp_path: Path) -> None:
             ("verify", tmp_path / "recovered"),
             ("plan", out),
             ("plan", dense),
-            ("prune", dense, "-o", tmp_path / "none", "--calibration", text, "--dry-run"),
+            ("prune", dense, "-o", tmp_path / "none", "--calibration", text, *SIZES, "--dry-run"),
         )
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
@@ -335,6 +339,19 @@ def test_a_locale_without_utf_8(root: Path, tmp_path: Path) -> None:
         n: b for n, b in tree(here).items() if n not in told
     }
     assert "from tëxt.txt (SHA-256" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_text_file_is_utf_8() -> None:
+    """No call takes the locale's encoding."""
+    for path in Path(vllm_spense.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", "open" if getattr(node.func, "id", "") == "open" else None)
+            owner = getattr(getattr(node.func, "value", None), "id", None)
+            binary = {"rb", "wb"} & {getattr(a, "value", None) for a in node.args}
+            if name in ("open", "read_text", "write_text") and owner not in ("os", "self", "writer"):
+                assert binary or "encoding" in [k.arg for k in node.keywords], f"{path}:{node.lineno}"
 
 
 def test_a_model_whose_name_the_locale_cannot_read(root: Path, tmp_path: Path) -> None:

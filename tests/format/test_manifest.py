@@ -16,6 +16,7 @@ from vllm_spense.format.manifest import (
     is_weight_file,
     read_manifest,
     sha256,
+    update_manifest,
     write_manifest,
 )
 
@@ -134,6 +135,21 @@ def test_the_plugin_asks_for_weights_only(directory: Path) -> None:
     edit(directory, lambda raw: raw["files"].pop("model.safetensors"))
     with pytest.raises(CheckpointError, match="the manifest does not list this file"):
         check_manifest(directory, only=is_weight_file)
+
+
+def test_an_update_adopts_nothing_of_somebodys_own(directory: Path) -> None:
+    """What is listed may be deleted by ``--overwrite``; a new weight file is loaded, so it must be listed."""
+    (directory / "notes.txt").write_text("mine")
+    (directory / ".git").mkdir()
+    (directory / ".git" / "HEAD").write_text("ref")
+    (directory / "tokenizer.json").write_text("edited on purpose")
+    (directory / "more.safetensors").write_bytes(b"")
+    update_manifest(directory)
+    assert set(read_manifest(directory)) == {*CONTENTS, "more.safetensors"}
+    check_manifest(directory)
+    (directory / MANIFEST_NAME).unlink()
+    update_manifest(directory)
+    assert set(read_manifest(directory)) == {*CONTENTS, "more.safetensors", "notes.txt"}
 
 
 def entry(**values):

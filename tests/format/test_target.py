@@ -102,7 +102,7 @@ def test_an_input_under_another_mount_is_the_same(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_there_are_of_the_hub(tmp_path: Path) -> None:
-    Target(tmp_path / "out", inputs=["org/model"]).check()
+    Target(tmp_path / "out", inputs=["org/model", "x" * 5000]).check()
 
 
 def test_a_place_in_an_input_is_fine(tmp_path: Path) -> None:

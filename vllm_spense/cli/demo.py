@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -88,9 +89,11 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
         say(console, f"{label}: {result.perplexity:.2f} ", (f"({result.seconds:.0f} s)", "dim"))
 
     title("5/5 serve the Spense checkpoint with vLLM's OpenAI-compatible server")
+    handle, log = tempfile.mkstemp(prefix="server-", suffix=".log", dir=work)
+    os.close(handle)
     with serve(
         work / "spense",
-        work / "server.log",
+        Path(log),
         port=port,
         arguments=("--quantization", "spense", "--max-model-len", "1024", "--enforce-eager"),
     ) as server:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_spense.format import manifest
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.manifest import check_manifest, write_manifest
 from vllm_spense.format.validate import check_checkpoint
 
 
@@ -32,18 +32,18 @@ def verify(
 ) -> VerifyReport:
     """Check hashes, schema, headers, all values and the fit to the model that config.json describes.
 
-    ``update_manifest`` rewrites the manifest once everything else has passed, after an edit on
-    purpose. Raises :class:`CheckpointError` at the first mistake.
+    ``update_manifest`` rewrites the manifest once everything else has passed, after an edit on purpose; new
+    files come into it if they are loaded. Raises :class:`CheckpointError` at the first mistake.
     """
     checkpoint = Checkpoint(directory)
     config = checkpoint.require_spense()
     hashed = 0
     if not update_manifest:
-        hashed = check_manifest(checkpoint.directory, progress=progress)
+        hashed = manifest.check_manifest(checkpoint.directory, progress=progress)
     check_checkpoint(checkpoint, progress)
     fits = check_architecture(checkpoint)
     if update_manifest:
-        write_manifest(checkpoint.directory)
+        manifest.update_manifest(checkpoint.directory)
     return VerifyReport(checkpoint.directory, len(config.modules), len(checkpoint.tensors), hashed, fits)
 
 

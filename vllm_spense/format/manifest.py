@@ -49,11 +49,23 @@ def read_text_file(path: Path, limit: int) -> bytes:
 
 def write_manifest(directory: Path) -> None:
     """Write the manifest of every file now in ``directory``."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
-    entries: dict[str, dict[str, object]] = {
-        p.relative_to(directory).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files
-    }
-    _write(directory, entries)
+    _write(directory, _entries(directory, _names(directory)))
+
+
+def update_manifest(directory: Path) -> None:
+    """Write it again, after an edit on purpose, of the files that it lists now and those that are loaded.
+
+    What somebody has put there stays theirs, for ``--overwrite`` may delete what the manifest lists. Without
+    a readable one all files are listed but hidden ones.
+    """
+    names = _names(directory)
+    try:
+        listed = read_manifest(directory)
+    except CheckpointError:
+        names = {name for name in names if not any(part[0] == "." for part in PurePosixPath(name).parts)}
+    else:
+        names &= {*listed, *_loaded_files(directory, listed)}
+    _write(directory, _entries(directory, names))
 
 
 def replace_text(directory: Path, name: str, text: str) -> None:
@@ -62,6 +74,19 @@ def replace_text(directory: Path, name: str, text: str) -> None:
     write_text(path, text)
     entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     _write(directory, entries)
+
+
+def _names(directory: Path) -> set[str]:
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    return found - {MANIFEST_NAME}
+
+
+def _entries(directory: Path, names: Iterable[str]) -> dict[str, dict[str, object]]:
+    paths = sorted(directory / name for name in names)
+    return {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in paths
+    }
 
 
 def _write(directory: Path, entries: dict[str, dict[str, object]]) -> None:
@@ -101,14 +126,9 @@ def check_manifest(
     Files are hashed in parallel (hashlib releases the interpreter lock).
     """
     listed = read_manifest(directory)
-    folders = {PurePosixPath(name).parent for name in (MANIFEST_NAME, *listed)}
-    for folder in sorted(f for f in folders if os.path.isdir(directory / f)):
-        for path in sorted(
-            (directory / folder).iterdir()
-        ):  # else dropping an entry would switch its check off
-            name = (folder / path.name).as_posix()
-            if is_loaded_file(name) and only(name) and name not in listed:
-                raise CheckpointError("the manifest does not list this file", file=path, fix=REPRUNE)
+    for name in _loaded_files(directory, listed):  # else dropping an entry would switch its check off
+        if only(name) and name not in listed:
+            raise CheckpointError("the manifest does not list this file", file=directory / name, fix=REPRUNE)
     entries = {n: e for n, e in listed.items() if only(n)}
     for name, entry in entries.items():  # sizes first: cheap, and truncation is the common damage
         path = directory / name
@@ -140,6 +160,14 @@ def _raise_if_any(differs: Callable[[str], bool], names: Iterable[str], director
                     file=directory / name,
                     fix=f"{REPRUNE}; after an edit on purpose run `spense verify --update-manifest`",
                 )
+
+
+def _loaded_files(directory: Path, listed: Iterable[str]) -> list[str]:
+    """What a server loads from ``directory`` and from the folders of files that the manifest lists."""
+    folders = {PurePosixPath(name).parent for name in (MANIFEST_NAME, *listed)}
+    there = [folder for folder in sorted(folders) if os.path.isdir(directory / folder)]
+    found = ((f / path.name).as_posix() for f in there for path in sorted((directory / f).iterdir()))
+    return [name for name in found if is_loaded_file(name)]
 
 
 def is_loaded_file(name: str) -> bool:

@@ -42,7 +42,7 @@ class Target:
     ) -> None:
         self.place = Path(os.path.realpath(out))
         self.overwrite = overwrite
-        self.inputs = [path for name in inputs if (path := Path(name).expanduser()).exists()]
+        self.inputs = [path for name in inputs if os.path.exists(path := Path(name).expanduser())]
         self._prefix = f".{self.place.name}.spense-"
         self.stays = _cannot_be_renamed(self.place) or any(_named(self.place, self._prefix))
 

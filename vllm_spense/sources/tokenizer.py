@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except MemoryError:
         raise
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        problem = (
+            f"the tokenizer's library cannot take this name, which is no text in this locale ({encoding})"
+        )
+        raise CheckpointError(problem, file=directory, fix="set LC_ALL=C.UTF-8, or rename it") from None
     except Exception as error:
         text = one_line(f"{type(error).__name__}: {error}", 400)
         raise CheckpointError(f"the tokenizer cannot be read ({text})", file=directory, fix=_COPY) from None
