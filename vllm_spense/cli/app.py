@@ -157,7 +157,8 @@ def prune(
     )
     quiet_transformers()
     if dry_run:
-        show_plan(model, config, device_model, as_json, console)
+        with one_line_warnings(errors):
+            show_plan(model, config, device_model, as_json, console)
         return
     with interruptible(errors), one_line_warnings(errors), pruning_progress(console) as progress:
         report = run(model, out, config, progress)

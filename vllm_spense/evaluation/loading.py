@@ -6,7 +6,6 @@ those of the format's definition and need no vLLM.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,12 +130,11 @@ def _quiet_report() -> Iterator[None]:
 
 
 def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activations) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     quantization = checkpoint.require_spense()
     check_headers(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
-    config = copy.deepcopy(config)
+    config = load_config(checkpoint.directory)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     modules = fused_groups(quantization.modules, config.model_type)

@@ -10,6 +10,11 @@ from vllm_spense.format import manifest
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE, CheckpointError
+<<<<<<< HEAD
+=======
+from vllm_spense.format.manifest import check_manifest, write_manifest
+from vllm_spense.format.settings import OUTPUTS, portable
+>>>>>>> 7fad567034280b349841f1ec12f94de84ad8b3b7
 from vllm_spense.format.validate import check_checkpoint
 
 
@@ -57,7 +62,7 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         return False
-    raw = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    raw = {k: v for k, v in portable(checkpoint.config)[0].items() if k != "quantization_config"} | OUTPUTS
     path = checkpoint.directory / "config.json"
     try:
         model_config = AutoConfig.for_model(**raw)
@@ -74,7 +79,7 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
     def header(name: str) -> torch.Tensor:
         return torch.empty(checkpoint.tensors[name].shape, device="meta")
 
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.state_dict().items():
         module, _, kind = name.rpartition(".")
         if module in linears:
             parts = linears[module]
@@ -92,7 +97,7 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
                 tensor=kind,
                 fix=REPRUNE,
             )
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = set(model.state_dict())
     for module, parts in linears.items():
         if f"{module}.weight" not in known:
             raise CheckpointError("the model has no such module", file=path, module=module, fix=REPRUNE)

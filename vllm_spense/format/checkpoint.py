@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,16 +163,27 @@ class Checkpoint:
                 for name in sorted(stored):
                     view = stream.get_slice(name)
                     found[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
-        stray = set(self.directory.glob("*.safetensors")) - set(files)
-        if stray:
+        if stray := self._stray(files):
             raise CheckpointError(
                 f"weight file that {INDEX_NAME} does not name"
-                if len(files) > 1 or SINGLE_NAME not in {f.name for f in files}
+                if (self.directory / INDEX_NAME).exists()
                 else f"second weight file beside {SINGLE_NAME} without an index",
-                file=sorted(stray)[0],
+                file=stray[0],
                 fix="remove the file; vLLM would load tensors from it",
             )
         return found
+
+    def _stray(self, files: Iterable[Path]) -> list[Path]:
+        """Weight files from which this checkpoint could be read otherwise than from ``files``.
+
+        Of a dense one everybody reads what its index names, and the same weights once more in Mistral's own
+        format (consolidated*) by that name alone. We write no such file, and vLLM would prefer it.
+        """
+        stray = set(self.directory.glob("*.safetensors")) - set(files)
+        if self.quantization is None:
+            indexed = (self.directory / INDEX_NAME).exists()
+            stray = {f for f in stray if not indexed and not f.name.startswith("consolidated")}
+        return sorted(stray)
 
 
 @contextmanager

@@ -59,10 +59,8 @@ def part_rows(fused: str, rows: int, config: Mapping[str, Any]) -> dict[str, tup
 def left_out(names: Iterable[str], directory: Path) -> str:
     """The one line that says which tensors of ``directory`` are not used."""
     unused = sorted(names)
-    return (
-        f"{directory}: {len(unused)} tensors that the model of config.json does not use are left out "
-        f"(the first: {unused[0]})"
-    )
+    what = f"{len(unused)} tensors ({unused[0]}, …)" if unused[1:] else f"the tensor {unused[0]}"
+    return f"{directory}: the model of config.json does not use {what}: left out"
 
 
 def model_parameter(

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from vllm_spense.format.files import storable, sync, writing
 from vllm_spense.format.manifest import write_manifest
+from vllm_spense.format.settings import portable
 from vllm_spense.format.side_files import side_files
 from vllm_spense.format.target import Target
 
@@ -110,7 +111,8 @@ class CheckpointWriter:
             (self.temporary / name).write_text(storable(text), encoding="utf-8")
 
     def write_config(self, config: dict[str, Any]) -> None:
-        self.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        """Without what only held where the model came from (:func:`~.settings.portable`)."""
+        self.write_text(CONFIG_NAME, json.dumps(portable(config)[0], indent=2) + "\n")
 
     def copy_side_files(self, source: Path) -> None:
         """Copy what a server needs beside config and weights (:func:`~.side_files.side_files`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointError
-from vllm_spense.format.conversion import model_parameter
+from vllm_spense.format.checkpoint import CONFIG_NAME
+from vllm_spense.format.conversion import left_out, model_parameter
 from vllm_spense.format.errors import RESAVE, one_line
+from vllm_spense.format.settings import portable
 from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
@@ -54,6 +57,9 @@ def meta_network(directory: Path, dtype: torch.dtype) -> nn.Module:
     config = load_config(directory)
     with building(directory), torch.device("meta"):
         network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    for owner, short, tensor in list(_owned(network)):
+        if not tensor.is_meta:  # made with a device of its own (DiffLlama): it would count as read
+            _put(owner, short, torch.empty_like(tensor, device="meta"))
     split_fused(network)
     return network.eval()
 
@@ -106,8 +112,31 @@ class SourceModel:
         self._tied: dict[str, str] = dict(getattr(self.network, "all_tied_weights_keys", None) or {})
         with building(directory):
             _fill_buffers(self.network, device)
+        self._used: set[str] = set()
         for name, _ in _stored_tensors(self.network, ""):
             self._read(name, self._header)
+        self._leave_out(set(self.checkpoint.tensors) - self._used)
+
+    def _leave_out(self, unused: set[str]) -> None:
+        """Forget tensors that the network does not use; one line says which.
+
+        Raises :class:`UnsupportedModelError` where they are the head of another model class, and warns of
+        what config.json loses.
+        """
+        directory, config = self.checkpoint.directory, self.checkpoint.config
+        kind = next(iter(config.get("architectures") or ()), None)
+        if unused and isinstance(kind, str) and not kind.endswith(("ForCausalLM", "LMHeadModel")):
+            raise UnsupportedModelError(
+                f"{directory / CONFIG_NAME}: the model is a {one_line(kind, 100)}, whose {min(unused)} a "
+                f"{type(self.network).__name__} lacks; give a causal language model"
+            )
+        for name in unused:
+            del self.checkpoint.tensors[name]
+        if unused:
+            warnings.warn(left_out(unused, directory), stacklevel=4)
+        if dropped := portable(config)[1]:
+            what = ", ".join(one_line(key, 100) for key in dropped)
+            warnings.warn(f"{directory / CONFIG_NAME}: {what} is not taken over", stacklevel=4)
 
     # -- one tensor ------------------------------------------------------------------------------
 
@@ -137,6 +166,7 @@ class SourceModel:
     def _header(self, stored: str) -> torch.Tensor:
         """A tensor of the files on the meta device, from its header."""
         info = self.checkpoint.tensors[stored]
+        self._used.add(stored)
         if info.dtype not in _FLOATS:
             problem = f"dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
             raise CheckpointError(problem, file=info.file, tensor=stored, fix=RESAVE)

@@ -13,6 +13,7 @@ import torch
 from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
 from vllm_spense.format.errors import CheckpointError, one_line
 from vllm_spense.format.schema import MAX_FEATURES
+from vllm_spense.format.settings import OUTPUTS
 
 MAX_LAYERS = 1024
 """No language model has as many; each costs milliseconds and memory before the first weight is read."""
@@ -28,10 +29,12 @@ _SEES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sp
 def load_config(directory: Path) -> Any:
     """The transformers configuration of ``directory``, with the defaults of its class filled in.
 
-    No code from the directory is run. Raises :class:`CheckpointError` naming config.json for an unknown
-    ``model_type``, a model that needs its own code, sizes out of bounds, and whatever the class refuses.
+    No code from the directory is run, and what somebody set for runs of their own (outputs of calls,
+    attention kernels) is as this machine and our calls need it. Raises :class:`CheckpointError` naming
+    config.json for an unknown ``model_type``, a model that needs its own code, sizes out of bounds, and
+    whatever the class refuses.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = directory / CONFIG_NAME
@@ -44,7 +47,14 @@ def load_config(directory: Path) -> Any:
     if kind not in CONFIG_MAPPING:
         raise _unknown_kind(kind, raw, path)
     with building(directory):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        own = OUTPUTS | dict.fromkeys(("attn_implementation", "_attn_implementation"))
+        own |= dict.fromkeys(("experts_implementation", "_experts_implementation"))
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **own)
+        for part in config.sub_configs:
+            for key, value in OUTPUTS.items():
+                if isinstance(found := getattr(config, part, None), PreTrainedConfig):
+                    setattr(found, key, value)
+        return config
 
 
 def check_sizes(raw: Mapping[str, Any], path: Path) -> None:

@@ -35,9 +35,14 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from vllm_spense.sources.architecture import load_config  # it looks at the tokenizer's files itself
+
     check_tokenizer(directory)
+    config = load_config(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            directory, config=config, trust_remote_code=False, local_files_only=True
+        )
     except MemoryError:
         raise
     except UnicodeEncodeError:
