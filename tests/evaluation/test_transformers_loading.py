@@ -31,7 +31,7 @@ KINDS = {
 NEEDLE = "model.layers.1.mlp.down_proj"
 
 
-def loaded(directory: Path, kind: str = "CausalLM", **options):
+def loaded(directory: Path | str, kind: str = "CausalLM", **options):
     import transformers
 
     cls = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
@@ -111,6 +111,19 @@ def test_pipelines_generate_the_same(spense: Path) -> None:
         for directory in (spense, spense.parent / "export")
     ]
     assert answers[0] == answers[1]
+
+
+def test_a_name_on_the_hub(spense: Path, tmp_path: Path) -> None:
+    """The layout of the hub's cache: links to files that are named by their hashes."""
+    home = tmp_path / "models--org--tiny"
+    for name in ("blobs", "refs", "snapshots/0123abcd"):
+        (home / name).mkdir(parents=True)
+    (home / "refs" / "main").write_text("0123abcd")
+    for i, file in enumerate(path for path in spense.iterdir() if path.is_file()):
+        shutil.copy(file, home / "blobs" / f"{i:040x}")
+        (home / "snapshots" / "0123abcd" / file.name).symlink_to(f"../../blobs/{i:040x}")
+    model = loaded("org/tiny", cache_dir=tmp_path, local_files_only=True)
+    assert same(model, loaded(spense.parent / "export"))
 
 
 SCRIPT = f"""

@@ -52,7 +52,8 @@ def _register() -> None:
 
         register()
     except Exception as error:  # a transformers that we do not know must still be importable
+        version = getattr(sys.modules.get("transformers"), "__version__", "of unknown version")
         warnings.warn(
-            f"vllm-spense cannot load its checkpoints into this transformers ({error}); use `spense export`",
+            f"vllm-spense has no loader for transformers {version} ({error}); use what `spense export` makes",
             stacklevel=2,
         )

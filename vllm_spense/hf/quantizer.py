@@ -47,14 +47,15 @@ class SpenseConfig(QuantizationConfigMixin):
 
     dequantize = True  # transformers then takes this config out of the model that it has loaded
 
-    def __init__(self, **raw: Any) -> None:
-        self.__dict__.update(raw, quant_method=_METHOD)
+    def __init__(self, /, **raw: Any) -> None:
+        self.quant_method = _METHOD  # the rest is read, and checked, with the checkpoint
 
 
 class SpenseLoader(HfQuantizer):
     """Turns the tensors of each Spense layer into the weight of the model's own linear layer.
 
-    Raises :class:`CheckpointError` for a damaged checkpoint, and for one that does not fit the model.
+    Raises :class:`CheckpointError` for a damaged checkpoint, and for one that does not fit the model;
+    ``ValueError`` for tensor parallelism.
     """
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -67,6 +68,11 @@ class SpenseLoader(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise CheckpointError("transformers names no weight files", fix=REPRUNE)
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "a Spense checkpoint is loaded whole, not cut by tp_plan or distributed_config. "
+                "Fix: load what `spense export` makes"
+            )
         self.checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         check_headers(self.checkpoint)
         for module, spec in self.checkpoint.require_spense().modules.items():
@@ -106,10 +112,11 @@ class SpenseLoader(HfQuantizer):
             if tensor.is_floating_point() and not tensor.is_meta and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
         # what is left is undone by save_pretrained, which is right for all conversions but ours
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [
-            c for c in conversions if self.decompress not in getattr(c, "operations", ())
-        ]
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [
+                c for c in conversions if self.decompress not in getattr(c, "operations", ())
+            ]
 
     def _check_missing(self, model: PreTrainedModel) -> None:
         """Refuse random weights, except for a head that this class adds to the checkpoint's model."""
@@ -231,5 +238,5 @@ def _misfit(directory: Path, name: str, stored: Sequence[int], model: Sequence[i
         f"shape {list(stored)} in the files, {list(model)} in the model",
         file=directory,
         tensor=name,
-        fix=f"config.json must be the checkpoint's own and loading unsharded (no tp_plan); else {REPRUNE}",
+        fix=f"config.json must be the checkpoint's own; else {REPRUNE}",
     )
