@@ -66,7 +66,7 @@ def said(
 def commands(model: Path, folder: Path, out: Path) -> dict[str, list[object]]:
     text = folder / "text.txt"
     pruning = ["prune", model, "-o", out, "--preset", "magnitude", "--no-check"]
-    recovery = ["--dense", model, "--calibration", text, "-o", out / "r", "--steps", 1, "--seq-len", 16]
+    recovery = ["--dense", model, "--calibration", text, "-o", out.with_name("r"), "--steps", 1, "--seq-len", 16]
     return {
         "prune": pruning,
         "dry run": [*pruning, "--dry-run", "--device-model", "h200"],
