@@ -24,7 +24,7 @@ help:
 	@echo "make kernels    the CUDA extension with all CUTLASS instances (needs nvcc; 10 minutes)"
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
-	@echo "make fuzz       6000 damaged checkpoints through verify and serving (minutes; FUZZ='--seed 7 --cases 20000')"
+	@echo "make fuzz       6000 damaged checkpoints, 3000 damaged source models (minutes; FUZZ='--seed 7 --cases 20000')"
 	@echo "make soak       the server under 32 clients for ten minutes: errors, memory, answers"
 	@echo "make start-up   seconds until vLLM is ready, Spense against dense FP8, and what the checks take"
 	@echo "make lint       ruff and mypy"

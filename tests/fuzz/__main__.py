@@ -1,4 +1,4 @@
-"""``make fuzz``: build checkpoints, damage them thousands of times, report; exit code 1 on a violation."""
+"""``make fuzz``: damage checkpoints and source models thousands of times; exit code 1 on a violation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 for _name, _value in {
@@ -22,7 +23,8 @@ for _name, _value in {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=6000)
+    parser.add_argument("--cases", type=int, default=6000, help="of checkpoints")
+    parser.add_argument("--source-cases", type=int, default=3000, help="of source models' config.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", help="only these kinds of mutation")
     parser.add_argument("--found", type=Path, default=Path("build/fuzz"), help="where violations are saved")
@@ -34,37 +36,75 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from fuzz import bases, campaign, serving
     from fuzz.edits import Case
-    from fuzz.mutations import Base
+
+    case = Case.parse(arguments.replay.read_text()) if arguments.replay else None
+    parts = [part for part in (_checkpoints, _sources) if part(arguments, case)]
+    return 1 if parts else 0
+
+
+def _checkpoints(arguments: argparse.Namespace, case: Any) -> bool:
+    """Whether damaged checkpoints went wrong."""
+    from fuzz import bases, campaign, serving
+    from fuzz.mutations import KINDS, Base, cases
     from fuzz.oracle import Oracle
 
+    kinds = [kind for kind in arguments.kind or KINDS if kind in KINDS]
+    if not (case.base in bases.NAMES if case else kinds):
+        return False
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=campaign.MEMORY) as name:
         work = Path(name)
         directories = bases.build(work)
         with serving.vllm_process(work / "store"):
             oracle = Oracle(directories, work)
-            print(
-                f"{len(directories)} checkpoints ready after {time.perf_counter() - start:.0f} s", flush=True
-            )
-            if arguments.replay:
-                print(oracle.judge(Case.parse(arguments.replay.read_text())))
-                return 0
+            _ready(len(directories), "checkpoints", start)
+            if case:
+                print(oracle.judge(case))
+                return False
             known = [Base.read(n, d) for n, d in directories.items()]
-            result = campaign.run(
-                oracle,
-                known,
-                arguments.cases,
-                arguments.seed,
-                arguments.found,
-                lambda line: print(line, flush=True),
-                arguments.kind,
-            )
+            return _run(arguments, oracle, known, kinds, arguments.cases, cases)
+
+
+def _sources(arguments: argparse.Namespace, case: Any) -> bool:
+    """Whether damaged source models went wrong."""
+    from fuzz import bases, campaign, sources
+
+    kinds = [kind for kind in arguments.kind or sources.SOURCE_KINDS if kind in sources.SOURCE_KINDS]
+    if not (case.base not in bases.NAMES if case else kinds):
+        return False
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=campaign.MEMORY) as name:
+        work = Path(name)
+        directories = sources.build(work)
+        oracle = sources.SourceOracle(directories, work)
+        _ready(len(directories), "source models", start)
+        if case:
+            print(oracle.judge(case))
+            return False
+        known = sources.read_bases(directories)
+        return _run(arguments, oracle, known, kinds, arguments.source_cases, sources.source_cases)
+
+
+def _ready(number: int, what: str, start: float) -> None:
+    print(f"{number} {what} ready after {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _run(
+    arguments: argparse.Namespace, oracle: Any, known: list[Any], kinds: list[str], number: int, strategy: Any
+) -> bool:
+    from fuzz import campaign
+
+    result = campaign.run(
+        *(oracle, known, number, arguments.seed, arguments.found),
+        progress=lambda line: print(line, flush=True),
+        kinds=kinds,
+        strategy=strategy,
+    )
     print(f"\n{result.table()}\n")
     time_taken = f"{result.seconds:.0f} s ({result.cpu_seconds:.0f} s of processor time)"
     print(f"{result.total} cases in {time_taken}, seed {arguments.seed}, {len(result.violations)} violations")
-    return 1 if result.violations else 0
+    return bool(result.violations)
 
 
 if __name__ == "__main__":

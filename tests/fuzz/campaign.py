@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
+from hypothesis.strategies import SearchStrategy
 
 from fuzz.edits import Case, NotApplicableError
-from fuzz.mutations import KINDS, Base, cases
-from fuzz.oracle import Oracle, OvertimeError, ViolationError
+from fuzz.limits import OvertimeError, ViolationError
+from fuzz.mutations import KINDS, cases
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where the damaged copies lie: thousands of short-lived files are no work for a disk."""
@@ -39,12 +41,19 @@ class Result:
         """Counts per kind, one row each, as a Markdown table."""
         outcomes = sorted({outcome for _, outcome in self.counts})
         rows = [["kind", "cases", *outcomes], ["---"] * (2 + len(outcomes))]
-        for kind in [*(k for k in KINDS if any(k == x for x, _ in self.counts)), "all"]:
+        for kind in [*dict.fromkeys(kind for kind, _ in self.counts), "all"]:
             found = [
                 sum(n for (k, o), n in self.counts.items() if o == x and kind in (k, "all")) for x in outcomes
             ]
             rows.append([kind, str(sum(found)), *map(str, found)])
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+class Judge(Protocol):
+    """What knows how a case must end."""
+
+    def judge(self, case: Case) -> str:
+        """The outcome; raises :class:`ViolationError`, or ``NotApplicableError``."""
 
 
 class _EndError(BaseException):  # hypothesis lets it through, and does not try to shrink
@@ -54,23 +63,27 @@ class _EndError(BaseException):  # hypothesis lets it through, and does not try 
 
 
 def run(
-    oracle: Oracle,
-    bases: list[Base],
+    oracle: Judge,
+    bases: list[Any],
     number: int,
     first: int,
     found: Path,
     progress: Callable[[str], None] = lambda line: None,
     kinds: list[str] | None = None,
     shrink: bool = True,
+    strategy: Callable[[str, list[Any]], SearchStrategy[Case]] = cases,
 ) -> Result:
-    """``number`` cases in all, as many of each kind; ``first`` seeds them. Reproductions go to ``found``."""
+    """``number`` cases in all, as many of each kind; ``first`` seeds them. Reproductions go to ``found``.
+
+    ``strategy`` makes the cases of a kind out of ``bases``.
+    """
     found.mkdir(parents=True, exist_ok=True)
     result, start, cpu = Result(), time.perf_counter(), time.process_time()
     names = kinds or list(KINDS)
     for i, kind in enumerate(names):
         share = (number - result.total + len(names) - i - 1) // (len(names) - i)
         try:
-            _run_kind(oracle, bases, kind, share, first, found, result, shrink)
+            _run_kind(oracle, strategy(kind, bases), kind, share, first, found, result, shrink)
         except ViolationError as violation:
             result.violations.append((violation, _keep(kind, found)))
             progress(f"VIOLATION in {kind}: {violation}\n  saved as {result.violations[-1][1]}")
@@ -81,8 +94,8 @@ def run(
 
 
 def _run_kind(
-    oracle: Oracle,
-    bases: list[Base],
+    oracle: Judge,
+    strategy: SearchStrategy[Case],
     kind: str,
     number: int,
     first: int,
@@ -102,7 +115,7 @@ def _run_kind(
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
-    @given(cases(kind, bases))
+    @given(strategy)
     def check(case: Case) -> None:
         (found / "running.json").write_text(case.text())
         faulthandler.dump_traceback_later(STUCK, exit=True)

@@ -8,11 +8,8 @@ manifest should have shown.
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +19,13 @@ import torch
 
 from fuzz import serving
 from fuzz.edits import Case, make
+from fuzz.limits import LONGEST, SECONDS, OvertimeError, StopError, ViolationError, fault_of, limits
 from fuzz.reading import InvalidError, Linear, read
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.manifest import MANIFEST_NAME, is_loaded_file
 
-SECONDS = 10.0
-"""Per step (verify, serving); undamaged, both take less than 0.1 s."""
-MEMORY = 1 << 30
-"""Bytes that a step may add to the process."""
-_LONGEST = 4000
 ALLOWED = ("refused", "identical", "another valid checkpoint", "found by verify only", "no change")
-
-
-class ViolationError(AssertionError):
-    """A case that the product got wrong."""
-
-
-class OvertimeError(ViolationError):
-    """A step that took too long; every attempt to shrink it would, too."""
-
-
-class _StopError(BaseException):  # no Exception: the product must not swallow it
-    pass
 
 
 @dataclass
@@ -75,7 +56,7 @@ class Oracle:
                 return self._judge(case, directory)
             except ViolationError as violation:
                 text = f"{violation}\n{case.text()}".replace(name, "")
-                raise type(violation)(text[:_LONGEST]) from violation.__cause__
+                raise type(violation)(text[:LONGEST]) from violation.__cause__
 
     def _judge(self, case: Case, directory: Path) -> str:
         verified = _step(lambda: verify(directory), "spense verify")
@@ -129,37 +110,17 @@ def _serve(directory: Path) -> Step:
 def _step(action: Callable[[], Any], name: str) -> Step:
     """Run one step within its time; errors other than clear ones are violations."""
     try:
-        with _limits():
+        with limits():
             return Step(result=action())
     except CheckpointError as error:
         _check_message(error, name)
         return Step(error=error)
     except serving.LeftToEngineError as error:
         return Step(error=error)
-    except _StopError:
+    except StopError:
         raise OvertimeError(f"{name}: more than {SECONDS:g} s") from None
     except Exception as error:
-        raise ViolationError(f"{name}: {type(error).__name__}: {str(error)[:_LONGEST]}") from error
-
-
-@contextmanager
-def _limits() -> Iterator[None]:
-    """Time and memory: what a bomb would take becomes an error here, not the machine's trouble."""
-
-    def stop(*_: object) -> None:
-        raise _StopError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        raise ViolationError(f"{name}: {type(error).__name__}: {str(error)[:LONGEST]}") from error
 
 
 def _check_message(error: CheckpointError, name: str) -> None:
@@ -169,14 +130,9 @@ def _check_message(error: CheckpointError, name: str) -> None:
         wrong = "no fix"
     elif not (error.file or error.module):
         wrong = "neither file nor module"
-    elif "MemoryError" in text or "allocate memory" in text:
-        wrong = "found out by taking all memory"
-    elif len(text) > _LONGEST:
-        wrong = f"{len(text)} characters"
-    elif not text.isprintable():
-        wrong = "control characters or broken unicode from the file"
+    wrong = wrong or fault_of(text)
     if wrong:
-        raise ViolationError(f"{name}: unclear error ({wrong}): {text[:_LONGEST]!r}")
+        raise ViolationError(f"{name}: unclear error ({wrong}): {text[:LONGEST]!r}")
 
 
 # -- comparisons ---------------------------------------------------------------------------------------

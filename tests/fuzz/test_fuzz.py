@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("vllm")
 from fuzz import bases, campaign, serving
 from fuzz.edits import Case, dump, make
+from fuzz.limits import ViolationError
 from fuzz.mutations import KINDS, Base
-from fuzz.oracle import ALLOWED, Oracle, ViolationError
+from fuzz.oracle import ALLOWED, Oracle
 from fuzz.reading import e4m3
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.json"))

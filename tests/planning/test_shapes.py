@@ -143,7 +143,8 @@ def test_routed_experts_count_as_dense_and_it_says_so(tmp_path: Path) -> None:
 
 
 def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": LLAMA, "hidden_size": 7}))
+    raw = {"model_type": "mistral3", "text_config": LLAMA, "hidden_size": 7}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     shape = read_model(tmp_path)
     assert shape.hidden == 512
     assert "only the text model" in shape.notes[0]

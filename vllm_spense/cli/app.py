@@ -441,7 +441,7 @@ def plan_(
     """Predict what Spense gains when served, before pruning: speed-up, memory, and where it does not pay."""
     from vllm_spense.planning import compare, plan, read_model
 
-    refuse_unprunable(model)
+    refuse_unprunable(model, dense_ratio)
     shape = read_model(model, dense_ratio)
     found = plan(
         *(shape, gpu),

@@ -23,7 +23,7 @@ PLOT_CONTEXTS = (512, 2048, 8192, 32768)
 PLOT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def refuse_unprunable(model: str) -> None:
+def refuse_unprunable(model: str, dense_ratio: float | None) -> None:
     """Raise what ``spense prune`` raises for a directory that it refuses; Spense checkpoints pass.
 
     Without transformers only the files are looked at.
@@ -36,10 +36,12 @@ def refuse_unprunable(model: str) -> None:
         return
     spense = check_source(directory).get("quantization_config") is not None
     if not spense and find_spec("transformers") is not None:
+        from vllm_spense.pruning import PruneConfig
         from vllm_spense.pruning.admission import admit
 
         quiet_transformers()
-        admit(directory)
+        ratio = 0.5 if dense_ratio is None else dense_ratio
+        admit(directory, PruneConfig(preset="magnitude", dense_ratio=ratio))
 
 
 def show_prediction(

@@ -10,11 +10,7 @@ from vllm_spense.format import manifest
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import fused_groups, model_parameter
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-<<<<<<< HEAD
-=======
-from vllm_spense.format.manifest import check_manifest, write_manifest
 from vllm_spense.format.settings import OUTPUTS, portable
->>>>>>> 7fad567034280b349841f1ec12f94de84ad8b3b7
 from vllm_spense.format.validate import check_checkpoint
 
 

@@ -173,9 +173,10 @@ def _with_defaults(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
     if find_spec("transformers") is None:
         return raw
     try:
-        text = load_config(directory).get_text_config().to_dict()
+        config = load_config(directory).get_text_config()
     except CheckpointError:
         return raw
+    text = config.to_dict() | {name: getattr(config, name) for name in config.attribute_map}
     inside = raw.get("text_config")
     if not isinstance(inside, dict):
         return text | raw

@@ -11,6 +11,8 @@ import torch
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
 from vllm_spense.pruning.adapters import DecoderLayer
+from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.source import SourceModel, layers_of, meta_network
 from vllm_spense.sources import check_positions, check_tokenizer
 
@@ -26,23 +28,35 @@ class Admitted:
     stored_dtype: torch.dtype
 
 
-def admit(directory: Path, seq_len: int | None = None) -> Admitted:
+def admit(directory: Path, config: PruneConfig) -> Admitted:
     """The model in ``directory``, which may lack the weights; with weights there, their headers are checked.
 
-    ``seq_len``: tokens of the windows to calibrate on, if any. Raises what :class:`SourceModel` raises.
+    Raises what :class:`SourceModel` raises, and :class:`CheckpointError` for sizes that no layout fits and
+    windows that do not fit the model.
     """
     if any(directory.glob("*.safetensors")):
         source = SourceModel(directory, torch.device("cpu"))
         found = Admitted(source.network, source.layers, source.stored_dtype)
-        if seq_len is not None:
+        if config.calibration is not None:
             check_tokenizer(directory)
     else:
         dtype = _configured_dtype(directory)
         network = meta_network(directory, dtype)
         found = Admitted(network, layers_of(network, directory), dtype)
-    if seq_len is not None:
-        check_positions(found.network.config, seq_len, directory)
+    if config.calibration is not None:
+        check_positions(found.network.config, config.seq_len, directory)
+    check_layouts(found.layers, config, directory)
     return found
+
+
+def check_layouts(layers: list[DecoderLayer], config: PruneConfig, directory: Path) -> None:
+    """Raises :class:`CheckpointError` for sizes that cannot be cut as ``config`` says."""
+    pruner = LayerPruner(config, None)
+    for index, layer in enumerate(layers):
+        try:
+            pruner.layouts(index, layer)
+        except ValueError as error:
+            raise CheckpointError(str(error), file=directory / CONFIG_NAME) from None
 
 
 def _configured_dtype(directory: Path) -> torch.dtype:

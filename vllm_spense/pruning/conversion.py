@@ -15,6 +15,7 @@ from torch import nn
 from vllm_spense.format import Checkpoint
 from vllm_spense.format.checkpoint import TensorInfo
 from vllm_spense.format.conversion import FUSED, FUSED_TYPES, part_rows
+from vllm_spense.sources import load_config
 
 
 class SourceCheckpoint(Checkpoint):
@@ -26,13 +27,15 @@ class SourceCheckpoint(Checkpoint):
     def __init__(self, directory: str | Path) -> None:
         super().__init__(directory)
         self._rows: dict[str, tuple[str, int, int]] = {}
+        config: dict[str, Any] = {}
         for name, info in list(self.tensors.items()):
             module, _, kind = name.rpartition(".")
             parent, _, last = module.rpartition(".")
             if last not in FUSED_TYPES.get(self.config.get("model_type", ""), ()):
                 continue
             del self.tensors[name]
-            for part, (start, stop) in part_rows(last, info.shape[0], self.config).items():
+            config = config or load_config(self.directory).to_dict()  # config.json may leave heads out
+            for part, (start, stop) in part_rows(last, info.shape[0], config).items():
                 full = f"{parent}.{part}.{kind}"
                 self.tensors[full] = TensorInfo(info.file, info.dtype, (stop - start, *info.shape[1:]))
                 self._rows[full] = name, start, stop

@@ -16,6 +16,7 @@ from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
+from vllm_spense.pruning.admission import check_layouts
 from vllm_spense.pruning.allocation import dense_counts
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import fingerprint
@@ -129,6 +130,7 @@ def prune(
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
         source = SourceModel(directory, device)
         warn_about_experts(source.layers, source.stored_dtype)
+        check_layouts(source.layers, config, directory)
         rehearse(source, config, base, expected)  # what cannot be pruned or written is refused first
         warn_about_size(sum(p.numel() for p in source.network.parameters()), config)
         text = _calibration(directory, config, started, progress)

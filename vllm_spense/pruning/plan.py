@@ -116,7 +116,7 @@ def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "he
     """
     directory = source_directory(model)
     cuda = device_model != "here" or torch.cuda.is_available()
-    admitted = admit(directory, None if config.calibration is None else config.seq_len)
+    admitted = admit(directory, config)
     network, stored, modules = admitted.network, admitted.stored_dtype, admitted.layers
     dtype = stored if cuda else torch.float32
     rates = _measure(dtype, torch.device("cuda" if cuda else "cpu")) if device_model == "here" else None

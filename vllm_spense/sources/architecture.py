@@ -14,6 +14,7 @@ from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
 from vllm_spense.format.errors import CheckpointError, one_line
 from vllm_spense.format.schema import MAX_FEATURES
 from vllm_spense.format.settings import OUTPUTS
+from vllm_spense.sources.directory import check_source
 
 MAX_LAYERS = 1024
 """No language model has as many; each costs milliseconds and memory before the first weight is read."""
@@ -36,25 +37,37 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT,
+    )
 
     path = directory / CONFIG_NAME
-    raw = read_json(path)
+    raw = check_source(directory)
     check_sizes(raw, path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or not kind:
-        state = "is missing" if "model_type" not in raw else f"is {kind!r}"
-        raise CheckpointError(f"model_type {state}", file=path, fix=_INTACT)
+    kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         raise _unknown_kind(kind, raw, path)
+    if not any(
+        kind in names for names in (CAUSAL_LM, IMAGE_TEXT)
+    ):  # some of these ask the hub for a backbone
+        raise _no_language_model(raw, path)
     with building(directory):
         own = OUTPUTS | dict.fromkeys(("attn_implementation", "_attn_implementation"))
         own |= dict.fromkeys(("experts_implementation", "_experts_implementation"))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **own)
+        text = config.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise ValueError(f"{kind!r} has no text_config")
         for part in config.sub_configs:
             for key, value in OUTPUTS.items():
                 if isinstance(found := getattr(config, part, None), PreTrainedConfig):
                     setattr(found, key, value)
-        return config
+        heads, shared = (getattr(text, f"num_{which}_heads", None) for which in ("attention", "key_value"))
+    if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
+        problem = f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
+        raise CheckpointError(problem, file=path, fix=_INTACT)
+    return config
 
 
 def check_sizes(raw: Mapping[str, Any], path: Path) -> None:
@@ -127,8 +140,9 @@ def positions(config: Any) -> int | None:
         return None
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
-        original, factor = rope.get("original_max_position_embeddings") or limit, rope.get("factor")
-        if isinstance(original, (int, float)) and isinstance(factor, (int, float)):
+        original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+        original = original if type(original) is int else limit
+        if isinstance(factor, (int, float)) and 1 <= original * factor < 1 << 40:
             limit = max(limit, int(original * factor))
     return limit
 
@@ -165,6 +179,12 @@ def _unknown_kind(kind: str, raw: Mapping[str, Any], path: Path) -> CheckpointEr
     return CheckpointError(problem + by, file=path, fix=_NEWER)
 
 
+def _no_language_model(raw: Mapping[str, Any], path: Path) -> CheckpointError:
+    what = _what(raw, None) or "no language model that predicts the next token"
+    problem = f"model_type {raw.get('model_type')!r} is {what}"
+    return CheckpointError(problem, file=path, fix="give a causal language model")
+
+
 def _told(error: Exception, raw: Mapping[str, Any], path: Path) -> CheckpointError:
     """What transformers' ``error`` says of the model, as far as it can be told from ``raw``."""
     import transformers
@@ -174,10 +194,7 @@ def _told(error: Exception, raw: Mapping[str, Any], path: Path) -> CheckpointErr
         problem = f"{place} is {error.args[0]!r}, which {told} does not know"
         return CheckpointError(problem, file=path, fix=_NEWER)
     if str(error).startswith("Unrecognized configuration class"):
-        what = _what(raw, None) or f"a model that {told} has no causal language model for"
-        return CheckpointError(
-            f"model_type {raw.get('model_type')!r} is {what}", file=path, fix="give a causal language model"
-        )
+        return _no_language_model(raw, path)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return CheckpointError(f"{told} cannot build this model ({one_line(text, 400)})", file=path, fix=_NEWER)
 

@@ -57,6 +57,12 @@ def check_source(path: str | Path) -> dict[str, Any]:
         raise _error(_without_config(directory, names), directory)
     config = read_json(directory / CONFIG_NAME)
     _refuse_other_kinds(directory, names, config)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        state = f"is {str(kind)[:80]!r}" if "model_type" in config else "is missing"
+        raise CheckpointError(
+            f"model_type {state}", file=directory / CONFIG_NAME, fix="get an intact config.json"
+        )
     if method := quantisation_of(config, directory):
         problem = f"the model is already quantised ({method})"
         raise CheckpointError(problem, file=directory / CONFIG_NAME, fix=ORIGINAL)
