@@ -24,6 +24,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
 _MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -31,6 +32,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
     "seed_oss": {"attention_bias": True, "attention_out_bias": False},
+    "granite": {
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "olmo": {"head_dim": None, "clip_qkv": 4.0},
+    "olmo2": {"head_dim": None},
+    "olmo3": {"head_dim": None, "sliding_window": 16, "layer_types": HYBRID},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "exaone4": {"sliding_window": 16, "layer_types": HYBRID},
+    "cohere": {"head_dim": None, "use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {"sliding_window": 16, "layer_types": HYBRID, "logit_scale": 0.5},
+    "stablelm": {"head_dim": None, "use_qkv_bias": True},
+    "ministral": {"sliding_window": 16, "layer_types": HYBRID},
+    "ministral3": {},
+    "helium": {},
+    "ernie4_5": {},
+    "arcee": {"hidden_act": "relu2", "mlp_bias": True},
+    "granite_swa": {"sliding_window": 16},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "jais2": {},
+    "cwm": {"sliding_window": 16},
+    "vaultgemma": {"sliding_window": 16},
+    "nanochat": {},
+    "gemma": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 24},
     "gemma3_text": {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 24},
     "phi3": {"sliding_window": 16},
@@ -46,6 +75,9 @@ MODULES = {
     "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
     "nemotron": ("mlp.up_proj", "mlp.down_proj"),
     "opt": ("fc1", "fc2"),
+    "arcee": ("mlp.up_proj", "mlp.down_proj"),
+    "jais2": ("mlp.up_proj", "mlp.down_proj"),
+    "nanochat": ("mlp.fc1", "mlp.fc2"),
 }
 """Inner linears, then down, below a layer; all others are :data:`GLU`."""
 
