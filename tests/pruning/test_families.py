@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, dequantize, quantize_per_channel
-from vllm_spense.format.conversion import part_rows
+from vllm_spense.format.conversion import FUSED_TYPES, part_rows
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
 from vllm_spense.pruning.layer import LayerPruner
@@ -154,9 +154,9 @@ def test_regions(kind: str, family) -> None:
 
 
 def state_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """The model's tensors, Phi-3's gate and up apart."""
+    """The model's tensors, gate and up apart where they are fused."""
     state = dict(model.state_dict())
-    for name in [n for n in state if kind == "phi3" and "gate_up_proj" in n]:
+    for name in [n for n in state if kind in FUSED_TYPES and "gate_up_proj" in n]:
         fused = state.pop(name)
         state[name.replace("gate_up_proj", "gate_proj")] = fused[:INTER]
         state[name.replace("gate_up_proj", "up_proj")] = fused[INTER:]

@@ -53,6 +53,13 @@ FAMILIES = {
     "vaultgemma": Family("VaultGemma", "GLU, GELU"),
     "gemma2": Family("Gemma 2", "GLU, GELU"),
     "gemma3_text": Family("Gemma 3 (text)", "GLU, GELU"),
+    "gemma4_text": Family("Gemma 4 (text)", "GLU, GELU", "what mixes the inputs per layer stays in bf16"),
+    "qwen3_5_text": Family(
+        "Qwen3.5, Qwen3.6 (text, dense)", note="hybrid linear attention in FP8, its small gates in bf16"
+    ),
+    "falcon_h1": Family("Falcon-H1", note="attention and state space stay in bf16"),
+    "apertus": Family("Apertus", "plain", "xIELU"),
+    "glm4": Family("GLM-4-0414", "GLU, fused on disk", "split when pruned, fused again by `spense export`"),
     "phi3": Family("Phi-3", "GLU, fused on disk", "split when pruned, fused again by `spense export`"),
     "phi": Family("Phi", "plain", "fc1 is split by outputs, fc2 by inputs"),
     "starcoder2": Family("Starcoder2", "plain"),

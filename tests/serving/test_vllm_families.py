@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ from vllm_spense.pruning import PruneConfig, prune
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
 PREFIXES = {"paligemma": OLD, "paligemma-new": NEW}
+ONLINE = ("phi3", "glm4", "phi", "starcoder2", "opt", "exaone4", "gemma4_text", "qwen3_5_text", "falcon_h1")
+"""Their checkpoints are what load-time mode makes of the dense model: fused on disk, plain, unusual."""
+LOAD_TIME: dict[str, Any] = {"preset": "magnitude", "calibration": None, "dense_ratio": 0.5, "alignment": 8}
 SERVED = [*FAMILIES, "phi3-bf16", "paligemma-new"]
 
 
@@ -37,13 +41,9 @@ def make(kind: str, root: Path, text: Path) -> None:
         family, _, bf16 = kind.partition("-")
         heads = {} if "head_dim" in OPTIONS[family] else {"head_dim": 32}  # a size that vLLM has on CPUs
         make_family(family, root / "dense", hidden_size=128, **heads)
-        config = PruneConfig(
-            calibration=str(text),
-            preset="spensegpt+",
-            num_samples=4,
-            seq_len=64,
-            weight_dtype="bf16" if bf16 else "fp8",
-        )
+        calibrated = {"calibration": str(text), "preset": "spensegpt+", "num_samples": 4, "seq_len": 64}
+        options = LOAD_TIME if kind in ONLINE else calibrated
+        config = PruneConfig(weight_dtype="bf16" if bf16 else "fp8", **options)
         prune(root / "dense", root / "spense", config)
     # in bf16 the twin is an ordinary model, fused again where the original is fused on disk
     export(root / "spense", root / "twin", format="bfloat16" if kind.endswith("bf16") else "spense-dense")
@@ -68,6 +68,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Served:
         llm = EAGER | ({"limit_mm_per_prompt": {"image": 0}} if kind in PREFIXES else {})
         for name in ("spense", "twin", "dense") if kind in PREFIXES else ("spense", "twin"):
             pool.add(str(i % 4), f"{kind}-{name}", {"model": str(root / kind / name), "llm": llm})
+        if kind in ONLINE:
+            online = llm | {"quantization": "spense"}
+            pool.add(str(i % 4), f"{kind}-online", {"model": str(root / kind / "dense"), "llm": online})
     pool.start("0", "1", "2", "3")
     return Served(root, pool)
 
@@ -87,6 +90,13 @@ def test_tokens_are_those_of_the_dense_twin(runs: Served, kind: str) -> None:
         return
     pruned, unpruned = (distance(served, runs.root / kind / name) for name in ("spense", "dense"))
     assert pruned < 0.6 * unpruned
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_load_time_mode_is_magnitude_pruning(runs: Served, kind: str) -> None:
+    """On disk by `spense prune --preset magnitude`, with the last half of each MLP dense."""
+    assert runs.pool[f"{kind}-online"].outputs == runs.pool[f"{kind}-spense"].outputs
+    assert len(runs.pool[f"{kind}-online"].tokens) == 6
 
 
 @torch.no_grad()
