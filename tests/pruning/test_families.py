@@ -23,14 +23,21 @@ from transformers import AutoModelForCausalLM
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, dequantize, quantize_per_channel
-from vllm_spense.format.conversion import part_rows
+from vllm_spense.format.conversion import FUSED_TYPES, part_rows
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
+from vllm_spense.pruning.adapters import decoder_layers
+from vllm_spense.pruning.config import Preset
+from vllm_spense.pruning.conversion import split_fused
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.text import sample_windows, tokenize
 
-RUNS = [(kind, "bf16") for kind in FAMILIES]
-RUNS += [(kind, "fp8") for kind in ("gemma3_text", "phi3", "phi", "opt", "qwen2_moe")]
+RUNS = [(kind, "bf16", "spensegpt+") for kind in FAMILIES]
+FP8 = ("gemma3_text", "phi3", "phi", "opt", "qwen2_moe", "gemma4_text", "qwen3_5_text", "falcon_h1")
+RUNS += [(kind, "fp8", "spensegpt+") for kind in FP8]
+RUNS += [
+    (kind, "bf16", "guided") for kind in ("gemma4_text", "qwen3_5_text", "falcon_h1", "cohere", "apertus")
+]
 IDS = torch.arange(3, 51)[None]
 
 
@@ -56,12 +63,12 @@ class Pruned:
 
 @pytest.fixture(scope="module")
 def family(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """``family(kind, weight_dtype)`` makes and prunes the model, once."""
+    """``family(kind, weight_dtype, preset)`` makes and prunes the model, once."""
     root = tmp_path_factory.mktemp("families")
     dense = cache(lambda kind: make_family(kind, root / kind))
 
     @cache
-    def run(kind: str, weight_dtype: str) -> Pruned:
+    def run(kind: str, weight_dtype: str, preset: Preset) -> Pruned:
         order: dict[str, torch.Tensor] = {}
         hidden: list[torch.Tensor] = []
         plain = LayerPruner.prune
@@ -72,8 +79,8 @@ def family(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             order.update(result.row_order)
             return result
 
-        out = root / f"{kind}-{weight_dtype}"
-        options = {"preset": "spensegpt+", "num_samples": 4, "seq_len": 64, "weight_dtype": weight_dtype}
+        out = root / f"{kind}-{weight_dtype}-{preset}"
+        options = {"preset": preset, "num_samples": 4, "seq_len": 64, "weight_dtype": weight_dtype}
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             patch.setattr(LayerPruner, "prune", spy)
@@ -81,7 +88,7 @@ def family(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         said = [str(w.message) for w in caught]
         return Pruned(kind, dense(kind), out, report, said, order, hidden)
 
-    return run
+    return lambda kind, weight_dtype, preset="spensegpt+": run(kind, weight_dtype, preset)
 
 
 def written(checkpoint: Checkpoint, module: str) -> torch.Tensor:
@@ -116,10 +123,12 @@ def reference(run: Pruned) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("kind", "weight_dtype"), RUNS)
+@pytest.mark.parametrize(("kind", "weight_dtype", "preset"), RUNS)
 @torch.no_grad()
-def test_the_checkpoint_is_the_dense_model_with_the_new_weights(kind: str, weight_dtype: str, family) -> None:
-    run = family(kind, weight_dtype)
+def test_the_checkpoint_is_the_dense_model_with_the_new_weights(
+    kind: str, weight_dtype: str, preset: Preset, family
+) -> None:
+    run = family(kind, weight_dtype, preset)
     model = load_model(run.spense, activations="none")
     got, expected = model(IDS).logits, reference(run)(IDS).logits
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
@@ -154,9 +163,9 @@ def test_regions(kind: str, family) -> None:
 
 
 def state_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """The model's tensors, Phi-3's gate and up apart."""
+    """The model's tensors, gate and up apart where they are fused."""
     state = dict(model.state_dict())
-    for name in [n for n in state if kind == "phi3" and "gate_up_proj" in n]:
+    for name in [n for n in state if kind in FUSED_TYPES and "gate_up_proj" in n]:
         fused = state.pop(name)
         state[name.replace("gate_up_proj", "gate_proj")] = fused[:INTER]
         state[name.replace("gate_up_proj", "up_proj")] = fused[INTER:]
@@ -165,6 +174,28 @@ def state_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
 
 def is_24(region: torch.Tensor) -> bool:
     return bool(((region.reshape(region.shape[0], -1, 4) != 0).sum(-1) <= 2).all())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_the_joint_fit_knows_what_comes_into_down(kind: str, family) -> None:
+    """The activation of gate times up, or of a plain MLP's values, in the model's own forward."""
+    model = family(kind, "bf16").original()
+    split_fused(model)
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for layer in decoder_layers(model):
+        mlp = layer.mlp
+        for name, linear in {} if mlp is None else {"x": mlp.reader, "values": mlp.down}.items():
+            hook = lambda _, args, key=(layer.name, name): seen.update({key: args[0]})  # noqa: E731
+            handles.append(linear.register_forward_pre_hook(hook))
+    model(IDS)
+    for layer in decoder_layers(model):
+        if (mlp := layer.mlp) is None:
+            continue
+        first, *rest = (linear(seen[layer.name, "x"]) for linear in mlp.inner.values())
+        values = mlp.activation(first) * (rest[0] if rest else 1)
+        torch.testing.assert_close(values, seen[layer.name, "values"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -178,7 +209,7 @@ def test_ratio_1_is_the_original(kind: str, family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("kind", ["gemma3_text", "phi", "opt", "qwen2_moe", "qwen3_moe", "phi3"])
+@pytest.mark.parametrize("kind", [*FP8, "qwen3_moe"])
 @torch.no_grad()
 def test_every_layer_is_calibrated_behind_the_pruned_ones(
     kind: str, weight_dtype: str, family, text_file: Path

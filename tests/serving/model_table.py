@@ -1,6 +1,6 @@
-"""README's table of models: those that ``test_vllm_families.py`` serves and ``test_families.py`` prunes.
+"""The table in docs/models.md: ``test_vllm_families.py`` serves and ``test_families.py`` prunes the models.
 
-usage: python tests/serving/model_table.py   (writes the table into README)
+usage: python tests/serving/model_table.py   (writes the table into the document)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = ("<!-- models:begin -->", "<!-- models:end -->")
 
 
@@ -29,8 +29,37 @@ FAMILIES = {
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3"),
     "seed_oss": Family("Seed-OSS"),
+    "cwm": Family("CWM"),
+    "ministral": Family("Ministral"),
+    "ministral3": Family("Ministral 3"),
+    "granite": Family("Granite"),
+    "granite_swa": Family("Granite, sliding window"),
+    "hyperclovax": Family("HyperCLOVA X"),
+    "smollm3": Family("SmolLM3"),
+    "olmo": Family("OLMo", note="norms without weights"),
+    "olmo2": Family("OLMo 2", note="norms behind attention and MLP"),
+    "olmo3": Family("OLMo 3", note="norms behind attention and MLP"),
+    "exaone4": Family("EXAONE 4", note="norms behind attention and MLP"),
+    "cohere": Family("Cohere, Command R", note="attention and MLP side by side"),
+    "cohere2": Family("Cohere 2, Command R7B", note="attention and MLP side by side"),
+    "stablelm": Family("StableLM", note="without parallel residual, which vLLM does not have"),
+    "helium": Family("Helium"),
+    "ernie4_5": Family("ERNIE 4.5 (dense)", note="without biases, which vLLM does not have"),
+    "hunyuan_v1_dense": Family("Hunyuan (dense)"),
+    "nanochat": Family("nanochat", "plain"),
+    "arcee": Family("Arcee (AFM)", "plain"),
+    "jais2": Family("Jais 2", "plain"),
+    "gemma": Family("Gemma", "GLU, GELU"),
+    "vaultgemma": Family("VaultGemma", "GLU, GELU"),
     "gemma2": Family("Gemma 2", "GLU, GELU"),
     "gemma3_text": Family("Gemma 3 (text)", "GLU, GELU"),
+    "gemma4_text": Family("Gemma 4 (text)", "GLU, GELU", "what mixes the inputs per layer stays in bf16"),
+    "qwen3_5_text": Family(
+        "Qwen3.5, Qwen3.6 (text, dense)", note="hybrid linear attention in FP8, its small gates in bf16"
+    ),
+    "falcon_h1": Family("Falcon-H1", note="attention and state space stay in bf16"),
+    "apertus": Family("Apertus", "plain", "xIELU"),
+    "glm4": Family("GLM-4-0414", "GLU, fused on disk", "split when pruned, fused again by `spense export`"),
     "phi3": Family("Phi-3", "GLU, fused on disk", "split when pruned, fused again by `spense export`"),
     "phi": Family("Phi", "plain", "fc1 is split by outputs, fc2 by inputs"),
     "starcoder2": Family("Starcoder2", "plain"),
@@ -54,11 +83,11 @@ def table() -> str:
 
 def main() -> None:
     before, after = TABLE
-    text = README.read_text()
+    text = DOCUMENT.read_text()
     if before not in text or after not in text:
-        sys.exit(f"{README} lacks {before} and {after}")
+        sys.exit(f"{DOCUMENT} lacks {before} and {after}")
     head, tail = text.split(before)[0], text.split(after)[1]
-    README.write_text(f"{head}{before}\n{table()}\n{after}{tail}")
+    DOCUMENT.write_text(f"{head}{before}\n{table()}\n{after}{tail}")
 
 
 if __name__ == "__main__":

@@ -475,3 +475,47 @@ def test_random_contents_are_valid(kind: str, dtype: torch.dtype) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), "the same in every run"
         assert tensor.numel() == 0 or name == "weight_scale" or len(tensor.float().unique()) > 4, name
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_module_that_fills_several_parts(size: int) -> None:
+    """Qwen3.5's linear attention: q, k and v are one tensor on disk, three parts of vLLM's layer beside z."""
+    rows = {"q": 16, "k": 16, "v": 32, "z": 32}
+    layouts = {name: Layout("output", count, HIDDEN, 0) for name, count in rows.items()}
+    parts = Fused(layouts, "output", (0, 1, 2, 3), bias=False)
+    joined = {name: torch.cat([parts.tensors[p][name] for p in "qkv"]) for name in parts.tensors["q"]}
+    specs = {
+        "qkv": ModuleSpec.of(Layout("output", 64, HIDDEN, 0), False),
+        "z": ModuleSpec.of(layouts["z"], False),
+    }
+
+    def plan(rank: int, specs: dict[str, ModuleSpec] = specs) -> LoadPlan:
+        outputs = [count // size for count in rows.values()]
+        return make_plan(
+            "fused",
+            specs,
+            FP8_DTYPE,
+            [1],
+            axis="output",
+            in_features=HIDDEN,
+            local_outputs=outputs,
+            rank=rank,
+            size=size,
+        )
+
+    for rank in range(size):
+        expected, mine = load(parts, rank, size), plan(rank)
+        loaded: Loaded = set()
+        for name, expected_values in expected.tensors.items():
+            found = torch.nn.Parameter(torch.zeros(mine.shape(name), dtype=mine.dtype(name)), False)
+            if name in joined:
+                make_loader(mine, name, loaded)(found, joined[name], (0, 1, 2))
+                make_loader(mine, name, loaded)(found, parts.tensors["z"][name], 3)
+            assert torch.equal(found.float(), expected_values.float())
+        mine.check_complete(loaded)
+        with pytest.raises(CheckpointError, match="module qkv, tensor weight_scale: shape"):
+            mine.copy("weight_scale", torch.zeros(96 // size), torch.zeros(63), (0, 1, 2))
+    sparse = specs | {"qkv": ModuleSpec.of(Layout("output", 64, HIDDEN, 32), False)}
+    for wrong in (sparse, {"qkv": specs["qkv"]}, specs | {"a": specs["z"]}):
+        with pytest.raises(CheckpointError, match="builds the layer from 4 parts, the checkpoint lists"):
+            plan(0, wrong)

@@ -61,7 +61,10 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
     raw = {k: v for k, v in portable(checkpoint.config)[0].items() if k != "quantization_config"} | OUTPUTS
     path = checkpoint.directory / "config.json"
     try:
-        model_config = AutoConfig.for_model(**raw)
+        model_config = AutoConfig.from_pretrained(
+            checkpoint.directory, trust_remote_code=False, local_files_only=True
+        )
+        model_config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except Exception as error:  # whatever a damaged config makes transformers raise

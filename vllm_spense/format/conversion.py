@@ -1,8 +1,8 @@
 """Where a transformers model and the tensors of its checkpoint go by different names.
 
-Linears that an architecture fuses (Phi-3's ``gate_up_proj`` and ``qkv_proj``) are always separate in a Spense
-checkpoint, so that S and D of gate and up are regions of their own. Routed experts are one matrix per expert
-and projection on disk, and stacked parameters ``[experts, N, K]`` in transformers 5.
+Linears that an architecture fuses (``gate_up_proj`` of Phi-3 and GLM-4, Phi-3's ``qkv_proj``) are always
+separate in a Spense checkpoint, so that S and D of gate and up are regions of their own. Routed experts are
+one matrix per expert and projection on disk, and stacked parameters ``[experts, N, K]`` in transformers 5.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """Fused linears, and their parts in the order of the fused rows."""
 
-FUSED_TYPES: dict[str, tuple[str, ...]] = {"phi3": ("gate_up_proj", "qkv_proj")}
+FUSED_TYPES: dict[str, tuple[str, ...]] = {
+    "phi3": ("gate_up_proj", "qkv_proj"),
+    "glm4": ("gate_up_proj",),
+}
 """Which of them each ``model_type`` has in transformers and on disk."""
 
 _EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

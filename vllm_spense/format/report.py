@@ -28,7 +28,7 @@ class ModuleReport:
 
     @property
     def attention(self) -> bool:
-        return ".self_attn." in self.name
+        return ".self_attn." in self.name or ".linear_attn." in self.name
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Find the parts of a transformers model that pruning touches.
 
 An MLP is one or two *inner* linears that read the same input, something elementwise, and *down*: a GLU
-with gate and up (Llama, Mistral, Qwen, Seed-OSS, Gemma, Phi-3 …) or a plain MLP (Phi, Starcoder2, Nemotron,
-OPT). Routed experts stay as they are. Everything else is refused by name.
+with gate and up (Llama, Mistral, Qwen, Gemma, Phi-3, GLM-4 …) or a plain MLP (Phi, Starcoder2, Nemotron,
+OPT …). Routed experts stay as they are. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import torch
 from torch import nn
 
 from vllm_spense.format import CheckpointError, Layout
+from vllm_spense.format.linears import MLP_FORMS, stays_as_stored
 from vllm_spense.pruning.conversion import checkpoint_name
 from vllm_spense.pruning.trust import warn
 
-_FORMS = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("up_proj",), "down_proj"),
-    (("fc1",), "fc2"),
-    (("c_fc",), "c_proj"),
-)
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
+_HOLDERS = ("mlp", "feed_forward")
+_MIXERS = ("self_attn", "linear_attn")
 _MOE_TYPES = ("qwen2_moe", "qwen3_moe")
 _SUPPORTED = (
-    "supported are Llama, Mistral, Qwen2, Qwen3, SmolLM, Seed-OSS, Gemma (text) and models built like them, "
-    "Phi-3, Phi, Starcoder2, Nemotron, OPT, and the shared experts and ordinary MLPs of Qwen2-MoE and "
-    "Qwen3-MoE"
+    "supported are models whose decoder layers hold attention and one MLP of plain linears (gate_proj, "
+    "up_proj and down_proj; up_proj and down_proj; fc1 and fc2; c_fc and c_proj), like Llama, Mistral, Qwen, "
+    "Gemma, Phi, GLM-4, Granite, OLMo, SmolLM3, EXAONE 4, Cohere and OPT, and the shared experts and "
+    "ordinary MLPs of Qwen2-MoE and Qwen3-MoE (docs/models.md lists them)"
 )
 
 
@@ -88,7 +86,9 @@ class DecoderLayer:
     """One decoder layer: its module, its name in the checkpoint, and the linears to prune or to round.
 
     ``mlp`` is None where nothing is prunable (routed experts alone). ``dense`` maps full names to the
-    linears outside of MLP and experts. ``experts``: the module of the routed experts, if any.
+    linears outside of MLP and experts that FP8 checkpoints round, ``plain`` to those that they do not.
+    ``attention_block`` is what mixes the tokens, linear attention too. ``experts``: the module of the routed
+    experts, if any.
     """
 
     name: str
@@ -96,7 +96,13 @@ class DecoderLayer:
     attention_block: nn.Module
     mlp: Mlp | None
     dense: dict[str, nn.Linear]
+    plain: dict[str, nn.Linear]
     experts: nn.Module | None = None
+
+    @property
+    def outside(self) -> dict[str, nn.Linear]:
+        """All linears outside of MLP and experts."""
+        return {**self.dense, **self.plain}
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -158,12 +164,13 @@ def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> N
 
 
 def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:
-    attention_block = getattr(module, "self_attn", None)
-    holder, path = getattr(module, "mlp", None), f"{name}.mlp"
-    if holder is None and kind == "opt":
-        holder, path = module, name  # fc1 and fc2 are the layer's own
-    if holder is None or attention_block is None:
-        raise UnsupportedModelError(f"{name} has no mlp or no self_attn; {_SUPPORTED}")
+    attention = next((found for key in _MIXERS if (found := getattr(module, key, None)) is not None), None)
+    path = next((f"{name}.{key}" for key in _HOLDERS if hasattr(module, key)), name)
+    if attention is None or (path == name and kind != "opt"):  # fc1 and fc2 are OPT's layer's own
+        raise UnsupportedModelError(
+            f"{name} has no {' or '.join(_HOLDERS)} or no {' or '.join(_MIXERS)}; {_SUPPORTED}"
+        )
+    holder = module.get_submodule(path.removeprefix(name).lstrip("."))
     experts = getattr(holder, "experts", None)
     mlp: Mlp | None
     if experts is None:
@@ -174,31 +181,40 @@ def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:
         shared = getattr(holder, "shared_expert", None)
         mlp = None if shared is None else _mlp(f"{path}.shared_expert", shared)
     inside = () if mlp is None else (*mlp.inner, mlp.down_name)
-    dense = {
+    outside = {
         full: linear
         for full, linear in _linears(name, module).items()
-        if full not in inside and not full.startswith(f"{name}.mlp.")
+        if full not in inside and (holder is module or not full.startswith(f"{path}."))
     }
-    return DecoderLayer(name, module, attention_block, mlp, dense, experts)
+    plain = {full: linear for full, linear in outside.items() if stays_as_stored(full, kind)}
+    dense = {full: linear for full, linear in outside.items() if full not in plain}
+    return DecoderLayer(name, module, attention, mlp, dense, plain, experts)
 
 
 def _mlp(name: str, block: nn.Module, alone: bool = True) -> Mlp:
     """The MLP that ``block`` is (``alone``) or has among its children."""
     linears = _linears(name, block)
-    for inner, last in _FORMS:
+    for inner, last in MLP_FORMS:
         names = [f"{name}.{short}" for short in (*inner, last)]
         if not all(full in linears for full in names):
             continue
         parameters = {p for full in names for p in linears[full].parameters()}
-        if alone and set(block.parameters()) != parameters:  # a norm would have to be permuted too
+        others = [p for p in block.parameters() if p not in parameters]
+        if alone and any(p.numel() > 1 for p in others):  # a norm would have to be permuted too
             break
         inner_linears = {full: linears[full] for full in names[:-1]}
-        activation = next((getattr(block, key) for key in _ACTIVATIONS if hasattr(block, key)), None)
-        return Mlp(name, inner_linears, names[-1], linears[names[-1]], activation)
+        return Mlp(name, inner_linears, names[-1], linears[names[-1]], _activation(block))
     has = ", ".join(child for child, _ in block.named_children())
     raise UnsupportedModelError(
         f"{name} is no MLP of plain linears in a known form (it has: {has}); {_SUPPORTED}"
     )
+
+
+def _activation(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What ``block`` makes of gate's outputs, Falcon-H1's multiplier in front of it."""
+    found = next((getattr(block, key) for key in _ACTIVATIONS if hasattr(block, key)), None)
+    factor = getattr(block, "gate_multiplier", 1.0)
+    return found if found is None or factor == 1.0 else lambda gate: found(gate * factor)
 
 
 def _linears(name: str, module: nn.Module) -> dict[str, nn.Linear]:

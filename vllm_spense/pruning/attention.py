@@ -74,7 +74,12 @@ def target(layer: DecoderLayer, config: PruneConfig) -> Attention | None:
     """
     if config.attention_ratio == 1:
         return None
-    name = f"{layer.name}.self_attn"
+    name = next(found for found, block in layer.module.named_children() if block is layer.attention_block)
+    name = f"{layer.name}.{name}"
+    if name.endswith("linear_attn"):
+        raise _unsupported(name, "linear attention keeps a state per head")
+    if any(full.startswith(f"{name}.") for full in layer.plain):
+        raise _unsupported(name, "vLLM serves this model's attention as it is stored only")
     linears = {short: layer.dense.get(f"{name}.{short}") for short in (*_INNER, *OUT)}
     inner = {f"{name}.{short}": linear for short in _INNER if (linear := linears[short]) is not None}
     outs = [(f"{name}.{short}", linear) for short in OUT if (linear := linears[short]) is not None]

@@ -216,12 +216,12 @@ class _Sizes:
         forwards = 0.0
         device = [logits]
         for layer in layers:
-            linears = linears_of(layer).values()
+            linears = [*linears_of(layer).values(), *layer.plain.values()]
             forwards += self._attention(layer, tokens, seq) + 2.0 * tokens * sum(
                 x.weight.numel() for x in linears
             )
             inner = 0 if layer.mlp is None else layer.mlp.intermediate * (2 * len(layer.mlp.inner) + 4)
-            widest = max([hidden, *(linear.out_features for linear in layer.dense.values())])
+            widest = max([hidden, *(linear.out_features for linear in layer.outside.values())])
             saved = seq * (10 * hidden + 8 * widest + inner) * wide
             costs = 0 if layer.mlp is None else 6 * 4 * layer.mlp.down.weight.numel()
             device.append(_numel(layer) * wide + max(saved, costs))
@@ -251,7 +251,7 @@ class _Sizes:
         numbers = len(layers) * (getattr(self.model, "hidden_size_per_layer_input", 0) or 0)
         for layer in layers:
             if getattr(layer.attention_block, "store_full_length_kv", False):
-                keys = layer.dense[f"{layer.name}.self_attn.k_proj"].out_features
+                keys = layer.outside[f"{layer.name}.self_attn.k_proj"].out_features
                 numbers += 2 * keys * (2 if self.config.asymmetric else 1)
         return numbers * self.dtype.itemsize
 
@@ -271,7 +271,7 @@ class _Sizes:
         resident = weights + sum(packed)  # the results in fp32, until they are packed
         hidden, mlp = self.model.hidden_size, layer.mlp
         seq = self.config.seq_len if self.calibrated else 0
-        widest = max([hidden, *(linear.out_features for linear in layer.dense.values())])
+        widest = max([hidden, *(linear.out_features for linear in layer.outside.values())])
         sample = seq * (4 * hidden + 4 * widest) * self.dtype.itemsize
         if getattr(self.model, "sliding_window", None):  # a mask of its own, and its copy as numbers
             sample += seq * seq * (1 + self.dtype.itemsize)
@@ -306,16 +306,20 @@ class _Sizes:
         return total
 
     def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:
-        """FLOP of QKᵀ and PV, half of each is masked. Heads need not be alike in all layers (Gemma 4)."""
-        outs = [x.in_features for name, x in layer.dense.items() if name.rpartition(".")[2] in OUT]
-        return 2.0 * tokens * seq * max(outs, default=0)
+        """FLOP of QKᵀ and PV, half of each is masked. Heads need not be alike in all layers (Gemma 4).
+
+        Linear attention has no product of that size.
+        """
+        named = [name.split(".") for name in layer.outside]
+        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in OUT]
+        return 2.0 * tokens * seq * max((layer.outside[name].in_features for name in outs), default=0)
 
     def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:
         mlp = layer.mlp
         if not self.calibrated:
             return _Work()
         tokens = float(self.tokens)
-        flop = 2 * tokens * sum(w.numel() for linear in layer.dense.values() for w in linear.parameters())
+        flop = 2 * tokens * sum(w.numel() for linear in layer.outside.values() for w in linear.parameters())
         flop += self._attention(layer, tokens, self.config.seq_len)
         original = flop
         sides: list[int] = []

@@ -226,17 +226,20 @@ def _fill_buffers(network: Any, device: torch.device) -> None:
 
     It is what ``from_pretrained`` does after building on the meta device. NaN finds what it leaves out.
     """
+    absent: list[tuple[str, nn.Module, str]] = []
     for name, module in network.named_modules():
-        absent = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
-        for short in absent:
-            module._buffers[short] = _unset(module._buffers[short])
-        if absent:
+        for short in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[short]) is not None:
+                module._buffers[short] = _unset(buffer)
+                absent.append((f"{name}.", module, short))
+    for name, module in network.named_modules():  # Falcon-H1's decoder fills those of its layers
+        if any(owner.startswith(f"{name}." if name else "") for owner, _, _ in absent):
             network._init_weights(module)
-        for short in absent:
-            buffer = module._buffers[short]
-            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-                raise ValueError(f"{name}.{short}: transformers does not initialise this buffer")
-            module._buffers[short] = buffer.to(device)
+    for name, module, short in absent:
+        buffer = module._buffers[short]
+        if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+            raise ValueError(f"{name}{short}: transformers does not initialise this buffer")
+        module._buffers[short] = buffer.to(device)
 
 
 def _unset(buffer: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ from torch import nn
 from vllm_spense.evaluation import load_model
 from vllm_spense.format import Checkpoint, Layout, dequantize
 from vllm_spense.format.conversion import fused_groups
+from vllm_spense.format.linears import MLP_SPLITS
 from vllm_spense.recovery.config import Train
-
-_MLP = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj")
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,10 @@ def load_student(checkpoint: Checkpoint, train: Train, device: torch.device) -> 
 
 def _is_linear_to_train(module: str, train: Train) -> bool:
     """Whether the linear ``module`` (or plain MLP matrix of a checkpoint) belongs to what is trained."""
-    if "self_attn" in module.split("."):
-        return train == "all"
-    return "experts" not in module.split(".") and module.rpartition(".")[2] in _MLP
+    *path, last = module.split(".")
+    if "self_attn" in path or "linear_attn" in path:
+        return train == "all" and last != "conv1d"
+    return "experts" not in path and last in MLP_SPLITS
 
 
 def _linear(stored: Any) -> nn.Linear:

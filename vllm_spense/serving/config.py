@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.linears import MLP_SPLITS, stays_as_stored
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_loaded_file
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 ONLINE_DENSE_RATIO = 0.5
-ONLINE_SPLITS = {"gate_up_proj": "output", "gate_proj": "output", "up_proj": "output"}
-ONLINE_SPLITS |= {"down_proj": "input"}
+ONLINE_SPLITS = {"gate_up_proj": "output", **MLP_SPLITS}
 
 DRAFT_PREFIX = "draft_model."
 """What vLLM puts before the names of all layers of a draft model (speculative decoding)."""
@@ -48,6 +48,8 @@ class SpenseConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self.summary = LoadSummary()
         self.modules: dict[str, ModuleSpec] = {} if checkpoint is None else dict(checkpoint.modules)
+        self.model_type = ""
+        self.values_are_keys = False
         if checkpoint is None:
             logger.warning(
                 "Spense load-time mode: the model is not pruned by calibration. MLP weights are cut to "
@@ -84,6 +86,10 @@ class SpenseConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
     ) -> None:
         """Check a local checkpoint's headers and hashes before anything is loaded from it."""
+        if hf_config is not None:
+            text = hf_config.get_text_config()
+            self.model_type = text.model_type
+            self.values_are_keys = bool(getattr(text, "attention_k_eq_v", False))
         directory = Path(model_name)
         if self.checkpoint is None or not directory.is_dir():
             return
@@ -128,23 +134,25 @@ class SpenseConfig(QuantizationConfig):
             return None
         names = self.shard_names(prefix)
         if self.checkpoint is None:
-            if isinstance(layer, compat.ReplicatedLinear):  # routers and gates, read as .weight
+            stays = stays_as_stored(prefix, self.model_type)
+            if stays or isinstance(layer, compat.ReplicatedLinear):  # routers and gates, read as .weight
                 self.summary.skip(layer)
                 return compat.UnquantizedLinearMethod()
             split = ONLINE_SPLITS.get(prefix.rpartition(".")[2])
             return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO, self.summary)
-        listed = [name in self.modules for name in names]
-        if not any(listed):
+        specs = {name: self.modules[name] for name in names if name in self.modules}
+        if not specs:
             self.summary.skip(layer)
             return compat.UnquantizedLinearMethod()
-        if not all(listed):
+        if self.values_are_keys and list(specs) == names[:2] and len(names) == 3:
+            specs[names[2]] = specs[names[1]]  # vLLM loads k_proj twice
+        if len(specs) < len(names):
             raise CheckpointError(
                 f"vLLM fuses {', '.join(names)} into one layer, but only some of them are listed in "
                 "quantization_config.modules",
                 module=prefix,
                 fix=REPRUNE,
             )
-        specs = {name: self.modules[name] for name in names}
         return SpenseLinearMethod(prefix, specs, self.checkpoint, self.summary)
 
     def shard_names(self, prefix: str) -> list[str]:

@@ -22,18 +22,17 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def shard_index(shard_id: object, count: int, prefix: str) -> int:
-    """Position of a shard in its fused layer, from vLLM's shard id (None, int, or q/k/v)."""
-    if shard_id is None and count == 1:
-        return 0
-    index = _QKV.get(shard_id, -1) if isinstance(shard_id, str) else shard_id
-    if type(index) is int and 0 <= index < count:
-        return index
+def shard_indices(shard_id: object, count: int, prefix: str) -> tuple[int, ...]:
+    """Positions of a tensor in its fused layer, from vLLM's shard id (None: all; int, tuple, or q/k/v)."""
+    several = tuple(range(count)) if shard_id is None else shard_id
+    found = several if isinstance(several, tuple) else (several,)
+    indices = [_QKV.get(one, -1) if isinstance(one, str) else one for one in found]
+    if all(type(one) is int and 0 <= one < count for one in indices):
+        return tuple(indices)
     raise CheckpointError(
-        f"shard id {shard_id!r} does not fit a layer of {count} parts: layers that are fused on disk "
-        "are not supported",
+        f"shard id {shard_id!r} does not fit a layer of {count} parts",
         module=prefix,
-        fix="split the fused projection before pruning",
+        fix="use a model class that vllm-spense supports",
     )
 
 
@@ -115,18 +114,36 @@ class LoadPlan:
                     fix=REPRUNE,
                 )
 
-    def copy(self, name: TensorName, target: torch.Tensor, source: torch.Tensor, shard_id: object) -> int:
+    def copy(
+        self, name: TensorName, target: torch.Tensor, source: torch.Tensor, shard_id: object
+    ) -> tuple[int, ...]:
         """Copy this rank's part of one checkpoint tensor into the fused parameter.
 
-        Returns the module's index; raises :class:`CheckpointError` on a wrong shape or dtype.
+        Returns the indices of the parts that it fills; raises :class:`CheckpointError` on a wrong shape or
+        dtype.
         """
-        index = shard_index(shard_id, len(self.modules), self.prefix)
+        indices = shard_indices(shard_id, len(self.modules), self.prefix)
+        if len({self.modules[index].name for index in indices}) > 1:
+            raise CheckpointError(
+                f"shard id {shard_id!r} does not fit a layer of {len(self.modules)} parts: layers that are "
+                "fused on disk are not supported",
+                module=self.prefix,
+                fix="split the fused projection before pruning",
+            )
+        rows = [self.modules[index].layout.shape(name)[0] for index in indices]
+        pieces = [source]
+        if len(rows) > 1 and source.ndim and source.shape[0] == sum(rows):
+            pieces = list(source.split(rows))
+        for index, piece in zip(indices, pieces, strict=len(pieces) > 1):
+            self._copy(name, target, piece, index)
+        return indices
+
+    def _copy(self, name: TensorName, target: torch.Tensor, source: torch.Tensor, index: int) -> None:
         module = self.modules[index]
         self._check_source(module, name, source)
         part = module.layout.slice_tensor(name, source, module.axis, module.rank, module.parts)
         start = sum(m.local.shape(name)[0] for m in self.modules[:index])
         target.narrow(0, start, part.shape[0]).copy_(part)
-        return index
 
     def _check_source(self, module: ModuleSlice, name: TensorName, source: torch.Tensor) -> None:
         shape = module.layout.shape(name)
@@ -150,7 +167,7 @@ def make_loader(plan: LoadPlan, name: TensorName, loaded: Loaded) -> Callable[..
     def spense_weight_loader(
         param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: object = None
     ) -> None:
-        loaded.add((name, plan.copy(name, param.data, loaded_weight, loaded_shard_id)))
+        loaded.update((name, i) for i in plan.copy(name, param.data, loaded_weight, loaded_shard_id))
 
     return spense_weight_loader
 
@@ -171,14 +188,10 @@ def make_plan(
 
     ``in_features``: input features of the whole layer; ``local_outputs``: output features of each fused
     module on this rank; ``rank``, ``size``: tensor parallel. A module may be cut into fewer parts than
-    ranks (replicated key/value heads). Raises :class:`CheckpointError` when they contradict.
+    ranks (replicated key/value heads); a dense one may fill several parts of the layer (linear attention's
+    q, k and v). Raises :class:`CheckpointError` when they contradict.
     """
-    if len(local_outputs) != len(specs):
-        raise CheckpointError(
-            f"vLLM builds the layer from {len(local_outputs)} parts, the checkpoint lists {len(specs)}",
-            module=prefix,
-            fix="use a model class that vllm-spense supports, or prune again",
-        )
+    modules = _parts(prefix, specs, local_outputs, size)
     splits = {(s.split, s.sparse if s.split == "input" else 0) for s in specs.values()}
     if len(splits) > 1:
         raise CheckpointError(
@@ -187,7 +200,7 @@ def make_plan(
             fix=REPRUNE,
         )
     slices = []
-    for (name, spec), n_local in zip(specs.items(), local_outputs, strict=True):
+    for (name, spec), n_local in zip(modules, local_outputs, strict=True):
         parts = size if axis == "input" else spec.out_features // max(n_local, 1)
         expected = (n_local if axis == "input" else n_local * parts, in_features)
         if expected != (spec.out_features, spec.in_features) or size % max(parts, 1):
@@ -215,6 +228,32 @@ def make_plan(
             ) from None
         slices.append(ModuleSlice(name, spec.layout(), axis, rank * parts // size, parts, spec.bias))
     return LoadPlan(prefix, tuple(slices), weight_dtype)
+
+
+def _parts(
+    prefix: str, specs: dict[str, ModuleSpec], local_outputs: list[int], size: int
+) -> list[tuple[str, ModuleSpec]]:
+    """The module that each part of the layer comes from, with the rows that it takes of it."""
+    if len(local_outputs) == len(specs):
+        return list(specs.items())
+    parts: list[tuple[str, ModuleSpec]] = []
+    rows = [n * size for n in local_outputs]
+    for name, spec in specs.items():
+        taken = 0
+        while rows and taken < spec.out_features and not spec.sparse:
+            taken += rows[0]
+            layout = Layout("output", rows.pop(0), spec.in_features, 0)
+            parts.append((name, ModuleSpec.of(layout, spec.bias)))
+        if taken != spec.out_features:
+            parts = []
+            break
+    if len(parts) != len(local_outputs):
+        raise CheckpointError(
+            f"vLLM builds the layer from {len(local_outputs)} parts, the checkpoint lists {len(specs)}",
+            module=prefix,
+            fix="use a model class that vllm-spense supports, or prune again",
+        )
+    return parts
 
 
 def check_heads(plan: LoadPlan, head_size: int) -> None:

@@ -11,7 +11,7 @@ from vllm_spense.format.layout import Axis, Layout, Split
 from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.online import online_layout, prune_and_pack
 from vllm_spense.serving import compat
-from vllm_spense.serving.loading import Loaded, LoadPlan, ModuleSlice, shard_index
+from vllm_spense.serving.loading import Loaded, LoadPlan, ModuleSlice, shard_indices
 from vllm_spense.serving.method import SpenseMethod
 from vllm_spense.serving.summary import LoadSummary
 
@@ -98,12 +98,33 @@ def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded):
     def spense_dense_loader(
         param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: object = None
     ) -> None:
-        index = shard_index(loaded_shard_id, len(widths), prefix)
-        rows = widths[index]
-        parts = size if axis == "input" else loaded_weight.shape[0] // rows
-        full = Layout("output", loaded_weight.shape[0], loaded_weight.shape[1], 0)
-        part = full.slice_tensor("dense_weight", loaded_weight, axis, rank * parts // size, parts)
-        param.data.narrow(0, sum(widths[:index]), rows).copy_(part)
-        loaded.add(("weight", index))
+        indices = shard_indices(loaded_shard_id, len(widths), prefix)
+        pieces = loaded_weight.split(
+            _rows([widths[i] for i in indices], loaded_weight.shape[0], size, prefix)
+        )
+        for index, piece in zip(indices, pieces, strict=True):
+            rows = widths[index]
+            parts = size if axis == "input" else piece.shape[0] // rows
+            full = Layout("output", piece.shape[0], piece.shape[1], 0)
+            part = full.slice_tensor("dense_weight", piece, axis, rank * parts // size, parts)
+            param.data.narrow(0, sum(widths[:index]), rows).copy_(part)
+            loaded.add(("weight", index))
 
     return spense_dense_loader
+
+
+def _rows(widths: list[int], rows: int, size: int, prefix: str) -> list[int]:
+    """How many of the ``rows`` of a tensor on disk belong to each part of which a rank has ``widths``."""
+    if len(widths) == 1:
+        return [rows]
+    found = [width * size for width in widths]
+    if sum(found) > rows and len(found) == 3:  # ranks hold copies of key/value heads
+        found[1:] = [(rows - found[0]) // 2] * 2
+    if sum(found) != rows or min(found) < 1:
+        raise CheckpointError(
+            f"the tensor on disk has {rows} rows, the layer takes {' + '.join(map(str, found))}",
+            module=prefix,
+            tensor="weight",
+            fix="get an intact copy of the model",
+        )
+    return found
