@@ -16,7 +16,7 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast fuzz soak start-up lint format demo accuracy frontier cpu report clean gpu gpu-plan \
+.PHONY: help setup kernels kernels-check test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan \
 	gpu-report $(GPU_STAGES)
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
+	@echo "make second-model  fetch Gemma 3 270M (Gemma terms; never part of setup or test) and measure pruning on it (hours)"
 	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (8 GB, 20 minutes)"
 	@echo "make report     every table and plot again, from the committed results"
 	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
@@ -97,6 +98,10 @@ accuracy: setup
 frontier: setup
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS)
 	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS) --ablations --seeds 0
+
+# Fetches the model itself, for whoever asks for it accepts its licence.
+second-model: setup
+	$(PY) benchmarks/accuracy_frontier.py --model gemma-3-270m --assets $(ASSETS)
 
 cpu: setup $(EXTENSION)
 	$(PY) benchmarks/cpu_linear.py

@@ -1,6 +1,9 @@
-"""Quality against size and speed: pruning methods on SmolLM2-135M-Instruct, over several calibration seeds.
+"""Quality against size and speed: pruning methods on trained models, over several calibration seeds.
 
-usage: python benchmarks/accuracy_frontier.py [--rows ROW …] [--seeds 0 1 2] [--split test] [--ablations]
+usage: python benchmarks/accuracy_frontier.py [--model MODEL] [--rows ROW …] [--seeds 0 1 2] [--ablations]
+
+The first model is SmolLM2-135M-Instruct, on which `guided` was tuned. Gemma 3 270M, on which nothing was, is
+fetched only when it is asked for (its licence: benchmarks/gemma_model.py).
 
 Each row is pruned for bf16 weights (so that rounding plays no part) on 64 windows of 512 tokens of the train
 split, and measured: perplexity, KL divergence and top-1 agreement with the dense model on 32 windows of 512
@@ -8,7 +11,7 @@ tokens of Wikipedia text; perplexity on as many of a novel, which no calibration
 continuation task. Tune with `--split valid`. The documents show the methods on the test split, and the
 `--ablations` (one option changed at a time) on the validation split.
 
-Finished figures in benchmarks/results/accuracy_frontier.json are kept: run it again to go on, start it twice
+Finished figures, in a file per model in benchmarks/results, are kept: run it again to go on, start it twice
 to share the work, `--again` to measure once more. A row takes 8 to 20 minutes of one core per seed; with
 OMP_NUM_THREADS=1 the seconds of pruning, which are the processor's, do not depend on what else runs.
 """
@@ -35,18 +38,19 @@ import torch
 
 from benchmarks.accuracy_smollm2 import environment, report
 from benchmarks.frontier_cost import cost
-from benchmarks.frontier_report import write_documents
+from benchmarks.frontier_report import write_documents, write_second_model
+from benchmarks.gemma_model import fetch_gemma
 from benchmarks.results_file import ROOT, provenance, read, write
-from vllm_spense.demo_assets import fetch_fiction, fetch_model, fetch_text
+from vllm_spense.demo_assets import Progress, fetch_fiction, fetch_model, fetch_text
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.agreement import agreement
 from vllm_spense.evaluation.continuation import continuation, text_items
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.recovery import RecoveryConfig, recover
-from vllm_spense.text import Beginning
+from vllm_spense.text import Beginning, Bos, context_length, opening
 
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy_frontier.json"
+RESULTS = ROOT / "benchmarks" / "results"
 SEQ_LEN, MAX_TOKENS = 512, 16384
 
 
@@ -149,6 +153,44 @@ ABLATIONS = [
 ]
 """One option of ``BASE`` changed at a time; measured on the validation split with ``--ablations``."""
 
+WITHOUT_BOS = {"bos": "never"}
+"""Windows as they were before they started with BOS; evaluated with BOS all the same."""
+
+GEMMA_ROWS = [
+    *(row for row in ROWS if row.key in ("dense", "spensegpt+0.5", "guided0.5")),
+    Row(
+        "spensegpt+0.5-no-bos",
+        "SpenseGPT+, calibrated without BOS",
+        SPENSEGPT_PLUS | WITHOUT_BOS | {"dense_ratio": 0.5},
+    ),
+    Row("guided0.5-no-bos", "guided, calibrated without BOS", GUIDED | WITHOUT_BOS | {"dense_ratio": 0.5}),
+]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is pruned: where it comes from, its results file in ``RESULTS``, its rows and metrics."""
+
+    fetch: Callable[[Path, Progress], Path]
+    results: str
+    rows: list[Row]
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def known(self) -> dict[str, Row]:
+        """All rows that can be measured on it, by key."""
+        return {row.key: row for row in [*ROWS, BASE, *ABLATIONS, *self.rows]}
+
+
+SUBJECTS = {
+    "smollm2": Subject(
+        fetch_model, "accuracy_frontier.json", ROWS, ("wikipedia", "fiction", "continuation"), (0, 1, 2)
+    ),
+    "gemma-3-270m": Subject(
+        fetch_gemma, "accuracy_frontier_gemma.json", GEMMA_ROWS, ("wikipedia", "without_bos", "fiction"), (0,)
+    ),
+}
+
 
 class Remembered(torch.nn.Module):
     """A causal language model that runs its layers once per input: every row is compared with it."""
@@ -168,8 +210,8 @@ class Remembered(torch.nn.Module):
 class Bench:
     """The texts, the dense model and the measurements on one split; everything is loaded on first use."""
 
-    def __init__(self, assets: Path, split: str) -> None:
-        self.model = fetch_model(assets, print)
+    def __init__(self, subject: Subject, assets: Path, split: str) -> None:
+        self.model = subject.fetch(assets, print)
         self.text, self.fiction = fetch_text(assets, print), fetch_fiction(assets, print)
         self.split = split
         self.tokenizer = load_tokenizer(self.model)
@@ -182,8 +224,12 @@ class Bench:
     def reference(self) -> Remembered:
         return Remembered(self.dense)
 
-    def windows(self, folder: Path) -> torch.Tensor:
-        return text_windows(self.tokenizer, self.beginning(folder), SEQ_LEN, MAX_TOKENS)
+    @cached_property
+    def context(self) -> int:
+        return context_length(opening(self.tokenizer))
+
+    def windows(self, folder: Path, bos: Bos = "auto") -> torch.Tensor:
+        return text_windows(self.tokenizer, self.beginning(folder), SEQ_LEN, MAX_TOKENS, bos)
 
     def beginning(self, folder: Path) -> Beginning:
         return Beginning(folder / f"{self.split}.txt", self.tokenizer)
@@ -191,12 +237,15 @@ class Bench:
     def wikipedia(self, model: torch.nn.Module) -> dict[str, float]:
         windows = self.windows(self.text)
         if model is self.dense:
-            nll = mean_nll(model, windows)
+            nll = mean_nll(model, windows, context=self.context)
             return {"nll": nll, "reference_nll": nll, "kl": 0.0, "top1": 1.0}
-        return asdict(agreement(model, self.reference, windows))
+        return asdict(agreement(model, self.reference, windows, context=self.context))
+
+    def without_bos(self, model: torch.nn.Module) -> dict[str, float]:
+        return {"nll": mean_nll(model, self.windows(self.text, "never"))}
 
     def novel(self, model: torch.nn.Module) -> dict[str, float]:
-        return {"nll": mean_nll(model, self.windows(self.fiction))}
+        return {"nll": mean_nll(model, self.windows(self.fiction), context=self.context)}
 
     def continuation(self, model: torch.nn.Module) -> dict[str, float]:
         result = continuation(model, text_items(self.tokenizer, self.beginning(self.text)))
@@ -205,38 +254,52 @@ class Bench:
 
 METRICS: dict[str, Callable[[Bench, torch.nn.Module], dict[str, float]]] = {
     "wikipedia": Bench.wikipedia,
+    "without_bos": Bench.without_bos,
     "fiction": Bench.novel,
     "continuation": Bench.continuation,
 }
 
 
 def main() -> None:
-    rows = {row.key: row for row in [*ROWS, BASE, *ABLATIONS]}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", default=[row.key for row in ROWS])
+    parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: those of the model's table")
     parser.add_argument("--ablations", action="store_true", help="these, on the validation split")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the calibration windows")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--metrics", nargs="+", choices=METRICS)
     parser.add_argument("--again", action="store_true", help="measure what is known already once more")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints in --work")
     parser.add_argument("--plot-only", action="store_true", help="only make the documents")
     parser.add_argument("--assets", type=Path, default=ROOT / ".cache" / "assets")
-    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "frontier")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, help="default: .cache/frontier/MODEL")
+    parser.add_argument("--results", type=Path, help="default: the model's file in benchmarks/results")
     arguments = parser.parse_args()
+    subject = SUBJECTS[arguments.model]
+    rows = subject.known()
+    if unknown := set(arguments.rows or ()) - set(rows):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    arguments.rows = arguments.rows or [row.key for row in subject.rows]
+    arguments.seeds = arguments.seeds or subject.seeds
+    arguments.metrics = arguments.metrics or subject.metrics
+    arguments.work = arguments.work or ROOT / ".cache" / "frontier" / arguments.model
+    arguments.results = arguments.results or RESULTS / subject.results
     if arguments.ablations:
         arguments.split, arguments.rows = "valid", [row.key for row in (ROWS[-1], BASE, *ABLATIONS)]
         arguments.metrics = ["wikipedia", "fiction"]
     if not arguments.plot_only:
-        bench = Bench(arguments.assets, arguments.split)
+        bench = Bench(subject, arguments.assets, arguments.split)
         jobs = [(rows[key], seed) for seed in arguments.seeds for key in arguments.rows]
         for row, seed in jobs:
             if row.seeded or seed == arguments.seeds[0]:
                 measure(row, seed if row.seeded else 0, bench, arguments)
-    write_documents(current(read(arguments.results), rows), ROWS, [ROWS[-1], BASE, *ABLATIONS])
+    files = {name: RESULTS / subject.results for name, subject in SUBJECTS.items()}
+    files[arguments.model] = arguments.results
+    figures = {name: current(read(path), SUBJECTS[name].known()) for name, path in files.items()}
+    write_documents(figures["smollm2"], ROWS, [ROWS[-1], BASE, *ABLATIONS])
+    write_second_model(figures["gemma-3-270m"], GEMMA_ROWS)
 
 
 def current(results: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:

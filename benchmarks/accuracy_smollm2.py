@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -145,13 +146,14 @@ def report(progress: PruneProgress) -> None:
 
 
 def environment() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
+    cpu, flags = platform.processor() or platform.machine(), ""
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+        fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", info.read_text(), re.MULTILINE))
+        cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
     return {
         "cpu": cpu,
+        "amx": "amx_bf16" in flags.split(),
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         **{name: version(name) for name in ("torch", "transformers", "vllm-spense")},

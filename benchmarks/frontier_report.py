@@ -1,4 +1,4 @@
-"""docs/accuracy.md, README and the plot, from benchmarks/results/accuracy_frontier.json."""
+"""docs/accuracy.md, README and the plot, from benchmarks/results/accuracy_frontier*.json."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Figure:
 
 
 Run = dict[str, Any]
-"""The figures of one row and seed, on one split: cost, wikipedia, fiction, continuation."""
+"""The figures of one row and seed, on one split: cost and the metrics of accuracy_frontier.py."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ COLUMNS = {
     "perplexity": Column("perplexity", lambda run, dense: math.exp(run["wikipedia"]["nll"]), ".2f"),
     "loss": Column("loss over dense, nats", loss, ".3f"),
     "fiction": Column("perplexity, novel", lambda run, dense: math.exp(run["fiction"]["nll"]), ".2f"),
+    "without_bos": Column(
+        "perplexity without BOS", lambda run, dense: math.exp(run["without_bos"]["nll"]), ".2f"
+    ),
     "kl": Column("KL, nats", lambda run, dense: run["wikipedia"]["kl"], ".3f"),
     "top1": Column("top-1 agreement", lambda run, dense: run["wikipedia"]["top1"], ".1%"),
     "continuation": Column("continuation", lambda run, dense: run["continuation"]["accuracy"], ".1%"),
@@ -77,6 +80,8 @@ COLUMNS = {
         ".1%",
     ),
 }
+FRONTIER_COLUMNS = tuple(column for column in COLUMNS if column != "without_bos")
+GEMMA_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "kl", "top1", "fiction", "without_bos", "seconds")
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
 
@@ -105,7 +110,7 @@ class Figures:
                 continue
         return Figure.of(values) if values else None
 
-    def table(self, rows: Sequence[Line], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    def table(self, rows: Sequence[Line], columns: Sequence[str] = FRONTIER_COLUMNS) -> str:
         """Markdown; rows without any measurement are left out."""
         titles = [COLUMNS[column].title for column in columns]
         lines = [f"| method | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
@@ -128,6 +133,13 @@ def write_documents(results: dict[str, Any], rows: Sequence[Line], ablations: Se
     insert(README, "frontier", figures.table(rows, README_COLUMNS))
     if any(figures.get(row.key, "loss") for row in rows):
         write_plot(figures, rows)
+
+
+def write_second_model(results: dict[str, Any], rows: Sequence[Line]) -> None:
+    """Print the table of the second model on the test split and put it into docs/."""
+    table = Figures(results, "test").table(rows, GEMMA_COLUMNS)
+    print(f"\n{table}")
+    insert(DOCUMENT, "second-model", table)
 
 
 def insert(path: Path, name: str, block: str) -> None:

