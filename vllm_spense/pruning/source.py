@@ -236,7 +236,7 @@ def _fill_buffers(network: Any, device: torch.device) -> None:
         if any(owner.startswith(f"{name}." if name else "") for owner, _, _ in absent):
             network._init_weights(module)
     for name, module, short in absent:
-        buffer = module._buffers[short]
+        buffer = module.get_buffer(short)
         if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
             raise ValueError(f"{name}{short}: transformers does not initialise this buffer")
         module._buffers[short] = buffer.to(device)
