@@ -75,10 +75,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "tie_word_embeddings": True,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 128,  # what vLLM has on CPUs
+        "linear_value_head_dim": 128,
     },
     "falcon_h1": {
         "mamba_d_ssm": 128,
@@ -102,7 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {"head_dim": None, "partial_rotary_factor": 0.5, "qk_layernorm": True},
     "starcoder2": {"head_dim": None, "use_bias": True, "sliding_window": 16},
     "nemotron": {"hidden_act": "relu2", "mlp_bias": True},
-    "opt": {"head_dim": None, "ffn_dim": INTER, "word_embed_proj_dim": 64},
+    "opt": {"head_dim": None, "num_key_value_heads": None, "ffn_dim": INTER, "word_embed_proj_dim": 64},
     "qwen2_moe": {"head_dim": None, "shared_expert_intermediate_size": SHARED, **_MOE},
     "qwen3_moe": _MOE,
 }

@@ -188,7 +188,8 @@ def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:
     }
     plain = {full: linear for full, linear in outside.items() if stays_as_stored(full, kind)}
     dense = {full: linear for full, linear in outside.items() if full not in plain}
-    return DecoderLayer(name, module, attention, mlp, dense, plain, experts)
+    beside = getattr(module, "experts", None)  # Gemma 4's
+    return DecoderLayer(name, module, attention, mlp, dense, plain, beside if experts is None else experts)
 
 
 def _mlp(name: str, block: nn.Module, alone: bool = True) -> Mlp:
