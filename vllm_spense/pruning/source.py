@@ -17,6 +17,7 @@ from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.conversion import left_out, model_parameter
 from vllm_spense.format.errors import RESAVE, one_line
 from vllm_spense.format.settings import portable
+from vllm_spense.format.side_files import NEVER_USED
 from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
@@ -27,7 +28,7 @@ _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 def source_directory(model: str | Path) -> Path:
     """The local directory of ``model``, looked at with :func:`check_source`.
 
-    A hub name is downloaded (safetensors and text files only).
+    A hub name is downloaded, without pickled weights, other formats and code.
     """
     path = Path(model).expanduser()
     if not path.exists():
@@ -42,8 +43,7 @@ def _download(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), ignore_patterns=NEVER_USED))
     except Exception as error:
         raise ValueError(
             f"{model}: neither a local directory nor a model that can be downloaded ({one_line(str(error))})"
