@@ -103,8 +103,9 @@ def building(directory: Path) -> Iterator[None]:
 
 def refusal(network: Any, directory: Path, text: str) -> str:
     """``text``, which says why the built ``network`` is refused, behind the file and what the model is."""
-    what = _what(read_json(directory / CONFIG_NAME), network.config)
-    return one_line(f"file {directory / CONFIG_NAME}: {f'{what}: ' if what else ''}{text}")
+    what, fix = _what(read_json(directory / CONFIG_NAME), network.config)
+    before, behind = f"{what}: " if what else "", f". Fix: {fix}" if fix else ""
+    return one_line(f"file {directory / CONFIG_NAME}: {before}{text}{behind}")
 
 
 def check_positions(config: Any, seq_len: int, directory: Path) -> None:
@@ -180,9 +181,11 @@ def _unknown_kind(kind: str, raw: Mapping[str, Any], path: Path) -> CheckpointEr
 
 
 def _no_language_model(raw: Mapping[str, Any], path: Path) -> CheckpointError:
-    what = _what(raw, None) or "no language model that predicts the next token"
-    problem = f"model_type {raw.get('model_type')!r} is {what}"
-    return CheckpointError(problem, file=path, fix="give a causal language model")
+    what, fix = _what(raw, None)
+    problem = (
+        f"model_type {raw.get('model_type')!r} is {what or 'no language model that predicts the next token'}"
+    )
+    return CheckpointError(problem, file=path, fix=fix or "give a causal language model")
 
 
 def _told(error: Exception, raw: Mapping[str, Any], path: Path) -> CheckpointError:
@@ -207,10 +210,10 @@ def _place(node: Any, value: object, path: str = "") -> str | None:
     return path if isinstance(value, str) and node == value and path else None
 
 
-def _what(raw: Mapping[str, Any], config: Any) -> str | None:
-    """What kind of model it is, where that alone explains a refusal."""
+def _what(raw: Mapping[str, Any], config: Any) -> tuple[str | None, str | None]:
+    """What kind of model it is, where that alone explains a refusal, and what to do instead."""
     if any(raw.get(key) for key in _SEES):
-        return "a multimodal model"
+        return "a multimodal model", "save its language model alone with transformers, and prune that"
     if raw.get("is_encoder_decoder") is True or getattr(config, "is_encoder_decoder", False) is True:
-        return "an encoder-decoder model"
-    return None
+        return "an encoder-decoder model", "give a model that is a decoder alone"
+    return None, None

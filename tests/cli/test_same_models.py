@@ -89,7 +89,7 @@ def commands(model: Path, folder: Path, out: Path) -> dict[str, list[object]]:
         "dry run": [*pruning, "--dry-run", "--device-model", "h200"],
         "plan": ["plan", model],
         "eval": ["eval", model, "--text", text, "--seq-len", 16, "--max-tokens", 32],
-        "recover": ["recover", folder / "spense", *recovery],
+        "recover": ["recover", folder / "spense", "--dense", model, *recovery],
     }
 
 
