@@ -281,7 +281,18 @@ def write(checkpoint: Checkpoint, out: Path, student: Any, config: Any, text: Te
 # -- families ------------------------------------------------------------------------------------
 
 
-FAMILIES = ["phi3", "glm4", "gemma2", "gemma4_text", "qwen3_5_text", "falcon_h1", "apertus", "opt", "phi"]
+FAMILIES = [
+    "phi3",
+    "glm4",
+    "gemma2",
+    "gemma4_text",
+    "gemma4_moe",
+    "qwen3_5_text",
+    "falcon_h1",
+    "apertus",
+    "opt",
+    "phi",
+]
 FAMILIES += ["qwen2_moe", "qwen3_moe"]
 
 
