@@ -63,7 +63,8 @@ def load_config(directory: Path) -> Any:
             for key, value in OUTPUTS.items():
                 if isinstance(found := getattr(config, part, None), PreTrainedConfig):
                     setattr(found, key, value)
-        heads, shared = (getattr(text, f"num_{which}_heads", None) for which in ("attention", "key_value"))
+        sizes = vars(text)  # Gemma 4's attribute raises where layers differ
+        heads, shared = (sizes.get(f"num_{which}_heads") for which in ("attention", "key_value"))
     if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
         problem = f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
         raise CheckpointError(problem, file=path, fix=_INTACT)
