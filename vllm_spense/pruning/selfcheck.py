@@ -20,7 +20,7 @@ from vllm_spense.pruning.activations import (
     recording_outputs,
     replaying,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder
+from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.source import SourceModel
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -44,7 +44,7 @@ def check_replay(
         with _refusing(layers[0], "the model's forward in front of it fails"):
             inputs = LayerInputs(source.network, windows, source.device, dtype=source.dtype)
         check = _Check(source, inputs, progress)
-        base, tokens = decoder(source.network), windows[:1].to(source.device)
+        base, tokens = source.network.base_model, windows[:1].to(source.device)  # with a wrapper's own steps
         with check.lending(), _refusing(layers[-1], "the model's forward behind it fails"):
             own = base(input_ids=tokens, use_cache=False)[0]
         with inputs.standing_in(source.network, 0):
