@@ -37,9 +37,9 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
     path = directory / CONFIG_NAME
@@ -48,8 +48,9 @@ def load_config(directory: Path) -> Any:
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         raise _unknown_kind(kind, raw, path)
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not any(
-        kind in names for names in (CAUSAL_LM, IMAGE_TEXT)
+        CONFIG_MAPPING[kind] in known for known in mappings
     ):  # some of these ask the hub for a backbone
         raise _no_language_model(raw, path)
     with building(directory):
