@@ -27,6 +27,10 @@ from vllm_spense.pruning.plan import plan
 OUTCOMES = ("planned", "planned, no prediction", "refused")
 SECONDS = 30.0
 """Per step: importing a model class for the first time may take seconds on a busy machine."""
+KINDS_OF_MODEL = (
+    *("llama", "mistral", "qwen2", "qwen3", "seed_oss", "gemma2", "gemma3_text", "phi3", "phi", "starcoder2"),
+    *("nemotron", "opt", "qwen2_moe", "qwen3_moe"),
+)
 WITH_WEIGHTS = ("llama", "gemma3_text", "phi3", "qwen2_moe")
 _OPTIONS = PruneConfig(calibration="x", num_samples=2, seq_len=16)
 
@@ -40,13 +44,13 @@ class SourceBase:
 
 
 def build(out: Path) -> dict[str, Path]:
-    """Directories by name: every tiny family and published models, most with config.json alone."""
+    """Directories by name: tiny families and published models, most with config.json alone."""
     from transformers import AutoConfig
 
     found = {}
-    for kind, special in FAMILIES.items():
+    for kind in KINDS_OF_MODEL:
         found[kind] = out / kind
-        options = {k: v for k, v in (_COMMON | special).items() if v is not None}
+        options = {k: v for k, v in (_COMMON | FAMILIES[kind]).items() if v is not None}
         AutoConfig.for_model(kind, **options).save_pretrained(found[kind])
     for name, raw in PUBLISHED.items():
         found[name] = out / name
