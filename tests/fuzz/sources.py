@@ -25,7 +25,7 @@ from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.plan import plan
 
 OUTCOMES = ("planned", "planned, no prediction", "refused")
-SECONDS = 30.0
+SECONDS = 50.0
 """Per step: importing a model class for the first time may take seconds on a busy machine."""
 KINDS_OF_MODEL = (
     *("llama", "mistral", "qwen2", "qwen3", "seed_oss", "gemma2", "gemma3_text", "phi3", "phi", "starcoder2"),
