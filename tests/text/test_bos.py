@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -19,7 +17,9 @@ from rich.console import Console
 from tiny import make_llama, make_spense
 from tiny_text import add_tokenizer, write_text
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from vllm_spense.cli.app import app
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.continuation import text_items
@@ -199,12 +199,9 @@ def test_an_opening_of_two_tokens_is_not_scored(dense: Path, text: Path, tmp_pat
 
 
 def test_the_command_says_which_token(dense: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "vllm_spense.cli.app", "eval", dense, "--text", text]
-    command += ["--seq-len", "32", "--max-tokens", "64"]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=300)
-    assert json.loads(done.stdout)["bos"] == "w7"
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert "over 62 tokens, windows behind w7, " in done.stdout
+    command = ["eval", str(dense), "--text", str(text), "--seq-len", "32", "--max-tokens", "64"]
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["bos"] == "w7"
+    assert "over 62 tokens, windows behind w7, " in CliRunner().invoke(app, command).stdout
 
 
 def test_contexts_of_the_continuation_task(dense: Path, tmp_path: Path) -> None:

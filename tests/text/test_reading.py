@@ -21,6 +21,7 @@ from tiny import make_llama
 from tiny_text import add_tokenizer
 from transformers import AutoTokenizer
 
+from vllm_spense.evaluation import evaluate
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.text import Beginning, TextRecord, find_sources
@@ -419,14 +420,24 @@ def spense(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-def test_eval_reads_standard_input_once(dense: Path, tmp_path: Path) -> None:
+def test_eval_reads_standard_input_once(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, the reference's windows and the continuation task all come from what was read once."""
     (tmp_path / "chats.jsonl").write_text(lines(chat_rows()))
-    arguments = ["eval", dense, "--seq-len", 64, "--max-tokens", 256, "--reference", dense, "--json"]
-    piped = spense(*arguments, "--text", "-", input=(tmp_path / "chats.jsonl").read_text())
-    named = spense(*arguments, "--text", tmp_path / "chats.jsonl")
-    assert piped.returncode == 0, piped.stderr
-    assert json.loads(piped.stdout)["nll"] == json.loads(named.stdout)["nll"]
+    options: dict[str, Any] = {
+        "seq_len": 64,
+        "max_tokens": 256,
+        "reference": dense,
+        "with_continuation": True,
+    }
+    named = evaluate(dense, tmp_path / "chats.jsonl", **options)
+    with (tmp_path / "chats.jsonl").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        piped = evaluate(dense, "-", **options)
+    assert (piped.nll, piped.agreement, piped.continuation) == (
+        named.nll,
+        named.agreement,
+        named.continuation,
+    )
 
 
 def test_the_command_refuses_in_one_line_before_any_work(dense: Path, tmp_path: Path) -> None:
