@@ -25,6 +25,11 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA4: dict[str, Any] = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "global_head_dim": 32,
+}
 _MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -63,22 +68,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 24},
     "gemma3_text": {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 24},
     "gemma4_text": {
-        "tie_word_embeddings": True,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        **GEMMA4,
         "num_kv_shared_layers": 1,  # the last layer reads what the second one wrote
         "use_double_wide_mlp": True,
-        "global_head_dim": 32,
         "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": VOCAB,
+    },
+    "gemma4_moe": {
+        **GEMMA4,
+        "model_type": "gemma4_text",
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "enable_moe_block": True,
+        "num_experts": EXPERTS,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
     },
     "qwen3_5_text": {
         "tie_word_embeddings": True,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 128,  # what vLLM has on CPUs
+        "linear_value_head_dim": 128,
     },
     "falcon_h1": {
         "mamba_d_ssm": 128,
@@ -102,7 +116,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {"head_dim": None, "partial_rotary_factor": 0.5, "qk_layernorm": True},
     "starcoder2": {"head_dim": None, "use_bias": True, "sliding_window": 16},
     "nemotron": {"hidden_act": "relu2", "mlp_bias": True},
-    "opt": {"head_dim": None, "ffn_dim": INTER, "word_embed_proj_dim": 64},
+    "opt": {"head_dim": None, "num_key_value_heads": None, "ffn_dim": INTER, "word_embed_proj_dim": 64},
     "qwen2_moe": {"head_dim": None, "shared_expert_intermediate_size": SHARED, **_MOE},
     "qwen3_moe": _MOE,
 }
@@ -140,8 +154,9 @@ def make_family(kind: str, out: Path, **changes: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {k: v for k, v in (_COMMON | FAMILIES[kind] | changes).items() if v is not None}
+    model_type = options.pop("model_type", kind)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -2,8 +2,10 @@
 
 usage: python vllm_generate.py REQUESTS.json RESPONSES
 REQUESTS: {name: {"model": DIR, "llm": {LLM keyword arguments}, "prompts": [[ids]], "max_tokens": n,
-"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?}}. ``calls`` go to every worker before
-prompts are answered; ``save``: where to leave a sharded state. The answer to each request is
+"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?, "pool": task?}}. ``calls`` go to every
+worker before prompts are answered; ``save``: where to leave a sharded state; ``pool``: ask for what this
+pooling task gives instead of tokens. A prompt may be {"text": words, "image": seed}, with a random image. The
+answer to each request is
 RESPONSES/name.json, what it printed RESPONSES/name.log; an engine that fails leaves only a log.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import sys
 import traceback
 from pathlib import Path
@@ -45,16 +48,20 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.metrics.reader import Counter
 
     options = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
-    llm = LLM(request["model"], skip_tokenizer_init=True, **(options | request["llm"]))
+    options |= {"skip_tokenizer_init": True} | request["llm"]
+    llm = LLM(request["model"], **options)
     try:
         for method, arguments in request.get("calls", []):
             llm.collective_rpc(method, kwargs=arguments)
         if request.get("save"):
             llm.llm_engine.engine_core.save_sharded_state(request["save"])
+        prompts = [_prompt(asked) for asked in request["prompts"]]
+        if request.get("pool"):
+            pooled = llm.encode(prompts, pooling_task=request["pool"], use_tqdm=False)
+            return {"outputs": [o.outputs.data.tolist() for o in pooled]}
         params = SamplingParams(
             temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=1, detokenize=False
         )
-        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         lora = LoRARequest("test", 1, request["lora"]) if request.get("lora") else None
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
         counted = llm.get_metrics() if request["llm"].get("disable_log_stats") is False else []
@@ -72,6 +79,16 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         for o in outputs
     ]
     return {"outputs": answers, "cached": [o.num_cached_tokens for o in outputs], "metrics": metrics}
+
+
+def _prompt(asked: list[int] | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(asked, list):
+        return {"prompt_token_ids": asked}
+    from PIL import Image
+
+    pixels = random.Random(asked["image"]).randbytes(56 * 56 * 3)
+    image = Image.frombytes("RGB", (56, 56), pixels)
+    return {"prompt": asked["text"], "multi_modal_data": {"image": image}}
 
 
 def clean_up() -> None:

@@ -25,6 +25,7 @@ KINDS = {
     "qwen2": "bf16",  # tied embeddings
     "gemma2": "fp8",  # tied, other norms
     "phi3": "fp8",  # fused on disk
+    "glm4": "bf16",  # of two fused linears it has one
     "qwen2_moe": "fp8",  # routed experts, stacked in transformers
     "opt": "fp8",  # no GLU, a decoder inside the model
 }

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from mounts import run_with_mount
 
+from vllm_spense.format import CheckpointWriter
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_spense.format.target import Target
 
@@ -321,6 +323,23 @@ def test_a_mount_point_that_shows_only_at_the_end(
     monkeypatch.setattr(os, "rename", refuse)
     publish(out)
     assert_only(out, NEW)
+
+
+def test_a_file_system_without_modes_and_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network and container mounts are: found before only at the very end."""
+
+    def refuse(number: int) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.write_config({"model_type": "llama"})
+        writer.add("a", torch.zeros(8))
+    check_manifest(tmp_path / "out")
 
 
 def test_two_commands_do_not_move_files_into_one_place(

@@ -198,6 +198,8 @@ def test_the_class_fills_in_what_is_left_out(tmp_path: Path) -> None:
         ({"layer_types": ["mamba"] * 3}, "layer_types must name"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is missing"),
         ({"kv_lora_rank": 512}, "kv_lora_rank is set"),
+        ({"linear_num_value_heads": 32}, "linear_num_value_heads is set: layers of linear attention"),
+        ({"num_kv_shared_layers": 20}, "num_kv_shared_layers is set: this model's layers differ"),
         ({"num_local_experts": 8, "model_type": "mixtral"}, "the experts of model_type 'mixtral'"),
         (MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, expected an integer from 1 to 8"),
         ({"quantization_config": []}, "quantization_config is '[]'"),

@@ -83,13 +83,17 @@ def test_sizes_that_do_not_fit(
         ("stablelm", {"qk_layernorm": True}, r"q_layernorm.norms.0.weight \[16\] may tell heads apart"),
         ("afmoe", {"num_dense_layers": 1, "layer_types": ["full_attention"]}, "gate_proj.weight.* apart"),
         ("diffllama", {}, "lambda_q1.* may tell heads apart"),
+        ("falcon_h1", {}, "vLLM serves this model's attention as it is stored only"),
+        ("gemma4_text", {"attention_k_eq_v": True}, "it has no plain linears q_proj, k_proj, v_proj"),
+        ("minicpm3", {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}, "it has no plain linears q_proj"),
+        ("qwen3_5_text", {}, "linear attention keeps a state per head"),
     ],
 )
 def test_attention_that_tells_heads_apart_is_refused(kind: str, changes: dict, message: str) -> None:
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(COMMON | changes)))
     layer = decoder_layers(network)[0]
-    with pytest.raises(UnsupportedModelError, match=f"self_attn cannot be pruned: {message}"):
+    with pytest.raises(UnsupportedModelError, match=f"_attn cannot be pruned: {message}"):
         target(layer, MAGNITUDE)
     assert target(layer, MAGNITUDE.model_copy(update={"targets": "mlp"})) is None
 

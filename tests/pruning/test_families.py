@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,9 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, dequantize, quantize_per_channel
+from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
 from vllm_spense.format.conversion import FUSED_TYPES, part_rows
 from vllm_spense.format.export import export
+from vllm_spense.planning import read_model
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
 from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.config import Preset
@@ -196,6 +198,27 @@ def test_the_joint_fit_knows_what_comes_into_down(kind: str, family) -> None:
         first, *rest = (linear(seen[layer.name, "x"]) for linear in mlp.inner.values())
         values = mlp.activation(first) * (rest[0] if rest else 1)
         torch.testing.assert_close(values, seen[layer.name, "values"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_serving_plan_counts_the_same_linears(kind: str, family) -> None:
+    """Or refuses models whose layers keep another cache than a token's keys and values."""
+    run = family(kind, "bf16")
+    if kind in ("gemma4_text", "gemma4_moe", "qwen3_5_text", "falcon_h1"):
+        with pytest.raises(CheckpointError, match="can be predicted"):
+            read_model(run.dense)
+        return
+    counted: Counter[str] = Counter()
+    for linear in read_model(run.dense).linears:
+        counted[linear.kind] += linear.count * sum(p.out_features * p.in_features for p in linear.parts)
+    expected: Counter[str] = Counter()
+    model = run.original()
+    split_fused(model)
+    for layer in decoder_layers(model):
+        expected["attention"] += sum(x.weight.numel() for x in layer.dense.values())
+        if layer.mlp is not None:
+            expected["mlp"] += sum(x.weight.numel() for x in (*layer.mlp.inner.values(), layer.mlp.down))
+    assert counted == expected
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -20,6 +20,7 @@ from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.resume import work_path
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.pruning.trust import PruneWarning, warn, warn_about_calibration, warn_about_size
+from vllm_spense.sources import BaseModel
 from vllm_spense.text.windows import MAX_END, MIN_END, sample_windows, text_end
 
 QUIET = {"dense_ratio": 0.75, "num_samples": 4, "seq_len": 64}
@@ -156,7 +157,7 @@ def card(config: PruneConfig, losses: dict[str, float], damping: dict[str, float
         "versions": {"vllm-spense": "1", "torch": "2", "transformers": "5"},
         "raised_damping": damping,
     }
-    return model_card("org/model", config, 0.25, [1, 2, 4], losses, provenance)
+    return model_card(BaseModel("org/model"), config, 0.25, [1, 2, 4], losses, provenance)
 
 
 def test_card_of_a_plain_mlp() -> None:
@@ -168,6 +169,7 @@ def test_card_of_a_plain_mlp() -> None:
     for part in (
         "## Creation",
         "## Deployment",
+        "`import vllm_spense` comes first",
         "## Evaluation",
         NOT_MEASURED,
         "spense eval",

@@ -281,7 +281,22 @@ def write(checkpoint: Checkpoint, out: Path, student: Any, config: Any, text: Te
 # -- families ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["phi3", "gemma2", "opt", "phi", "qwen2_moe", "qwen3_moe"])
+FAMILIES = [
+    "phi3",
+    "glm4",
+    "gemma2",
+    "gemma4_text",
+    "gemma4_moe",
+    "qwen3_5_text",
+    "falcon_h1",
+    "apertus",
+    "opt",
+    "phi",
+]
+FAMILIES += ["qwen2_moe", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_families(kind: str, weight_dtype: str, root: Path, tmp_path: Path) -> None:
     """What is written is the trained student: parts of fused linears in order, experts as they were."""

@@ -53,9 +53,15 @@ FAMILIES = {
     "vaultgemma": Family("VaultGemma", "GLU, GELU"),
     "gemma2": Family("Gemma 2", "GLU, GELU"),
     "gemma3_text": Family("Gemma 3 (text)", "GLU, GELU"),
-    "gemma4_text": Family("Gemma 4 (text)", "GLU, GELU", "what mixes the inputs per layer stays in bf16"),
+    "gemma4_text": Family(
+        "Gemma 4 (text): E2B, E4B", "GLU, GELU", "what mixes the inputs per layer stays in bf16"
+    ),
+    "gemma4_moe": Family(
+        "Gemma 4 (text): 31B, 26B-A4B", "GLU, GELU", "keys that are values; routed experts stay dense"
+    ),
     "qwen3_5_text": Family(
-        "Qwen3.5, Qwen3.6 (text, dense)", note="hybrid linear attention in FP8, its small gates in bf16"
+        "Qwen3.5, Qwen3.6 (text, dense)",
+        note="hybrid linear attention in FP8, its small gates in bf16; vLLM imports torchvision for it",
     ),
     "falcon_h1": Family("Falcon-H1", note="attention and state space stay in bf16"),
     "apertus": Family("Apertus", "plain", "xIELU"),

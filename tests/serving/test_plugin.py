@@ -248,6 +248,28 @@ def test_a_fused_layer_must_be_listed_whole(name: str, drop: str) -> None:
 
 
 @pytest.mark.usefixtures("vllm_process")
+def test_values_that_are_keys() -> None:
+    """Gemma 4's layers of full attention may have no v_proj: vLLM loads k_proj as keys and as values."""
+    from transformers import Gemma4TextConfig
+
+    config = make_config(bias=False, drop=f"{ATTN}.v_proj")
+    config.maybe_update_config("org/name", Gemma4TextConfig(attention_k_eq_v=True))
+    layer = make_layer("qkv_proj", config, bias=False)
+    parameters = dict(layer.named_parameters())
+    for module, shards in ((f"{ATTN}.q_proj", "q"), (f"{ATTN}.k_proj", "kv")):
+        for shard in shards:
+            for short, tensor in stored(module, FP8_DTYPE, False).items():
+                parameters[short].weight_loader(parameters[short], tensor, shard)
+    layer.quant_method.process_weights_after_loading(layer)
+    out = layer(torch.randn(3, HIDDEN).bfloat16())[0]
+    _, k, v = out.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], dim=1)
+    assert torch.equal(k, v)
+    assert k.abs().sum() > 0
+    with pytest.raises(CheckpointError, match="only some of them are listed"):
+        make_layer("qkv_proj", make_config(drop=f"{ATTN}.v_proj"))
+
+
+@pytest.mark.usefixtures("vllm_process")
 def test_extents_of_another_model_are_refused_when_the_layer_is_built() -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -275,6 +297,53 @@ def test_load_time_mode_prunes_mlps_only(name: str, split: Split | None) -> None
     assert type(method) is SpenseOnlineLinearMethod
     assert method.dense_ratio == (1.0 if split is None else 0.5)
     assert split is None or method.split == split
+
+
+@pytest.mark.parametrize(
+    ("prefix", "split"),
+    [
+        ("model.layers.0.mlp.fc1", "output"),
+        ("model.layers.0.mlp.c_fc", "output"),
+        ("model.layers.0.mlp.up_proj", "output"),
+        ("model.layers.0.feed_forward.gate_up_proj", "output"),
+        ("model.layers.0.fc2", "input"),
+        ("model.layers.0.mlp.c_proj", "input"),
+        ("model.layers.0.self_attn.out_proj", None),
+        ("model.layers.0.linear_attn.in_proj_qkvz", None),
+        ("model.layers.0.linear_attn.in_proj_ba", "unquantised"),
+        ("model.layers.0.qkv_proj", "unquantised"),  # Falcon-H1's
+        ("model.layers.0.mamba.in_proj", "unquantised"),
+    ],
+)
+@pytest.mark.usefixtures("vllm_process")
+def test_load_time_mode_by_the_name_of_a_layer(prefix: str, split: str | None) -> None:
+    from transformers import FalconH1Config
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
+
+    from vllm_spense.serving.config import SpenseConfig
+
+    config = SpenseConfig()
+    if split == "unquantised" or "feed_forward" in prefix:
+        config.maybe_update_config("org/name", FalconH1Config())
+    layer = ColumnParallelLinear(HIDDEN, 16, bias=False, quant_config=config, prefix=prefix)
+    if split == "unquantised":
+        assert type(layer.quant_method) is UnquantizedLinearMethod
+    else:
+        assert layer.quant_method.dense_ratio == (1.0 if split is None else 0.5)
+        assert split is None or layer.quant_method.split == split
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rows_of_a_layer_that_is_fused_on_disk(size: int) -> None:
+    """Phi-3's qkv_proj: where ranks outnumber key/value heads, each holds a copy of one."""
+    from vllm_spense.serving.online import _rows
+
+    assert _rows([96 // size] * 2, 192, size, "x") == [96, 96]
+    heads, shared = 8, 2
+    widths = [heads * 8 // size, *[max(1, shared // size) * 8] * 2]
+    assert _rows(widths, (heads + 2 * shared) * 8, size, "x") == [64, 16, 16]
+    with pytest.raises(CheckpointError, match=r"module x, tensor weight: the tensor on disk has 100 rows"):
+        _rows([96 // size] * 2, 100, size, "x")
 
 
 @pytest.mark.usefixtures("vllm_process")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from published_configs import LLAMA_3_1_8B, PUBLISHED
 from tiny import make_llama
+from tiny_families import make_family
 from tiny_text import add_tokenizer, write_text
 
 from vllm_spense import PruneConfig, prune
 from vllm_spense.evaluation import evaluate
+from vllm_spense.evaluation.trial import try_out
 from vllm_spense.format import CheckpointError
 from vllm_spense.pruning.admission import admit
 from vllm_spense.recovery import RecoveryConfig, recover
@@ -164,3 +166,14 @@ def test_a_tokenizer_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"the tokenizer cannot be read \(.*Fix: copy") as caught:
         load_tokenizer(tmp_path / "copy")
     assert str(caught.value).isprintable()
+
+
+def test_the_trial_keeps_to_positions_and_vocabulary(tmp_path: Path) -> None:
+    """It is run after all the work: OPT's table of positions ends, others only go wrong silently."""
+    done = prune(make_family("opt", tmp_path / "opt"), tmp_path / "out", ANY).directory
+    ids = torch.randint(0, 512, (600,), generator=torch.Generator().manual_seed(0))
+    assert try_out(done, ids).tokens == 2 * 255
+    words = (done / "tokenizer.json").read_text().replace('"w0": 0,', '"w0": 600,')
+    (done / "tokenizer.json").write_text(words)
+    with pytest.raises(CheckpointError, match="gives token 600, but the model's vocab_size is 512"):
+        try_out(done)

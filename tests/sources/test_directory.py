@@ -62,6 +62,7 @@ def test_good_directories_pass(good: Path, tiny_spense: Path, tmp_path: Path) ->
     sharded(many)
     (many / "pytorch_model.bin").write_text(LFS)  # what is not read may be a pointer
     (many / "training_args.bin").write_text("x")
+    (many / "chat_template.jinja").write_text("")
     check_source(many)
     (tmp_path / "planned").mkdir()
     (tmp_path / "planned" / "config.json").write_bytes((good / "config.json").read_bytes())

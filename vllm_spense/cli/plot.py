@@ -67,13 +67,20 @@ def save_figure(figure: Figure, out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: pictures are written as PNG files; choose a name that ends with .png")
     place = out.resolve()
-    if place.exists() and not (place.is_file() and _DRAWN in place.open("rb").read(1024)):
+    if place.exists() and not _is_ours(place):
         raise FileExistsError(f"{out} is there and was not drawn by this command; choose another name")
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_name(f".{place.name}.partial")
         figure.savefig(partial, dpi=130, format="png")
         partial.replace(place)
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return _DRAWN in stream.read(1024)
 
 
 def plot_layers(report: CheckpointReport, out: Path) -> None:

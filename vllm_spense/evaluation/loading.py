@@ -17,9 +17,10 @@ from torch import nn
 
 from vllm_spense import sources
 from vllm_spense.format import Checkpoint, CheckpointError, unpack_linear
-from vllm_spense.format.conversion import fused_groups, left_out, model_parameter
+from vllm_spense.format.conversion import left_out, model_parameter
 from vllm_spense.format.errors import REPRUNE, RESAVE
 from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.network import SpenseNames, auto_class, spense_names
 from vllm_spense.ops import dense_linear, quantize_per_token
 from vllm_spense.sources import building, check_source, check_tensors, load_config
 
@@ -64,7 +65,7 @@ def load_model(
     activations: Activations = "checkpoint",
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A causal language model for evaluation; ``dtype`` is that of activations and plain weights.
+    """A transformers model for evaluation; ``dtype`` is that of activations and plain weights.
 
     ``activations="none"`` leaves activations unquantised (weights only). No code from the directory is
     run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories, also
@@ -87,11 +88,9 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def _load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     config = load_config(checkpoint.directory)
     with _quiet_report(), building(checkpoint.directory):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             checkpoint.directory,
             config=config,
             dtype=dtype,
@@ -130,17 +129,16 @@ def _quiet_report() -> Iterator[None]:
 
 
 def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activations) -> nn.Module:
-    from transformers import AutoModelForCausalLM
 
     quantization = checkpoint.require_spense()
     check_headers(checkpoint)
     config = load_config(checkpoint.directory)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    modules = fused_groups(quantization.modules, config.model_type)
-    _load_plain(checkpoint, model, set(modules))
+    model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    names = spense_names(model, checkpoint)
+    _load_plain(checkpoint, model, names)
     quantize = activations == "checkpoint" and quantization.activation_scheme != "none"
-    for name, parts in modules.items():
+    for name, parts in names.modules.items():
         owner, child, found = _shape(model, name)
         specs = [quantization.modules[part] for part in parts]
         expected = (sum(spec.out_features for spec in specs), specs[0].in_features)
@@ -156,22 +154,22 @@ def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activa
     return model
 
 
-def _load_plain(checkpoint: Checkpoint, model: nn.Module, packed: set[str]) -> None:
-    """Everything but the ``packed`` linears, from the tensors that belong to no Spense module."""
-    plain = set(checkpoint.plain_tensors())
-    unused = set(plain)
+def _load_plain(checkpoint: Checkpoint, model: nn.Module, names: SpenseNames) -> None:
+    """Everything but the Spense linears, from the tensors that belong to no Spense module."""
+    unused = set(names.plain.values())
 
     def load(name: str) -> torch.Tensor:
-        unused.discard(name)
-        return checkpoint.load(name)
+        stored = names.plain[name]
+        unused.discard(stored)
+        return checkpoint.load(stored)
 
     state: dict[str, torch.Tensor] = {}
     lost = set()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name in model.state_dict():
-        if name.rpartition(".")[0] in packed:
+        if name.rpartition(".")[0] in names.modules:
             continue
-        value = model_parameter(name, plain, load)
+        value = model_parameter(name, names.plain, load)
         if value is not None:
             state[name] = value
         elif name not in tied:

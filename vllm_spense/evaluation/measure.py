@@ -16,6 +16,7 @@ from vllm_spense.evaluation.continuation import BATCH, Continuation, continuatio
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.loading import Activations, load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
+from vllm_spense.network import language_head
 from vllm_spense.sources import check_windows
 from vllm_spense.text import Beginning, Bos, Given, context_length, find_sources, opening, opening_text
 
@@ -96,7 +97,7 @@ def evaluate(
     steps = _Steps(len(windows) + (0 if items is None else -(-len(items.answers) // BATCH)), progress)
     windows = windows.to(device)
     model = load_model(directory, activations=activations, **options)
-
+    language_head(model)
     context = context_length(start)
     compared = None
     if reference is None:

@@ -14,6 +14,7 @@ import torch
 from vllm_spense.evaluation.loading import load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll
 from vllm_spense.format import Checkpoint
+from vllm_spense.sources import check_windows, positions
 from vllm_spense.text import Bos, context_length, first_windows, opening, tokenize
 
 PROMPT = "The capital of France is"
@@ -26,7 +27,7 @@ OVERHEAD = 1.3
 @dataclass(frozen=True)
 class Trial:
     """``perplexity`` on ``tokens`` next tokens, None without text; ``text`` behind the prompt, None without
-    a tokenizer."""
+    a tokenizer. Both are None for models that predict no tokens."""
 
     perplexity: float | None
     tokens: int
@@ -52,11 +53,13 @@ def try_out(directory: str | Path, ids: torch.Tensor | None = None, bos: Bos = "
     started = time.monotonic()
     model: Any = load_model(directory, device=_device(directory))
     tokenizer = _tokenizer(directory)
+    predicts = model.get_output_embeddings() is not None  # not an embedding model or a classifier
+    seq_len = min(SEQ_LEN, positions(model.config) or SEQ_LEN)
     start = () if tokenizer is None else opening(tokenizer, bos)
     perplexity, scored = None, 0
     context = context_length(start)
-    if ids is not None and ids.numel() > context:
-        windows = first_windows(ids, min(SEQ_LEN, ids.numel()), start).to(model.device)
+    if ids is not None and predicts and ids.numel() > context:
+        windows = first_windows(ids, min(seq_len, ids.numel()), start).to(model.device)
         nll = mean_nll(model, windows, context=context)
         scored = windows.shape[0] * (windows.shape[1] - context)
         if not math.isfinite(nll):
@@ -65,12 +68,13 @@ def try_out(directory: str | Path, ids: torch.Tensor | None = None, bos: Bos = "
     prompt = torch.zeros(1, 1, dtype=torch.long)
     if tokenizer is not None:
         prompt = torch.cat([torch.tensor(start, dtype=torch.long), tokenize(tokenizer, PROMPT)])[None]
+        check_windows(prompt, Path(directory))
     prompt = prompt.to(model.device)
-    logits = model(input_ids=prompt, use_cache=False).logits
-    if not torch.isfinite(logits).all():
-        raise RuntimeError(f"{directory}: the logits hold NaN or infinity")
-    text = None if tokenizer is None else _continue(model, tokenizer, prompt)
-    return Trial(perplexity, scored, logits.shape[-1], text, time.monotonic() - started)
+    output = model(input_ids=prompt, use_cache=False)[0]  # logits, or hidden states of models without a head
+    if not torch.isfinite(output).all():
+        raise RuntimeError(f"{directory}: the model's output holds NaN or infinity")
+    text = _continue(model, tokenizer, prompt) if tokenizer is not None and predicts else None
+    return Trial(perplexity, scored, output.shape[-1], text, time.monotonic() - started)
 
 
 def _continue(model: Any, tokenizer: Any, prompt: torch.Tensor) -> str:

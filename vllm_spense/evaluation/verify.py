@@ -8,10 +8,11 @@ from pathlib import Path
 
 from vllm_spense.format import manifest
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import fused_groups, model_parameter
+from vllm_spense.format.conversion import model_parameter
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.settings import OUTPUTS, portable
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.network import auto_class, spense_names
+from vllm_spense.sources import load_config
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,26 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
     """
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers  # noqa: F401
     except ImportError:
         return False
-    raw = {k: v for k, v in portable(checkpoint.config)[0].items() if k != "quantization_config"} | OUTPUTS
     path = checkpoint.directory / "config.json"
     try:
-        model_config = AutoConfig.from_pretrained(
-            checkpoint.directory, trust_remote_code=False, local_files_only=True
-        )
+        model_config = load_config(checkpoint.directory)
         model_config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+            model = auto_class(model_config).from_config(model_config)
     except Exception as error:  # whatever a damaged config makes transformers raise
         raise CheckpointError(
             f"transformers cannot build the model ({type(error).__name__}: {error})", file=path, fix=REPRUNE
         ) from None
     modules = checkpoint.require_spense().modules
-    linears = fused_groups(modules, str(raw.get("model_type")))
+    names = spense_names(model, checkpoint)
+    linears = names.modules
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
 
     def header(name: str) -> torch.Tensor:
-        return torch.empty(checkpoint.tensors[name].shape, device="meta")
+        return torch.empty(checkpoint.tensors[names.plain[name]].shape, device="meta")
 
     for name, parameter in model.state_dict().items():
         module, _, kind = name.rpartition(".")
@@ -86,7 +85,7 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
                 _same(module, "weight", tuple(parameter.shape), _extents(checkpoint, parts), path)
             elif kind == "bias" and not all(modules[part].bias for part in parts):
                 raise CheckpointError("the model has a bias, the checkpoint none", module=module, fix=REPRUNE)
-        elif (stored := model_parameter(name, checkpoint.tensors, header)) is not None:
+        elif (stored := model_parameter(name, names.plain, header)) is not None:
             _same(module, kind, tuple(parameter.shape), tuple(stored.shape), path)
         elif name not in tied:
             raise CheckpointError(

@@ -30,6 +30,9 @@ class Diagnosis(NamedTuple):
     fix: str
 
 
+EMPTY = Diagnosis("the file is empty", DOWNLOAD)
+
+
 def diagnose(path: Path) -> Diagnosis | None:
     """Why ``path`` cannot be what its name says, as far as its first bytes and its size tell; else None.
 
@@ -50,7 +53,7 @@ def diagnose(path: Path) -> Diagnosis | None:
     except (OSError, ValueError):
         return None
     if not start:
-        return Diagnosis("the file is empty", DOWNLOAD)
+        return EMPTY
     for magic, what in _POINTERS.items():
         if start.startswith(magic):
             fix = "fetch the files themselves (`git lfs install && git lfs pull`), or " + DOWNLOAD

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,12 +26,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a directory's list of names, to the disk."""
+    """Bring a file, or a directory's list of names, to the disk, where the file system knows how to."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def open_to_all(path: Path) -> None:
+    """Let everybody read ``path``, whatever the umask is, where the file system has modes."""
+    with suppress(OSError):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHERS = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".ot", ".tflite", ".mlmodel")
 _WEIGHTS = (".safetensors", *_PICKLES, *_OTHERS)
 _CODE = (".py", ".pyc", ".ipynb", ".so", ".sh")
+NEVER_USED = [f"*{suffix}" for suffix in (*_PICKLES, *_OTHERS, *_CODE)]
+"""Patterns of files that are neither read nor copied."""
 _MODULES_NAME = "modules.json"
 _MAX_JSON_BYTES = 1 << 20
 

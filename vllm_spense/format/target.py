@@ -53,9 +53,7 @@ class Target:
     def new_directory(self, kind: str = "tmp") -> Path:
         """An empty directory under such a name."""
         path = self.hidden(kind)
-        made = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
-        made.chmod(0o755)
-        return made
+        return Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
 
     # -- what may be replaced --------------------------------------------------------------------
 

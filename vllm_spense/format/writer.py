@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from vllm_spense.format.files import storable, sync, writing
+from vllm_spense.format.files import open_to_all, storable, sync, writing
 from vllm_spense.format.manifest import write_manifest
 from vllm_spense.format.settings import portable
 from vllm_spense.format.side_files import side_files
@@ -161,11 +161,9 @@ class CheckpointWriter:
             self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
         with writing(self.directory):
             write_manifest(self.temporary)
-            self.temporary.chmod(0o755)  # a server may run as another user, whatever the umask is here
-            for path in self.temporary.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)
+            for path in (*self.temporary.rglob("*"), self.temporary):
+                open_to_all(path)  # a server may run as another user
                 sync(path)
-            sync(self.temporary)
         self.check(self.temporary)
         self.target.publish(self.temporary)
 

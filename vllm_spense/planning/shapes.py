@@ -25,9 +25,18 @@ from vllm_spense.sources import check_source, load_config
 
 Kind = Literal["mlp", "attention"]
 
-PLAIN_MLPS = frozenset({"phi", "starcoder2", "nemotron", "opt"})
+PLAIN_MLPS = frozenset({"phi", "starcoder2", "nemotron", "opt", "arcee", "apertus", "jais2", "nanochat"})
 """``model_type`` of models whose MLP has no gate."""
 MOE_TYPES = frozenset({"qwen2_moe", "qwen3_moe"})
+_OTHER_ATTENTION = dict.fromkeys(
+    ("kv_lora_rank", "ssm_state_size", "mamba_d_state"), "this model's attention keeps no ordinary KV cache"
+)
+_OTHER_ATTENTION |= dict.fromkeys(
+    ("linear_num_value_heads", "conv_L_cache"), "layers of linear attention or convolutions keep no KV cache"
+)
+_OTHER_ATTENTION |= dict.fromkeys(
+    ("global_head_dim", "num_kv_shared_layers"), "this model's layers differ in heads and share KV caches"
+)
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ROW_PARALLEL = frozenset({"down_proj", "o_proj", "fc2", "c_proj", "dense", "out_proj"})
 """Linears whose inputs tensor parallelism splits; of all others it splits the outputs."""
@@ -188,10 +197,10 @@ def _shape(name: str, raw: Mapping[str, Any], file: object, dense_ratio: float |
     if isinstance(raw.get("text_config"), dict):
         config = raw["text_config"]
         notes.append("multimodal: only the text model is counted")
-    for key in ("kv_lora_rank", "ssm_state_size", "mamba_d_state"):
+    for key, what in _OTHER_ATTENTION.items():
         if config.get(key):
             raise CheckpointError(
-                f"{key} is set: this model's attention keeps no ordinary KV cache",
+                f"{key} is set: {what}",
                 file=file,
                 fix="only models with multi-head or grouped-query attention can be predicted",
             )
@@ -299,7 +308,7 @@ def _experts(config: Mapping[str, Any], layers: int, file: object) -> Experts | 
     step, without = _count(config, "decoder_sparse_step", file, default=1), config.get("mlp_only_layers")
     skipped = without if isinstance(without, list) else []
     mixed = sum((i + 1) % step == 0 and i not in skipped for i in range(layers))
-    count = _count(config, "num_experts", file)
+    count = _count(config, keys[0], file)
     active = _count(config, "num_experts_per_tok", file, limit=count)
     return Experts(mixed, count, active, _count(config, "moe_intermediate_size", file)) if mixed else None
 

@@ -7,7 +7,7 @@ OPT …). Routed experts stay as they are. Everything else is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,18 +108,23 @@ class DecoderLayer:
 def decoder(model: nn.Module) -> nn.Module:
     """The part of a causal language model that embeds tokens and runs the layers, without the head."""
     base = getattr(model, "base_model", model)
+    base = getattr(base, "language_model", base)  # of a multimodal wrapper
     base = getattr(base, "decoder", base)  # OPT nests it once more
     if not isinstance(getattr(base, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers; {_SUPPORTED}")
     return base
 
 
-def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """All decoder layers in order; raises :class:`UnsupportedModelError` naming the first misfit."""
-    layers = decoder(model).layers
+def decoder_layers(model: nn.Module, stored: Mapping[str, str] | None = None) -> list[DecoderLayer]:
+    """All decoder layers in order; raises :class:`UnsupportedModelError` naming the first misfit.
+
+    ``stored``: the checkpoint's names of modules that it calls otherwise than the model.
+    """
+    base = decoder(model)
+    layers = base.layers
     assert isinstance(layers, nn.ModuleList)
-    names = {module: name for name, module in model.named_modules()}
-    kind = getattr(getattr(model, "config", None), "model_type", "")
+    names = {module: (stored or {}).get(name, name) for name, module in model.named_modules()}
+    kind = getattr(getattr(base, "config", None), "model_type", "")
     found = [_layer(names[module], module, kind) for module in layers]
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder layers")
@@ -188,7 +193,8 @@ def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:
     }
     plain = {full: linear for full, linear in outside.items() if stays_as_stored(full, kind)}
     dense = {full: linear for full, linear in outside.items() if full not in plain}
-    return DecoderLayer(name, module, attention, mlp, dense, plain, experts)
+    beside = getattr(module, "experts", None)  # Gemma 4's
+    return DecoderLayer(name, module, attention, mlp, dense, plain, beside if experts is None else experts)
 
 
 def _mlp(name: str, block: nn.Module, alone: bool = True) -> Mlp:

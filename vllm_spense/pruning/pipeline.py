@@ -14,6 +14,7 @@ from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.format.report import inspect
 from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.network import language_head
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
 from vllm_spense.pruning.admission import check_layouts
@@ -129,6 +130,8 @@ def prune(
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False  # H loses its small eigenvalues in TF32
         source = SourceModel(directory, device)
+        if config.needs_gradient:
+            language_head(source.network)
         warn_about_experts(source.layers, source.stored_dtype)
         check_layouts(source.layers, config, directory)
         rehearse(source, config, base, expected)  # what cannot be pruned or written is refused first
@@ -324,10 +327,11 @@ def _report_of(directory: Path, config: PruneConfig, seconds: float) -> PruneRep
     """The report of a run that another process ended, from what the checkpoint says of itself."""
     report = inspect(directory)
     said = report.provenance
+    beside = layer_name(report.modules[0].name).rpartition(".")[0] + "."  # not the layers of a vision tower
     return PruneReport(
         directory=directory,
         config=config,
-        layers=len({layer_name(n) for n in Checkpoint(directory).tensors if ".layers." in n}),
+        layers=len({layer_name(n) for n in Checkpoint(directory).tensors if n.startswith(beside)}),
         mlp_sparsity=report.mlp_sparsity,
         losses=said["losses"],
         damping=said["raised_damping"],

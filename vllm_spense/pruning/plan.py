@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
+from vllm_spense.network import language_head
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
 from vllm_spense.pruning.admission import admit
 from vllm_spense.pruning.attention import OUT, target
@@ -120,13 +120,13 @@ def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "he
     network, stored, modules = admitted.network, admitted.stored_dtype, admitted.layers
     dtype = stored if cuda else torch.float32
     rates = _measure(dtype, torch.device("cuda" if cuda else "cpu")) if device_model == "here" else None
-    sizes = _Sizes(network.config, config, dtype, stored, rates or THROUGHPUT[device_model])
+    sizes = _Sizes(network.config.get_text_config(), config, dtype, stored, rates or THROUGHPUT[device_model])
     layers = [sizes.layer(layer) for layer in modules]
     in_layers = sum(p.numel() for layer in modules for p in layer.module.parameters())
     rest = [p.numel() for p in network.parameters()]
     outside = (sum(rest) - in_layers) * stored.itemsize
     embedding = sum(p.numel() for c in _embedding(network) for p in c.parameters()) * dtype.itemsize
-    gradient = sizes.gradient(modules, network.get_output_embeddings(), embedding)
+    gradient = sizes.gradient(modules, network, embedding)
     first = [gradient] if gradient else []
     stages: list[LayerPlan | GradientPlan] = [*first, *layers]
     checked = embedding + max(map(_numel, modules)) * dtype.itemsize  # together for the self-check
@@ -204,14 +204,14 @@ class _Sizes:
             seconds=work.seconds(self.rates),
         )
 
-    def gradient(self, layers: list[DecoderLayer], head: nn.Module, embedding: int) -> GradientPlan | None:
-        """The gradient pass, whose ``embedding`` (bytes) and ``head`` are there together for the loss."""
+    def gradient(self, layers: list[DecoderLayer], network: Any, embedding: int) -> GradientPlan | None:
+        """The gradient pass, whose ``embedding`` (bytes) and head are there together for the loss."""
         config, hidden, wide = self.config, self.model.hidden_size, self.dtype.itemsize
         if not config.needs_gradient:
             return None
         seq = min(config.seq_len, MAX_GRADIENT_TOKENS)
         tokens = min(config.gradient_samples, config.num_samples) * seq
-        vocabulary, width = head.get_parameter("weight").shape
+        vocabulary, width = language_head(network).get_parameter("weight").shape
         logits = embedding + vocabulary * width * wide + seq * vocabulary * (2 * wide + 12)
         forwards = 0.0
         device = [logits]

@@ -20,7 +20,7 @@ from vllm_spense.pruning.activations import (
     recording_outputs,
     replaying,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder
+from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.source import SourceModel
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -41,11 +41,11 @@ def check_replay(
     """
     layers = source.layers
     with source.resident(*source.embedding()):
-        with _refusing(layers[0]):
+        with _refusing(layers[0], "the model's forward in front of it fails"):
             inputs = LayerInputs(source.network, windows, source.device, dtype=source.dtype)
         check = _Check(source, inputs, progress)
-        base, tokens = decoder(source.network), windows[:1].to(source.device)
-        with check.lending(), _refusing(layers[0]):
+        base, tokens = source.network.base_model, windows[:1].to(source.device)  # with a wrapper's own steps
+        with check.lending(), _refusing(layers[-1], "the model's forward behind it fails"):
             own = base(input_ids=tokens, use_cache=False)[0]
         with inputs.standing_in(source.network, 0):
             replayed = base(input_ids=tokens, use_cache=False)[0]
@@ -69,7 +69,7 @@ class _Check:
         def forward_of(index: int, layer: DecoderLayer) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 del layer.module.forward  # the class's own forward shows again
-                with self._source.resident(layer.module), _refusing(layer):
+                with self._source.resident(layer.module), _refusing(layer, "it fails when it runs by itself"):
                     return self._layer(index, layer, args, kwargs)
 
             return forward
@@ -87,8 +87,9 @@ class _Check:
         states, others = layer_arguments(args, kwargs)
         states = states.clone()
         self.compare(self._inputs.on_device(self._inputs.hidden[0]), states, layer, "what comes into it")
-        output = layer.module(states.clone(), *others, **kwargs)
-        own = first_output(output)
+        with _refusing(layer, "the model's own forward fails in it"):
+            output = layer.module(states.clone(), *others, **kwargs)
+            own = first_output(output)
         block = layer.attention_block
         with recording_outputs(block, torch.clone) as attention:
             self.compare(self._replayed(index, layer, states), own, layer, "its output")
@@ -108,7 +109,8 @@ class _Check:
         """Raises :class:`UnsupportedModelError` where the two are not the same states."""
         error = _relative_error(replayed, own)
         if not error <= TOLERANCE[self._source.dtype]:
-            raise _unsupported(layer, f"{what} is another by a relative error of {error:.2g}")
+            apart = f"a relative error of {error:.2g}"
+            raise _unsupported(layer, f"run by itself, {what} is not as in the model's own forward: {apart}")
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -123,18 +125,18 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def _refusing(layer: DecoderLayer) -> Iterator[None]:
+def _refusing(layer: DecoderLayer, where: str) -> Iterator[None]:
     """While open, whatever a model class raises because it is used in this way is a refusal."""
     try:
         yield
     except (CheckpointError, UnsupportedModelError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _unsupported(layer, f"it fails there ({type(error).__name__}: {error})") from error
+        raise _unsupported(layer, f"{where} ({type(error).__name__}: {error})") from error
 
 
 def _unsupported(layer: DecoderLayer, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{layer.name} ({type(layer.module).__name__}) cannot be pruned: run by itself instead of in the "
-        f"model's own forward, {reason}. A method without calibration (--preset magnitude) runs no layer"
+        f"{layer.name} ({type(layer.module).__name__}) cannot be pruned with calibration: {reason}. "
+        "--preset magnitude runs no layer"
     )

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.sparse24 import magnitude_mask
+from vllm_spense.network import language_head
 from vllm_spense.pruning.activations import LayerInputs, first_output
 from vllm_spense.pruning.adapters import Mlp, check_weights
 from vllm_spense.pruning.arguments import Key, floating_tensors
@@ -75,8 +76,9 @@ def index_costs(
 def _loss_gradients(source: SourceModel, inputs: LayerInputs, windows: torch.Tensor) -> torch.Tensor:
     """Gradient [samples, seq, hidden] of the summed next-token loss at the last layer's output."""
     network = source.network
+    head = language_head(network)
     gradients = inputs.keep(inputs.hidden)
-    with source.resident(*source.embedding(), network.get_output_embeddings()):
+    with source.resident(*source.embedding(), head):
         for i, window in enumerate(windows):
             tokens = window.to(source.device)
             with torch.enable_grad(), inputs.standing_in(network, i) as states:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.conversion import left_out, model_parameter
 from vllm_spense.format.errors import RESAVE, one_line
 from vllm_spense.format.settings import portable
+from vllm_spense.format.side_files import NEVER_USED
+from vllm_spense.network import auto_class, module_names, stored_names
 from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
@@ -27,7 +29,7 @@ _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 def source_directory(model: str | Path) -> Path:
     """The local directory of ``model``, looked at with :func:`check_source`.
 
-    A hub name is downloaded (safetensors and text files only).
+    A hub name is downloaded, without pickled weights, other formats and code.
     """
     path = Path(model).expanduser()
     if not path.exists():
@@ -42,8 +44,7 @@ def _download(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), ignore_patterns=NEVER_USED))
     except Exception as error:
         raise ValueError(
             f"{model}: neither a local directory nor a model that can be downloaded ({one_line(str(error))})"
@@ -52,11 +53,9 @@ def _download(model: str | Path) -> Path:
 
 def meta_network(directory: Path, dtype: torch.dtype) -> nn.Module:
     """The transformers model that config.json describes, on the meta device: no memory, no foreign code."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(directory)
     with building(directory), torch.device("meta"):
-        network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        network: nn.Module = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     for owner, short, tensor in list(_owned(network)):
         if not tensor.is_meta:  # made with a device of its own (DiffLlama): it would count as read
             _put(owner, short, torch.empty_like(tensor, device="meta"))
@@ -64,10 +63,15 @@ def meta_network(directory: Path, dtype: torch.dtype) -> nn.Module:
     return network.eval()
 
 
-def layers_of(network: nn.Module, directory: Path) -> list[DecoderLayer]:
-    """The decoder layers of the ``network`` of ``directory``; :class:`UnsupportedModelError` names that."""
+def layers_of(
+    network: nn.Module, directory: Path, stored: Mapping[str, str] | None = None
+) -> list[DecoderLayer]:
+    """The decoder layers of the ``network`` of ``directory``; :class:`UnsupportedModelError` names that.
+
+    ``stored``: the checkpoint's names of modules that it calls otherwise than the network.
+    """
     try:
-        return decoder_layers(network)
+        return decoder_layers(network, stored)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(refusal(network, directory, str(error))) from None
 
@@ -91,7 +95,9 @@ class SourceModel:
     ``network`` has all parameters on the meta device; :meth:`resident` lends a module its tensors, on
     ``device`` in ``dtype`` (default: fp32 on CPUs, elsewhere as stored). Buffers that no file holds
     (rotary frequencies) are real from the start. ``layers`` are its decoder layers. Fused linears are
-    split, in the network and in ``checkpoint`` (:mod:`vllm_spense.pruning.conversion`).
+    split, in the network and in ``checkpoint`` (:mod:`vllm_spense.pruning.conversion`). ``names``: what
+    the files call each of the network's tensors (:mod:`vllm_spense.network.names`); ``layers`` speak of
+    their parts by the files' names.
 
     Raises :class:`CheckpointError` naming file and tensor for a tensor that is missing or has another
     shape, :class:`UnsupportedModelError` for other architectures, ``ValueError`` for a Spense
@@ -108,10 +114,11 @@ class SourceModel:
         default = torch.float32 if device.type == "cpu" else self.stored_dtype
         self.dtype = default if dtype is None else dtype
         self.network: Any = meta_network(directory, self.dtype)
-        self.layers: list[DecoderLayer] = layers_of(self.network, directory)
+        self.names = stored_names(self.network, self.checkpoint.tensors)
+        self.layers: list[DecoderLayer] = layers_of(self.network, directory, module_names(self.names))
         self._tied: dict[str, str] = dict(getattr(self.network, "all_tied_weights_keys", None) or {})
         with building(directory):
-            _fill_buffers(self.network, device)
+            _fill_buffers(decoder(self.network), device)
         self._used: set[str] = set()
         for name, _ in _stored_tensors(self.network, ""):
             self._read(name, self._header)
@@ -125,7 +132,8 @@ class SourceModel:
         """
         directory, config = self.checkpoint.directory, self.checkpoint.config
         kind = next(iter(config.get("architectures") or ()), None)
-        if unused and isinstance(kind, str) and not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        mine = (type(self.network).__name__, "ForCausalLM", "LMHeadModel")
+        if unused and isinstance(kind, str) and not kind.endswith(mine):
             raise UnsupportedModelError(
                 f"{directory / CONFIG_NAME}: the model is a {one_line(kind, 100)}, whose {min(unused)} a "
                 f"{type(self.network).__name__} lacks; give a causal language model"
@@ -145,10 +153,11 @@ class SourceModel:
         return self._read(name, self.checkpoint.load)
 
     def _read(self, name: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        stored = checkpoint_name(name)
-        if stored not in self.checkpoint.tensors:
-            stored = self._tied.get(stored, stored)
-        value = model_parameter(stored, self.checkpoint.tensors, load)
+        inside = checkpoint_name(name)
+        if inside not in self.names:
+            inside = self._tied.get(inside, inside)
+        value = model_parameter(inside, self.names, lambda found: load(self.names[found]))
+        stored = self.names.get(inside, inside)
         if value is None:
             problem = "the model of config.json needs this tensor, and it is missing"
             raise CheckpointError(problem, file=self.checkpoint.directory, tensor=stored, fix=RESAVE)

@@ -13,6 +13,8 @@ from vllm_spense.evaluation import load_model
 from vllm_spense.format import Checkpoint, Layout, dequantize
 from vllm_spense.format.conversion import fused_groups
 from vllm_spense.format.linears import MLP_SPLITS
+from vllm_spense.network import language_head, spense_names
+from vllm_spense.pruning.adapters import decoder
 from vllm_spense.recovery.config import Train
 
 
@@ -50,14 +52,15 @@ def load_student(checkpoint: Checkpoint, train: Train, device: torch.device) -> 
 
     Trainable are the MLPs' linears and the norms' weights, with ``train="all"`` attention's linears too.
     Gradients of zeros in a 2:4 region are zero, so AdamW without weight decay leaves these exactly zero.
-    Embeddings, head, biases, routers and routed experts do not change. Raises :class:`CheckpointError`
-    for damaged directories.
+    Embeddings, head, biases, routers, routed experts and all that is not the text decoder's do not change.
+    Raises :class:`CheckpointError` for damaged directories, ``ValueError`` for models without a head.
     """
-    config = checkpoint.require_spense()
-    model = load_model(checkpoint.directory, activations="none", device=device).requires_grad_(False)
-    kind = str(checkpoint.config.get("model_type"))
+    checkpoint.require_spense()
+    model: Any = load_model(checkpoint.directory, activations="none", device=device).requires_grad_(False)
+    language_head(model)
+    names = spense_names(model, checkpoint)
     trained = []
-    for name, modules in fused_groups(config.modules, kind).items():
+    for name, modules in names.modules.items():
         layouts = {module: checkpoint.layout(module) for module in modules}
         linear = _linear(model.get_submodule(name))
         model.set_submodule(name, linear)
@@ -66,7 +69,10 @@ def load_student(checkpoint: Checkpoint, train: Train, device: torch.device) -> 
             _fix_zeros(parameter, list(layouts.values()))
             rows = {module: layout.out_features for module, layout in layouts.items()}
             trained.append(Trained(parameter, rows))
-    for name, tensors in fused_groups(checkpoint.plain_tensors(), kind).items():
+    text = next(name for name, module in model.named_modules() if module is decoder(model))
+    kind = model.config.get_text_config().model_type
+    for name, parts in fused_groups((n for n in names.plain if n.startswith(text)), kind).items():
+        tensors = [names.plain[part] for part in parts]
         module, _, short = tensors[0].rpartition(".")
         is_norm = "norm" in module.rpartition(".")[2]
         if short == "weight" and (is_norm or _is_linear_to_train(module, train)):

@@ -33,6 +33,9 @@ ONLINE_SPLITS = {"gate_up_proj": "output", **MLP_SPLITS}
 DRAFT_PREFIX = "draft_model."
 """What vLLM puts before the names of all layers of a draft model (speculative decoding)."""
 
+DECODER_PREFIX = "model."
+"""What vLLM puts before the names of a decoder's layers, and embedding models leave out in their files."""
+
 _verified: set[tuple[str, int]] = set()
 """Directories (with the manifest's mtime) already checked in this process: vLLM builds configs often."""
 
@@ -158,9 +161,12 @@ class SpenseConfig(QuantizationConfig):
     def shard_names(self, prefix: str) -> list[str]:
         """Checkpoint names of the layers that vLLM fuses under ``prefix``.
 
-        Models that are fused on disk (Phi-3) map a layer to itself; a Spense checkpoint holds its parts.
+        Embedding models are often stored without the prefix that vLLM's names have. Models that are fused on
+        disk (Phi-3) map a layer to itself; a Spense checkpoint holds its parts.
         """
         prefix = prefix.removeprefix(DRAFT_PREFIX)
+        if not any(name.startswith(DECODER_PREFIX) for name in self.modules):
+            prefix = prefix.removeprefix(DECODER_PREFIX)
         parent, _, last = prefix.rpartition(".")
 
         def full(parts: Sequence[str]) -> list[str]:

@@ -1,6 +1,13 @@
 """Dense model directories: what they are, what they are called, and why one is refused."""
 
-from vllm_spense.sources.architecture import building, check_positions, check_windows, load_config, refusal
+from vllm_spense.sources.architecture import (
+    building,
+    check_positions,
+    check_windows,
+    load_config,
+    positions,
+    refusal,
+)
 from vllm_spense.sources.directory import check_source, check_tensors
 from vllm_spense.sources.names import BaseModel, base_model
 from vllm_spense.sources.tokenizer import check_tokenizer, load_tokenizer
@@ -16,5 +23,6 @@ __all__ = [
     "check_windows",
     "load_config",
     "load_tokenizer",
+    "positions",
     "refusal",
 ]

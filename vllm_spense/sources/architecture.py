@@ -37,9 +37,9 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
     path = directory / CONFIG_NAME
@@ -48,8 +48,9 @@ def load_config(directory: Path) -> Any:
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         raise _unknown_kind(kind, raw, path)
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not any(
-        kind in names for names in (CAUSAL_LM, IMAGE_TEXT)
+        CONFIG_MAPPING[kind] in known for known in mappings
     ):  # some of these ask the hub for a backbone
         raise _no_language_model(raw, path)
     with building(directory):
@@ -63,7 +64,8 @@ def load_config(directory: Path) -> Any:
             for key, value in OUTPUTS.items():
                 if isinstance(found := getattr(config, part, None), PreTrainedConfig):
                     setattr(found, key, value)
-        heads, shared = (getattr(text, f"num_{which}_heads", None) for which in ("attention", "key_value"))
+        sizes = vars(text)  # Gemma 4's attribute raises where layers differ
+        heads, shared = (sizes.get(f"num_{which}_heads") for which in ("attention", "key_value"))
     if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
         problem = f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
         raise CheckpointError(problem, file=path, fix=_INTACT)
@@ -103,8 +105,9 @@ def building(directory: Path) -> Iterator[None]:
 
 def refusal(network: Any, directory: Path, text: str) -> str:
     """``text``, which says why the built ``network`` is refused, behind the file and what the model is."""
-    what = _what(read_json(directory / CONFIG_NAME), network.config)
-    return one_line(f"file {directory / CONFIG_NAME}: {f'{what}: ' if what else ''}{text}")
+    what, fix = _what(read_json(directory / CONFIG_NAME), network.config)
+    before, behind = f"{what}: " if what else "", f". Fix: {fix}" if fix else ""
+    return one_line(f"file {directory / CONFIG_NAME}: {before}{text}{behind}")
 
 
 def check_positions(config: Any, seq_len: int, directory: Path) -> None:
@@ -180,9 +183,11 @@ def _unknown_kind(kind: str, raw: Mapping[str, Any], path: Path) -> CheckpointEr
 
 
 def _no_language_model(raw: Mapping[str, Any], path: Path) -> CheckpointError:
-    what = _what(raw, None) or "no language model that predicts the next token"
-    problem = f"model_type {raw.get('model_type')!r} is {what}"
-    return CheckpointError(problem, file=path, fix="give a causal language model")
+    what, fix = _what(raw, None)
+    problem = (
+        f"model_type {raw.get('model_type')!r} is {what or 'no language model that predicts the next token'}"
+    )
+    return CheckpointError(problem, file=path, fix=fix or "give a causal language model")
 
 
 def _told(error: Exception, raw: Mapping[str, Any], path: Path) -> CheckpointError:
@@ -207,10 +212,10 @@ def _place(node: Any, value: object, path: str = "") -> str | None:
     return path if isinstance(value, str) and node == value and path else None
 
 
-def _what(raw: Mapping[str, Any], config: Any) -> str | None:
-    """What kind of model it is, where that alone explains a refusal."""
+def _what(raw: Mapping[str, Any], config: Any) -> tuple[str | None, str | None]:
+    """What kind of model it is, where that alone explains a refusal, and what to do instead."""
     if any(raw.get(key) for key in _SEES):
-        return "a multimodal model"
+        return "a multimodal model", "save its language model alone with transformers, and prune that"
     if raw.get("is_encoder_decoder") is True or getattr(config, "is_encoder_decoder", False) is True:
-        return "an encoder-decoder model"
-    return None
+        return "an encoder-decoder model", "give a model that is a decoder alone"
+    return None, None

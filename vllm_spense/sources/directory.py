@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_spense.format.broken_files import DOWNLOAD, Diagnosis, diagnose
+from vllm_spense.format.broken_files import DOWNLOAD, EMPTY, Diagnosis, diagnose
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.sources.quantised import quantisation_of, quantised_tensor
@@ -41,6 +41,7 @@ _TEXTS = (
     "generation_config.json",
     "chat_template.jinja",
 )
+_JSON = (".json", ".model")
 _PARTIAL = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".download", ".tmp")
 
 
@@ -67,7 +68,8 @@ def check_source(path: str | Path) -> dict[str, Any]:
         problem = f"the model is already quantised ({method})"
         raise CheckpointError(problem, file=directory / CONFIG_NAME, fix=ORIGINAL)
     for name in _TEXTS:
-        if name in names and (found := diagnose(directory / name)):
+        found = diagnose(directory / name) if name in names else None
+        if found and (found != EMPTY or name.endswith(_JSON)):  # an empty template or list of merges is one
             raise _error(found, directory / name)
     _check_weights(directory, names)
     return config

@@ -31,6 +31,12 @@ MODELS = {
 }
 """What is found out with transformers' help, or from the headers."""
 EVERY = {kind: case for kind, case in FILES.items() if kind != "quantised without a word"} | MODELS
+NOT_PREDICTED = {
+    "gemma4_text": "layers differ in heads and share KV caches",
+    "qwen3_5_text": "layers of linear attention or convolutions keep no KV cache",
+    "falcon_h1": "attention keeps no ordinary KV cache",
+}
+"""Pruned and served, but `spense plan` has no model of their speed and says so."""
 TOKENIZER = {"pointer for the tokenizer", "empty tokenizer"}
 
 
@@ -83,7 +89,7 @@ def commands(model: Path, folder: Path, out: Path) -> dict[str, list[object]]:
         "dry run": [*pruning, "--dry-run", "--device-model", "h200"],
         "plan": ["plan", model],
         "eval": ["eval", model, "--text", text, "--seq-len", 16, "--max-tokens", 32],
-        "recover": ["recover", folder / "spense", *recovery],
+        "recover": ["recover", folder / "spense", "--dense", model, *recovery],
     }
 
 
@@ -121,8 +127,12 @@ def test_all_commands_accept_the_families(
     write_text(tmp_path / "text.txt")
     found = commands(model, tmp_path, tmp_path / "out")
     for name in ("dry run", "plan", "prune"):
-        assert said(found[name], monkeypatch, capsys) is None, name
+        line, refusal = said(found[name], monkeypatch, capsys), NOT_PREDICTED.get(family)
+        if name == "plan" and refusal is not None:
+            assert refusal in str(line)
+        else:
+            assert line is None, name
     shutil.copytree(model, tmp_path / "config only", ignore=shutil.ignore_patterns("*.safetensors"))
     found = commands(tmp_path / "config only", tmp_path, tmp_path / "out 2")
-    for name in ("dry run", "plan"):  # what needs no weights
+    for name in ("dry run", *(["plan"] if family not in NOT_PREDICTED else [])):  # what needs no weights
         assert said(found[name], monkeypatch, capsys) is None, name
