@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
+import shutil
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -17,7 +16,10 @@ import torch
 from rich.console import Console
 from tiny import make_llama, make_spense
 from tiny_text import add_tokenizer, write_text
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from vllm_spense.cli.app import app
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.continuation import text_items
@@ -27,7 +29,6 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, pipeline, prune
 from vllm_spense.recovery import RecoveryConfig, recover
 from vllm_spense.recovery import pipeline as recovery
-from vllm_spense.sources import load_tokenizer
 from vllm_spense.text import Beginning, first_windows, opening, opening_text, sample_windows, tokenize
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"
@@ -43,7 +44,7 @@ def set_bos(directory: Path, *, added: str = "", template: str = "", bos: bool =
     """Give the tokenizer of :func:`add_tokenizer` the BOS token w7 and what it sets in front of texts."""
     from tokenizers import AddedToken, processors
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     if bos:  # a word of its own, or else w71 would be split
         tokenizer.add_special_tokens({"bos_token": AddedToken(f"w{BOS}", single_word=True)})
     if added:
@@ -99,7 +100,7 @@ def obvious_nll(directory: Path, windows: list[list[int]], context: int = 1) -> 
     ],
 )
 def test_opening(how: dict[str, Any], auto: tuple[int], always: tuple[int], tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(set_bos(add_tokenizer(tmp_path), **how))
+    tokenizer = AutoTokenizer.from_pretrained(set_bos(add_tokenizer(tmp_path), **how))
     assert opening(tokenizer) == auto
     assert opening(tokenizer, "always") == always
     assert opening(tokenizer, "never") == ()
@@ -107,8 +108,27 @@ def test_opening(how: dict[str, Any], auto: tuple[int], always: tuple[int], tmp_
     assert opening_text(tokenizer, ()) is None
 
 
+def test_mistrals_own_tokenizers(tmp_path: Path) -> None:
+    """They come from the package mistral_common, add BOS and have no chat template."""
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    shutil.copy(
+        min(data.glob("tekken*.json"), key=lambda path: path.stat().st_size), tmp_path / "tekken.json"
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert opening(tokenizer) == opening(tokenizer, "always") == (tokenizer.bos_token_id,)
+    assert opening_text(tokenizer, opening(tokenizer)) == "<s>"
+    (tmp_path / "text.txt").write_text("Rain fell all day.\n\n" * 200)
+    whole = [tokenizer.bos_token_id, *tokenizer.encode("Rain fell all day", add_special_tokens=False)]
+    windows = text_windows(tokenizer, Beginning(tmp_path / "text.txt", tokenizer), len(whole), 100)
+    assert windows[0].tolist() == whole
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    with pytest.raises(ValueError, match=r"row 1: .*no chat template"):
+        Beginning(tmp_path / "chat.jsonl", tokenizer).characters(1)
+
+
 def test_always_needs_a_bos_token(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(add_tokenizer(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(add_tokenizer(tmp_path))
     assert opening(tokenizer) == ()
     with pytest.raises(ValueError, match=r"--bos always.*no BOS token"):
         opening(tokenizer, "always")
@@ -179,19 +199,16 @@ def test_an_opening_of_two_tokens_is_not_scored(dense: Path, text: Path, tmp_pat
 
 
 def test_the_command_says_which_token(dense: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "vllm_spense.cli.app", "eval", dense, "--text", text]
-    command += ["--seq-len", "32", "--max-tokens", "64"]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=300)
-    assert json.loads(done.stdout)["bos"] == "w7"
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert "over 62 tokens, windows behind w7, " in done.stdout
+    command = ["eval", str(dense), "--text", str(text), "--seq-len", "32", "--max-tokens", "64"]
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["bos"] == "w7"
+    assert "over 62 tokens, windows behind w7, " in CliRunner().invoke(app, command).stdout
 
 
 def test_contexts_of_the_continuation_task(dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     documents = [" ".join(f"w{(3 * i + j * j) % 11 + 20}" for j in range(60)) for i in range(20)]
     path.write_text("\n\n".join(documents))
-    tokenizer = load_tokenizer(dense)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
     plain, opened = (text_items(tokenizer, Beginning(path, tokenizer), bos=bos) for bos in ("never", "auto"))
     assert torch.equal(opened.contexts[:, 1:], plain.contexts)
     assert set(opened.contexts[:, 0].tolist()) == {BOS}
@@ -200,7 +217,7 @@ def test_contexts_of_the_continuation_task(dense: Path, tmp_path: Path) -> None:
 
 def test_a_chat_that_begins_with_bos_gets_no_second_one(dense: Path, tmp_path: Path) -> None:
     """The template writes it, as Llama 3's and Gemma's do; the tokenizer would add another."""
-    tokenizer = load_tokenizer(dense)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
     tokenizer.chat_template = TEMPLATES["gemma"]
     said = [" ".join(f"w{(3 * i + j * j) % 11 + 20}" for j in range(50)) for i in range(20)]
     (tmp_path / "chats.jsonl").write_text(
@@ -244,7 +261,7 @@ def test_lm_eval_reads_the_same_start(
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True
     )
-    Harness(["pairs"], tmp_path).run(model, load_tokenizer(model_dir), bos=bos)
+    Harness(["pairs"], tmp_path).run(model, AutoTokenizer.from_pretrained(model_dir), bos=bos)
     assert seen
     assert all(row[:2].tolist() == first for batch in seen for row in batch)
 
@@ -316,7 +333,7 @@ def test_without_bos_the_records_are_the_old_ones(dense: Path, text: Path, tmp_p
 @pytest.mark.model
 def test_smollm2_reads_the_same_windows_as_before(assets: Path) -> None:
     """Its BOS token only marks turns of a chat. The windows as they were made before BOS was looked at."""
-    tokenizer = load_tokenizer(assets / "SmolLM2-135M-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(assets / "SmolLM2-135M-Instruct")
     assert opening(tokenizer) == ()
     path = assets / "wikipedia" / "test.txt"
     ids = torch.tensor(tokenizer(path.read_text(), add_special_tokens=False, verbose=False)["input_ids"])

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_text import add_tokenizer, write_text
+from transformers import AutoTokenizer
 
 from vllm_spense.evaluation.continuation import text_items
 from vllm_spense.evaluation.perplexity import text_windows
-from vllm_spense.sources import load_tokenizer
 from vllm_spense.text import Beginning, calibrate, find_sources, sample_windows, text_end
 from vllm_spense.text import beginning as beginnings
 from vllm_spense.text import calibration as calibrations
@@ -26,7 +26,7 @@ from vllm_spense.text.calibration import random_pieces
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(add_tokenizer(tmp_path_factory.mktemp("words")))
+    return AutoTokenizer.from_pretrained(add_tokenizer(tmp_path_factory.mktemp("words")))
 
 
 def prose(characters: int, seed: int = 0) -> str:
@@ -82,7 +82,7 @@ def test_first_tokens_are_those_of_the_whole_text(
 
 @pytest.mark.model
 def test_first_tokens_of_a_trained_tokenizer(assets: Path) -> None:
-    tokenizer = load_tokenizer(assets / "SmolLM2-135M-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(assets / "SmolLM2-135M-Instruct")
     path = assets / "wikipedia" / "valid.txt"
     whole = torch.tensor(tokenizer(path.read_text(), add_special_tokens=False, verbose=False)["input_ids"])
     for count in (1, 512, 16384, 40_000, len(whole), 10**6):

@@ -19,10 +19,11 @@ import torch
 from pyarrow import parquet
 from tiny import make_llama
 from tiny_text import add_tokenizer
+from transformers import AutoTokenizer
 
+from vllm_spense.evaluation import evaluate
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.sources import load_tokenizer
 from vllm_spense.text import Beginning, TextRecord, find_sources
 from vllm_spense.text.reading import Text
 from vllm_spense.text.sources import Dataset, File
@@ -40,7 +41,7 @@ RENDERED = "[user] Rain? [end]\n[assistant] Yes. [end]\n[system] Be brief. [end]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    found = load_tokenizer(add_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    found = AutoTokenizer.from_pretrained(add_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     found.chat_template = TEMPLATE
     return found
 
@@ -281,7 +282,7 @@ def test_what_is_refused(name: str, content: bytes, message: str, tokenizer: Any
 def test_chats_need_a_template_that_takes_them(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(lines([{"messages": CHATS[0]}, {"messages": CHATS[1]}]))
-    bare = load_tokenizer(add_tokenizer(tmp_path / "bare"))
+    bare = AutoTokenizer.from_pretrained(add_tokenizer(tmp_path / "bare"))
     with pytest.raises(ValueError, match=r"row 1: .*no chat template; give a column of plain text"):
         read(path, bare)
     bare.chat_template = (
@@ -312,6 +313,13 @@ def test_places_that_hold_no_text(tmp_path: Path) -> None:
 def test_parquet_does_not_come_through_a_pipe(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packed(ROWS))))
     with pytest.raises(ValueError, match="standard input: parquet cannot be read from a pipe"):
+        read("-", tokenizer)
+
+
+def test_no_standard_input(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a desktop or a service; of a terminal the same is said."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="no file and no pipe"):
         read("-", tokenizer)
 
 
@@ -374,7 +382,7 @@ def test_rows_of_a_dataset(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = add_tokenizer(make_llama(tmp_path_factory.mktemp("reading") / "dense"))
-    found = load_tokenizer(made)
+    found = AutoTokenizer.from_pretrained(made)
     found.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     found.save_pretrained(made)
     return made
@@ -412,14 +420,24 @@ def spense(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-def test_eval_reads_standard_input_once(dense: Path, tmp_path: Path) -> None:
+def test_eval_reads_standard_input_once(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, the reference's windows and the continuation task all come from what was read once."""
     (tmp_path / "chats.jsonl").write_text(lines(chat_rows()))
-    arguments = ["eval", dense, "--seq-len", 64, "--max-tokens", 256, "--reference", dense, "--json"]
-    piped = spense(*arguments, "--text", "-", input=(tmp_path / "chats.jsonl").read_text())
-    named = spense(*arguments, "--text", tmp_path / "chats.jsonl")
-    assert piped.returncode == 0, piped.stderr
-    assert json.loads(piped.stdout)["nll"] == json.loads(named.stdout)["nll"]
+    options: dict[str, Any] = {
+        "seq_len": 64,
+        "max_tokens": 256,
+        "reference": dense,
+        "with_continuation": True,
+    }
+    named = evaluate(dense, tmp_path / "chats.jsonl", **options)
+    with (tmp_path / "chats.jsonl").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        piped = evaluate(dense, "-", **options)
+    assert (piped.nll, piped.agreement, piped.continuation) == (
+        named.nll,
+        named.agreement,
+        named.continuation,
+    )
 
 
 def test_the_command_refuses_in_one_line_before_any_work(dense: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _template_begins_with_bos(tokenizer: Any) -> bool:
 
     Where each turn begins with it, as in ChatML with ``<|im_start|>``, it is the mark of a turn.
     """
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):
         return False
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

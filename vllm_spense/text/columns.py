@@ -54,7 +54,7 @@ def row_text(row: dict[str, Any], columns: tuple[str, ...], tokenizer: Any) -> t
 
 
 def _chat(messages: list[Any], tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):  # Mistral's own tokenizers have none
         raise ValueError("this is a chat, and the model has no chat template; give a column of plain text")
     turns = [_turn(message) for message in messages]
     try:

@@ -48,7 +48,7 @@ def opened(file: File, digest: Any) -> Iterator[io.BufferedReader]:
                 stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), PIECE)
             yield stream
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file.place}: the text is not UTF-8 ({error.reason})") from None
+        raise ValueError(f"{file.place}: the text is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file.place}: the gzip file is damaged ({error})") from None
     except OSError as error:
@@ -72,4 +72,8 @@ def pieces_of(file: File, stream: io.BufferedReader) -> Iterator[str]:
 
 
 def _raw(file: File) -> AbstractContextManager[BinaryIO]:
-    return nullcontext(sys.stdin.buffer) if file.path is None else file.path.open("rb")
+    if file.path is not None:
+        return file.path.open("rb")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("standard input (-) is no file and no pipe: give it a text")
+    return nullcontext(sys.stdin.buffer)
