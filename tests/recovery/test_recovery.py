@@ -281,26 +281,15 @@ def write(checkpoint: Checkpoint, out: Path, student: Any, config: Any, text: Te
 # -- families ------------------------------------------------------------------------------------
 
 
-FAMILIES = [
-    "phi3",
-    "glm4",
-    "gemma2",
-    "gemma4_text",
-    "gemma4_moe",
-    "qwen3_5_text",
-    "falcon_h1",
-    "apertus",
-    "opt",
-    "phi",
-]
-FAMILIES += ["qwen2_moe", "qwen3_moe"]
+FAMILIES = ["phi3", "glm4", "gemma2", "gemma4_text", "gemma4_moe", "qwen3_5_text", "falcon_h1", "apertus"]
+FAMILIES += ["opt", "phi", "qwen2_moe", "qwen3_moe"]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_families(kind: str, weight_dtype: str, root: Path, tmp_path: Path) -> None:
     """What is written is the trained student: parts of fused linears in order, experts as they were."""
-    dense = make_family(kind, tmp_path / "dense", num_hidden_layers=2)
+    dense = make_family(kind, tmp_path / "dense")
     how = PruneConfig(preset="magnitude", dense_ratio=0.5, weight_dtype=weight_dtype)
     prune(dense, tmp_path / "pruned", how)
     checkpoint = Checkpoint(tmp_path / "pruned")
@@ -315,7 +304,7 @@ def test_families(kind: str, weight_dtype: str, root: Path, tmp_path: Path) -> N
             load_model(tmp_path / d, activations="none")(windows).logits for d in ("pruned", "out")
         )
         expected = student.model(windows).logits
-    tolerance = 0.05 if weight_dtype == "bf16" else 0.35  # rounding: e4m3 has 4 bits less
+    tolerance = 0.1 if weight_dtype == "bf16" else 0.35  # rounding: e4m3 has 4 bits less
     assert (after - expected).norm() < tolerance * (before - expected).norm()
     old, new = checkpoint, Checkpoint(tmp_path / "out")
     for name in old.plain_tensors():

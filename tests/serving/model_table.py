@@ -61,7 +61,7 @@ FAMILIES = {
     ),
     "qwen3_5_text": Family(
         "Qwen3.5, Qwen3.6 (text, dense)",
-        note="hybrid linear attention in FP8, its small gates in bf16; vLLM imports torchvision for it",
+        note="linear attention in FP8, its small gates in bf16; vLLM needs torchvision",
     ),
     "falcon_h1": Family("Falcon-H1", note="attention and state space stay in bf16"),
     "apertus": Family("Apertus", "plain", "xIELU"),
