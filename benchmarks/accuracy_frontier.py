@@ -7,8 +7,8 @@ fetched only when it is asked for (its licence: benchmarks/gemma_model.py).
 
 Each row is pruned for bf16 weights (so that rounding plays no part) on 64 windows of 512 tokens of the train
 split, and measured: perplexity, KL divergence and top-1 agreement with the dense model on 32 windows of 512
-tokens of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles; a four-way
-continuation task. Tune with `--split valid`. The documents show the methods on the test split, and the
+tokens (Gemma: 12) of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles; a
+four-way continuation task. Tune with `--split valid`. The documents show the methods on the test split, and the
 `--ablations` (one option changed at a time) on the validation split.
 
 Finished figures, in a file per model in benchmarks/results, are kept: run it again to go on, start it twice
@@ -51,7 +51,7 @@ from vllm_spense.recovery import RecoveryConfig, recover
 from vllm_spense.text import Beginning, Bos, context_length, opening
 
 RESULTS = ROOT / "benchmarks" / "results"
-SEQ_LEN, MAX_TOKENS = 512, 16384
+SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,15 @@ GEMMA_ROWS = [
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is pruned: where it comes from, its results file in ``RESULTS``, its rows and metrics."""
+    """A model that is pruned: where it comes from, its results file in ``RESULTS``, its rows and metrics.
+    ``windows``: how many of each text are scored."""
 
     fetch: Callable[[Path, Progress], Path]
     results: str
     rows: list[Row]
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
+    windows: int = 32
 
     def known(self) -> dict[str, Row]:
         """All rows that can be measured on it, by key."""
@@ -187,7 +189,7 @@ SUBJECTS = {
         fetch_model, "accuracy_frontier.json", ROWS, ("wikipedia", "fiction", "continuation"), (0, 1, 2)
     ),
     "gemma-3-270m": Subject(
-        fetch_gemma, "accuracy_frontier_gemma.json", GEMMA_ROWS, ("wikipedia", "without_bos", "fiction"), (0,)
+        fetch_gemma, "accuracy_frontier_gemma.json", GEMMA_ROWS, ("wikipedia", "without_bos"), (0,), 12
     ),
 }
 
@@ -213,7 +215,7 @@ class Bench:
     def __init__(self, subject: Subject, assets: Path, split: str) -> None:
         self.model = subject.fetch(assets, print)
         self.text, self.fiction = fetch_text(assets, print), fetch_fiction(assets, print)
-        self.split = split
+        self.split, self.max_tokens = split, subject.windows * SEQ_LEN
         self.tokenizer = load_tokenizer(self.model)
 
     @cached_property
@@ -229,7 +231,7 @@ class Bench:
         return context_length(opening(self.tokenizer))
 
     def windows(self, folder: Path, bos: Bos = "auto") -> torch.Tensor:
-        return text_windows(self.tokenizer, self.beginning(folder), SEQ_LEN, MAX_TOKENS, bos)
+        return text_windows(self.tokenizer, self.beginning(folder), SEQ_LEN, self.max_tokens, bos)
 
     def beginning(self, folder: Path) -> Beginning:
         return Beginning(folder / f"{self.split}.txt", self.tokenizer)

@@ -81,7 +81,7 @@ COLUMNS = {
     ),
 }
 FRONTIER_COLUMNS = tuple(column for column in COLUMNS if column != "without_bos")
-GEMMA_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "kl", "top1", "fiction", "without_bos", "seconds")
+GEMMA_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "kl", "top1", "without_bos", "seconds")
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
 
