@@ -52,12 +52,11 @@ _QWEN_TOKENS = {
 }
 _MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 _LINEAR_ATTENTION: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,  # what vLLM has on CPUs
+    "linear_value_head_dim": 128,
 }
 
 WRAPPERS: dict[str, dict[str, Any]] = {
@@ -135,6 +134,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
             "head_dim": 32,
             "patch_size": 14,
             "position_embedding_size": 64,
+            "default_output_length": 70,
         },
         "audio_config": None,
         "image_token_id": VOCAB - 1,
