@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 ASSETS ?= .cache/assets
+TORCHVISION = $(dir $(ASSETS))torchvision
 # A plain `torch` from PyPI brings CUDA libraries along; this index has the CPU build. It need not be reachable
 # where pip finds a CPU build elsewhere.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -38,7 +39,7 @@ help:
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
 	@echo "make gpu-build | -test | -tune | -pruning | -kernels | -serving | -cutlass | gpu-report   one stage, under 9 minutes"
 
-setup: $(VENV)/.ready $(ASSETS)/.ready
+setup: $(VENV)/.ready $(ASSETS)/.ready $(TORCHVISION)/.ready
 
 $(VENV)/.ready: requirements/cpu.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,11 @@ $(VENV)/.ready: requirements/cpu.txt pyproject.toml setup.py
 
 $(ASSETS)/.ready: $(VENV)/.ready vllm_spense/demo_assets.py
 	$(PY) -c "from vllm_spense import demo_assets as a; a.fetch_model('$(ASSETS)', print); a.fetch_text('$(ASSETS)', print)"
+	touch $@
+
+# Beside the virtual environment: where only the build for GPUs is found, transformers cannot import it by itself.
+$(TORCHVISION)/.ready: $(VENV)/.ready
+	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) --target $(TORCHVISION) --upgrade torchvision==0.28.0
 	touch $@
 
 # Half a minute: CPU kernels and our own CUDA kernel, no CUTLASS instances. Without nvcc this prints why that is not built.

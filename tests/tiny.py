@@ -68,19 +68,15 @@ def make_spense(
     sparse: int = SPARSE,
     weight_dtype: str = "float8_e4m3fn",
     tp_sizes: tuple[int, ...] = (1, 2),
-    inside: str = "",
 ) -> Path:
-    """Magnitude-prune ``source`` into a Spense checkpoint, straight through the format package.
-
-    ``inside``: only modules with this in their names become Spense layers.
-    """
+    """Magnitude-prune ``source`` into a Spense checkpoint, straight through the format package."""
     state = load_file(source / "model.safetensors")
     dtype = getattr(torch, weight_dtype)
     modules = {}
     with CheckpointWriter(out) as writer:
         for name, tensor in state.items():
             module, _, kind = name.rpartition(".")
-            if module.rpartition(".")[2] not in LINEARS or inside not in module:
+            if module.rpartition(".")[2] not in LINEARS:
                 writer.add(name, tensor)
             elif kind == "weight":
                 layout = layout_of(module, tuple(tensor.shape), sparse)

@@ -12,12 +12,14 @@ def add_tokenizer(directory: Path, **special: str) -> Path:
     """Save a tokenizer that maps the words w0 … w511 to their numbers; returns ``directory``.
 
     ``special``: words that a processor finds as attributes of the tokenizer, and that need no space around;
-    with them w1 is the BOS token, which nothing adds.
+    with them w1 is the BOS token, which nothing adds, and w500 … w503 are newlines.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(VOCAB)}
+    for lines in range(1, 5 if special else 1):  # vLLM's processors of Gemma look for these
+        words["\n" * lines] = words.pop(f"w{VOCAB - 13 + lines}")
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     extra = {"extra_special_tokens": special, "bos_token": "w1"} if special else {}

@@ -52,12 +52,11 @@ _QWEN_TOKENS = {
 }
 _MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 _LINEAR_ATTENTION: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,  # what vLLM has on CPUs
+    "linear_value_head_dim": 128,
 }
 
 WRAPPERS: dict[str, dict[str, Any]] = {
@@ -105,6 +104,17 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         **_QWEN_TOKENS,
         "tie_word_embeddings": True,
     },
+    "qwen3_5": {
+        "text_config": TEXT
+        | _LINEAR_ATTENTION
+        | {
+            "rope_parameters": _MROPE
+            | {"mrope_interleaved": True, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+        },
+        "vision_config": _QWEN_VISION | {"num_position_embeddings": 16},
+        **_QWEN_TOKENS,
+        "tie_word_embeddings": False,
+    },
     "gemma4": {
         "text_config": TEXT
         | {
@@ -124,6 +134,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
             "head_dim": 32,
             "patch_size": 14,
             "position_embedding_size": 64,
+            "default_output_length": 70,
         },
         "audio_config": None,
         "image_token_id": VOCAB - 1,
@@ -153,6 +164,7 @@ SPECIAL = {
     },
     "qwen2_5_vl": _QWEN_SPECIAL,
     "qwen3_vl": _QWEN_SPECIAL,
+    "qwen3_5": _QWEN_SPECIAL,
     "gemma4": _GEMMA_SPECIAL
     | {
         "video_token": f"w{VOCAB - 4}",
@@ -201,6 +213,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "image_processor": _QWEN_IMAGES | {"image_processor_type": "Qwen2VLImageProcessor"},
         "video_processor": _QWEN_IMAGES | {"video_processor_type": "Qwen3VLVideoProcessor"},
     },
+    "qwen3_5": {
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor": _QWEN_IMAGES | {"image_processor_type": "Qwen2VLImageProcessor"},
+        "video_processor": _QWEN_IMAGES | {"video_processor_type": "Qwen3VLVideoProcessor"},
+    },
     "gemma4": {
         "processor_class": "Gemma4Processor",
         "image_seq_length": 70,
@@ -220,6 +237,7 @@ IMAGE = {
     "gemma3": f"w5 w{VOCAB - 2} w6 w7",
     "qwen2_5_vl": f"w5 w{VOCAB - 3} w{VOCAB - 1} w{VOCAB - 4} w6 w7",
     "qwen3_vl": f"w5 w{VOCAB - 3} w{VOCAB - 1} w{VOCAB - 4} w6 w7",
+    "qwen3_5": f"w5 w{VOCAB - 3} w{VOCAB - 1} w{VOCAB - 4} w6 w7",
 }
 """A prompt with one image; where this has no entry, with the token of the image itself."""
 

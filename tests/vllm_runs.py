@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -11,6 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+from conftest import ASSETS
 
 TIMEOUT = 600
 ENVIRONMENT = {
@@ -27,6 +31,21 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 def token_prompts(count: int = 6, vocab: int = 512, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(3, vocab) for _ in range(rng.randrange(3, 20))] for _ in range(count)]
+
+
+def torchvision() -> dict[str, str]:
+    """The environment of a process that can import torchvision."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return {}
+    found = ASSETS.parent / "torchvision"
+    if not found.is_dir():
+        pytest.fail(f"{found} is missing: run `make setup`")
+    before = os.environ.get("PYTHONPATH", "")
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent / "torchvision_on_cpus"), str(found), before]
+        )
+    }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_families import byte_tokenizer
 from tiny_text import write_text
 from tiny_wrappers import WRAPPERS, make_headless, make_text_twin, make_wrapper, text_name
@@ -22,13 +23,17 @@ from vllm_spense.evaluation.trial import try_out
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, dequantize
 from vllm_spense.format.export import export
+from vllm_spense.format.linears import stays_as_stored
 from vllm_spense.format.report import inspect
+from vllm_spense.planning.shapes import read_model
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.pipeline import _report_of
 from vllm_spense.pruning.plan import plan
+from vllm_spense.pruning.source import SourceModel
 from vllm_spense.recovery import RecoveryConfig, recover
 
 IDS = torch.arange(3, 51)[None]
+PLAIN = {"preset": "spensegpt+"}
 
 
 def config(text: Path, **changes) -> PruneConfig:
@@ -52,7 +57,7 @@ def wrapper(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     def run(kind: str) -> Path:
         make_wrapper(kind, root / kind / "dense")
         make_text_twin(kind, root / kind / "dense", root / kind / "text")
-        if kind == "qwen2_5_vl":  # transformers knows one class of tokenizers for Qwen2, and words are none
+        if kind in ("qwen2_5_vl", "qwen3_5"):  # transformers insists on Qwen's tokenizer for one of the two
             byte_tokenizer(root / kind / "text")
             byte_tokenizer(root / kind / "dense")
         prune(root / kind / "dense", root / kind / "spense", config(text_file))
@@ -64,7 +69,7 @@ def wrapper(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_the_text_model_is_pruned_as_if_it_were_alone(kind: str, wrapper) -> None:
-    """The default method, with its gradient pass; all else in the files stays as it is."""
+    """By the default method, with its gradient pass; all else in the files stays as it is."""
     before, after = Checkpoint(wrapper(kind) / "dense"), Checkpoint(wrapper(kind) / "spense")
     alone = Checkpoint(wrapper(kind) / "text-spense")
     seen = set()
@@ -160,7 +165,6 @@ HEADLESS = {
     "base-prefixed": {"prefix": "model."},
     "classifier": {},
 }
-PLAIN = {"preset": "spensegpt+"}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +202,7 @@ def test_a_model_for_pooling_is_the_dense_one_with_the_new_weights(kind: str, he
     assert {n for n in before.tensors if not n.startswith(f"{prefix}layers.")} <= checkpoint.tensors.keys()
     assert (try_out(checkpoint.directory, IDS[0]).text is None) == (not kind.startswith("embedding"))
     assert _report_of(checkpoint.directory, config(Path("x")), 0.0).layers == 2
+    assert read_model(checkpoint.directory).layers == 2
 
 
 @pytest.mark.parametrize("kind", ["embedding", "base"])
@@ -230,3 +235,29 @@ def test_what_needs_a_head_is_refused_first(kind: str, headless, text_file: Path
             root / "dense",
         )
     assert not any(tmp_path.iterdir())
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_names_of_published_files(tmp_path: Path) -> None:
+    """Gemma 3's vision tower is published below ``vision_model``, which today's class does not have."""
+    make_wrapper("gemma3", tmp_path)
+    path = tmp_path / "model.safetensors"
+    named = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(named, path, metadata={"format": "pt"})
+    source = SourceModel(tmp_path, torch.device("cpu"))
+    assert source.checkpoint.tensors.keys() == named.keys()
+    assert source.names["model.language_model.layers.1.mlp.up_proj.weight"] == (
+        "language_model.model.layers.1.mlp.up_proj.weight"
+    )
+
+
+def test_what_sees_is_never_rounded_at_load_time() -> None:
+    for name in ("visual.blocks.0.mlp.gate_up_proj", "vision_tower.encoder.layers.0.mlp.fc1"):
+        assert stays_as_stored(name, "qwen2_5_vl")
+    for name in ("language_model.model.layers.0.mlp.gate_up_proj", "model.layers.0.self_attn.qkv_proj"):
+        assert not stays_as_stored(name, "qwen2_5_vl")

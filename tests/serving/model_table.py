@@ -1,4 +1,7 @@
-"""The table in docs/models.md: ``test_vllm_families.py`` serves and ``test_families.py`` prunes the models.
+"""The table in docs/models.md, from what is tested.
+
+``test_vllm_families.py`` and ``test_vllm_wrappers.py`` serve the models, ``test_families.py`` and
+``test_wrappers.py`` prune them.
 
 usage: python tests/serving/model_table.py   (writes the table into the document)
 """
@@ -15,12 +18,11 @@ TABLE = ("<!-- models:begin -->", "<!-- models:end -->")
 
 @dataclass(frozen=True)
 class Family:
-    """A line of the table. ``pruned``: by ``spense prune``; all are served."""
+    """A line of the table."""
 
     title: str
     mlp: str = "GLU"
     note: str = ""
-    pruned: bool = True
 
 
 FAMILIES = {
@@ -73,17 +75,35 @@ FAMILIES = {
     "opt": Family("OPT", "plain"),
     "qwen2_moe": Family("Qwen2-MoE", note="shared experts and ordinary MLPs; routed experts stay dense"),
     "qwen3_moe": Family("Qwen3-MoE", note="ordinary MLPs; routed experts stay dense"),
-    "paligemma": Family("PaliGemma (multimodal)", "GLU, GELU", "text backbone; asked for text only", False),
 }
 """By the name that transformers and ``tiny_families.py`` give them."""
+
+WRAPPERS = {
+    "paligemma": Family("PaliGemma (multimodal)", "GLU, GELU"),
+    "gemma3": Family("Gemma 3 from 4B (multimodal)", "GLU, GELU"),
+    "mistral3": Family("Mistral 3, Mistral Small 3.1 (multimodal)"),
+    "qwen2_5_vl": Family("Qwen2.5-VL (multimodal)"),
+    "qwen3_vl": Family("Qwen3-VL (multimodal, dense)"),
+    "qwen3_5": Family("Qwen3.5, Qwen3.6 (multimodal, dense)"),
+    "gemma4": Family("Gemma 4 (multimodal)", "GLU, GELU"),
+}
+"""By ``model_type``; ``test_vllm_wrappers.py`` asks each for text and with an image in the prompt."""
+
+POOLING = {
+    "embedding": Family("Embedding models (Qwen3)", note="with and without the prefix `model.` in the files"),
+    "base": Family("Architectures without a head (Qwen3)", note="`--preset spensegpt+`"),
+    "classifier": Family("Sequence classifiers (Qwen3)", note="`--preset spensegpt+`"),
+    "reranker": Family("Rerankers (Qwen3)", note="a causal model, served as a classifier"),
+}
+"""Models that are served with `--runner pooling`."""
 
 
 def table() -> str:
     """Markdown."""
     lines = ["| family | MLP | `spense prune` | vLLM | notes |", "|---|---|---|---|---|"]
-    for family in FAMILIES.values():
-        pruned = "✓" if family.pruned else "–"
-        lines.append(f"| {family.title} | {family.mlp} | {pruned} | ✓ | {family.note} |")
+    for kind, family in (FAMILIES | WRAPPERS | POOLING).items():
+        note = "text backbone; served with images" if kind in WRAPPERS else family.note
+        lines.append(f"| {family.title} | {family.mlp} | ✓ | ✓ | {note} |")
     return "\n".join(lines)
 
 

@@ -5,21 +5,17 @@ The table of models in docs/models.md is made from this list: `python tests/serv
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model_table import DOCUMENT, FAMILIES, TABLE, table
-from tiny import make_spense
 from tiny_families import FAMILIES as OPTIONS
 from tiny_families import make_family
-from tiny_multimodal import NEW, OLD, make_paligemma
 from tiny_text import write_text
-from vllm_runs import Pool, Run, token_prompts
+from vllm_runs import Pool, Run, token_prompts, torchvision
 
 from vllm_spense.evaluation import load_model
 from vllm_spense.format.export import export
@@ -27,30 +23,22 @@ from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
-TORCHVISION = Path(__file__).parents[1] / "torchvision_on_cpus"
-PREFIXES = {"paligemma": OLD, "paligemma-new": NEW}
 ONLINE = ("phi3", "glm4", "phi", "starcoder2", "opt", "exaone4", "gemma4_text", "gemma4_moe")
 ONLINE += ("qwen3_5_text", "falcon_h1")
 """Their checkpoints are what load-time mode makes of the dense model: fused on disk, plain, unusual."""
 LOAD_TIME: dict[str, Any] = {"preset": "magnitude", "calibration": None, "dense_ratio": 0.5, "alignment": 8}
-SERVED = [*FAMILIES, "phi3-bf16", "paligemma-new"]
-if find_spec("torchvision") is None:  # vLLM's module of Qwen3.5 holds the multimodal model, too
-    SERVED.remove("qwen3_5_text")
+SERVED = [*FAMILIES, "phi3-bf16"]
 
 
 def make(kind: str, root: Path, text: Path) -> None:
     """The random model, its Spense checkpoint and the dense twin, in ``root``."""
-    if kind in PREFIXES:  # `spense prune` refuses multimodal models: straight through the format package
-        make_paligemma(root / "dense", prefix=PREFIXES[kind])
-        make_spense(root / "dense", root / "spense", inside="language_model")
-    else:
-        family, _, bf16 = kind.partition("-")
-        heads = {} if "head_dim" in OPTIONS[family] else {"head_dim": 32}  # a size that vLLM has on CPUs
-        make_family(family, root / "dense", hidden_size=128, **heads)
-        calibrated = {"calibration": str(text), "preset": "spensegpt+", "num_samples": 4, "seq_len": 64}
-        options = LOAD_TIME if kind in ONLINE else calibrated
-        config = PruneConfig(weight_dtype="bf16" if bf16 else "fp8", **options)
-        prune(root / "dense", root / "spense", config)
+    family, _, bf16 = kind.partition("-")
+    heads = {} if "head_dim" in OPTIONS[family] else {"head_dim": 32}  # a size that vLLM has on CPUs
+    make_family(family, root / "dense", hidden_size=128, **heads)
+    calibrated = {"calibration": str(text), "preset": "spensegpt+", "num_samples": 4, "seq_len": 64}
+    options = LOAD_TIME if kind in ONLINE else calibrated
+    config = PruneConfig(weight_dtype="bf16" if bf16 else "fp8", **options)
+    prune(root / "dense", root / "spense", config)
     # in bf16 the twin is an ordinary model, fused again where the original is fused on disk
     export(root / "spense", root / "twin", format="bfloat16" if kind.endswith("bf16") else "spense-dense")
 
@@ -71,15 +59,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Served:
     pool = Pool(tmp_path_factory.mktemp("runs"))
     for i, kind in enumerate(SERVED):
         make(kind, root / kind, text)
-        llm = EAGER | ({"limit_mm_per_prompt": {"image": 0}} if kind in PREFIXES else {})
-        for name in ("spense", "twin", "dense") if kind in PREFIXES else ("spense", "twin"):
-            pool.add(str(i % 4), f"{kind}-{name}", {"model": str(root / kind / name), "llm": llm})
+        for name in ("spense", "twin"):
+            pool.add(str(i % 4), f"{kind}-{name}", {"model": str(root / kind / name), "llm": EAGER})
         if kind in ONLINE:
-            online = llm | {"quantization": "spense"}
+            online = EAGER | {"quantization": "spense"}
             pool.add(str(i % 4), f"{kind}-online", {"model": str(root / kind / "dense"), "llm": online})
-    paths = [str(TORCHVISION), os.environ.get("PYTHONPATH", "")]
     for group in "0123":
-        pool.environment(group, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+        pool.environment(group, **torchvision())  # vLLM's module of Qwen3.5 holds the multimodal model, too
     pool.start("0", "1", "2", "3")
     return Served(root, pool)
 
@@ -93,10 +79,6 @@ def test_tokens_are_those_of_the_dense_twin(runs: Served, kind: str) -> None:
     served, twin = (runs.pool[f"{kind}-{name}"] for name in ("spense", "twin"))
     assert served.outputs == twin.outputs
     assert len(served.tokens) == 6
-    if kind in PREFIXES:
-        unpruned = runs.pool[f"{kind}-dense"].first_logprobs
-        assert all(a != b for a, b in zip(served.first_logprobs, unpruned, strict=True))
-        return
     pruned, unpruned = (distance(served, runs.root / kind / name) for name in ("spense", "dense"))
     assert pruned < 0.6 * unpruned
 
@@ -119,7 +101,7 @@ def distance(served: Run, directory: Path) -> float:
 
 
 def test_the_document_lists_what_is_tested() -> None:
-    assert {kind for kind, family in FAMILIES.items() if family.pruned} == set(OPTIONS)
+    assert FAMILIES.keys() == OPTIONS.keys()
     before, after = TABLE
     text = DOCUMENT.read_text()
     assert text.split(before)[1].split(after)[0].strip() == table(), "run python tests/serving/model_table.py"

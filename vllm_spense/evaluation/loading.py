@@ -129,7 +129,6 @@ def _quiet_report() -> Iterator[None]:
 
 
 def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activations) -> nn.Module:
-
     quantization = checkpoint.require_spense()
     check_headers(checkpoint)
     config = load_config(checkpoint.directory)

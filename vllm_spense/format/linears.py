@@ -25,6 +25,8 @@ MLP_SPLITS: dict[str, Split] = {
 
 _SMALL = re.compile(r"\.(linear_attn\.in_proj_(a|b|ba)|per_layer_(input_gate|projection|model_projection))$")
 """Gates with an output per head of linear attention, and what mixes Gemma 4's inputs per layer."""
+_TOWERS = re.compile(r"(model\.)?(visual|vision|audio|multi_modal|mm_|embed_(vision|audio))")
+"""How the names of what a multimodal wrapper has beside its text model begin."""
 _ROUTER = re.compile(r"\.router\.")
 _UNNAMED_BLOCKS = frozenset({"falcon_h1"})
 """Models whose attention vLLM builds under names of no checkpoint (``layers.0.qkv_proj``)."""
@@ -33,10 +35,10 @@ _UNNAMED_BLOCKS = frozenset({"falcon_h1"})
 def stays_as_stored(name: str, model_type: str) -> bool:
     """Whether a linear outside the experts is never rounded to FP8, neither by pruning nor in load-time mode.
 
-    These are routers, small gates, and all of Falcon-H1's attention and state space. ``name`` is that of a
-    module in a checkpoint or of a layer in vLLM.
+    These are routers, small gates, all of Falcon-H1's attention and state space, and whatever sees or hears.
+    ``name`` is that of a module in a checkpoint or of a layer in vLLM.
     """
-    if _SMALL.search(name) or _ROUTER.search(name):
+    if _SMALL.search(name) or _ROUTER.search(name) or _TOWERS.match(name):
         return True
     last = name.rpartition(".")[2]
     return model_type in _UNNAMED_BLOCKS and last not in MLP_SPLITS and last != "gate_up_proj"

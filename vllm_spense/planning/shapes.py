@@ -346,7 +346,7 @@ def _linears_of(quantization: SpenseCheckpointConfig, layers: int, file: object)
     seen: dict[Kind, set[int]] = {"mlp": set(), "attention": set()}
     for name, spec in quantization.modules.items():
         parent, _, last = name.rpartition(".")
-        number = re.search(r"\.layers\.(\d+)\.", name)
+        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         if number is None:
             continue
         kind: Kind = "attention" if "attn" in parent else "mlp"
