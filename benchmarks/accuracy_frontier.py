@@ -8,8 +8,8 @@ fetched only when it is asked for (its licence: benchmarks/gemma_model.py).
 Each row is pruned for bf16 weights (so that rounding plays no part) on 64 windows of 512 tokens of the train
 split, and measured: perplexity, KL divergence and top-1 agreement with the dense model on 32 windows of 512
 tokens (Gemma: 12) of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles; a
-four-way continuation task. Tune with `--split valid`. The documents show the methods on the test split, and the
-`--ablations` (one option changed at a time) on the validation split.
+four-way continuation task. Tune with `--split valid`. The documents show the methods on the test split, and
+the `--ablations` (one option changed at a time) on the validation split.
 
 Finished figures, in a file per model in benchmarks/results, are kept: run it again to go on, start it twice
 to share the work, `--again` to measure once more. A row takes 8 to 20 minutes of one core per seed; with
