@@ -306,11 +306,11 @@ def test_phi3_is_stored_in_parts(weight_dtype: str, family) -> None:
     assert ("model.layers.0.self_attn.k_proj" in modules) == (weight_dtype == "fp8")
 
 
-@pytest.mark.parametrize("weight_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize(("kind", "weight_dtype"), [("phi3", "bf16"), ("phi3", "fp8"), ("glm4", "bf16")])
 @torch.no_grad()
-def test_exports_load_into_transformers(weight_dtype: str, family, tmp_path: Path) -> None:
-    """Phi-3 is fused again, because everyone else expects it so."""
-    run = family("phi3", weight_dtype)
+def test_exports_load_into_transformers(kind: str, weight_dtype: str, family, tmp_path: Path) -> None:
+    """Fused linears are fused again, because everyone else expects it so."""
+    run = family(kind, weight_dtype)
     export(run.spense, tmp_path / "dense", format="float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     expected = load_model(run.spense, activations="none")(IDS).logits
