@@ -22,7 +22,7 @@ def add_tokenizer(directory: Path, **special: str) -> Path:
         words["\n" * lines] = words.pop(f"w{VOCAB - 13 + lines}")
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    extra = {"extra_special_tokens": special, "bos_token": "w1"} if special else {}
+    extra = {"extra_special_tokens": special, "bos_token": "w1", "pad_token": "w0"} if special else {}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", **extra).save_pretrained(directory)
     return directory
 

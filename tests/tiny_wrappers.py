@@ -257,6 +257,10 @@ def make_wrapper(kind: str, out: Path) -> Path:
     config = AutoConfig.for_model(kind, **WRAPPERS[kind])
     torch.manual_seed(0)
     _save(AutoModelForImageTextToText.from_config(config), out)
+    if (
+        config.vision_config.model_type == "siglip_vision_model"
+    ):  # published so; today's class has no such part
+        _rename(out, "vision_tower.", "vision_tower.vision_model.")
     (out / "processor_config.json").write_text(json.dumps(PROCESSORS[kind]))
     return add_tokenizer(out, **SPECIAL[kind])
 
@@ -325,6 +329,16 @@ def make_headless(kind: str, out: Path, *, prefix: str | None = None, **changes:
         named = {n if n.startswith(heads) else prefix + n.removeprefix("model."): t for n, t in state.items()}
         save_file(named, out / "model.safetensors", metadata={"format": "pt"})
     return add_tokenizer(out)
+
+
+def _rename(directory: Path, old: str, new: str) -> None:
+    """Put ``new`` where the names of tensors begin with ``old``."""
+    path = directory / "model.safetensors"
+    named = {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(named, path, metadata={"format": "pt"})
 
 
 def _save(model: Any, out: Path) -> None:

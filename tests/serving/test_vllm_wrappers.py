@@ -68,9 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     for kind, asked in HEADLESS.items():
         made = "embedding" if kind == "reranker" else kind
         make_headless(made, root / kind / "dense", **asked["model"])
-        llm = {"enforce_eager": True, "runner": "pooling"}
-        if "overrides" in asked:
-            llm |= {"hf_overrides": asked["overrides"], "skip_tokenizer_init": False}
+        llm = {"enforce_eager": True, "runner": "pooling", "skip_tokenizer_init": False}
+        llm |= {"hf_overrides": asked["overrides"]} if "overrides" in asked else {}
         add("pooling", kind, {"llm": llm, "pool": asked["pool"]})
     for group in ("wrappers-0", "wrappers-1"):
         pool.environment(group, **torchvision())
