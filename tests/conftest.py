@@ -10,13 +10,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `tiny` and `vllm_runs` by name
 
+from asset_paths import ASSETS
 from tiny import make_llama, make_spense
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-ASSETS = Path(os.environ.get("SPENSE_ASSETS", Path(__file__).parent.parent / ".cache" / "assets"))
 
 
 @pytest.fixture(scope="session")
