@@ -138,6 +138,10 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
         "audio_config": None,
         "image_token_id": VOCAB - 1,
+        "boi_token_id": VOCAB - 2,
+        "eoi_token_id": VOCAB - 3,
+        "video_token_id": VOCAB - 4,
+        "audio_token_id": VOCAB - 5,
     },
 }
 """Options of each ``model_type``; :data:`PREFIX` says where the files keep its layers."""

@@ -78,7 +78,13 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         }
         for o in outputs
     ]
-    return {"outputs": answers, "cached": [o.num_cached_tokens for o in outputs], "metrics": metrics}
+    answered = [list(o.prompt_token_ids) for o in outputs]
+    return {
+        "outputs": answers,
+        "prompts": answered,
+        "cached": [o.num_cached_tokens for o in outputs],
+        "metrics": metrics,
+    }
 
 
 def _prompt(asked: list[int] | dict[str, Any]) -> dict[str, Any]:
