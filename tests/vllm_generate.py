@@ -2,11 +2,11 @@
 
 usage: python vllm_generate.py REQUESTS.json RESPONSES
 REQUESTS: {name: {"model": DIR, "llm": {LLM keyword arguments}, "prompts": [[ids]], "max_tokens": n,
-"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?, "pool": task?, "onednn": bool?}}. ``calls`` go to
-every worker before prompts are answered; ``save``: where to leave a sharded state; ``pool``: ask for what
-this pooling task gives instead of tokens; ``onednn`` false: torch's own products. A prompt may be {"text":
-words, "image": seed}, with a random image. The answer to each request is RESPONSES/name.json, what it printed
-RESPONSES/name.log; an engine that fails leaves only a log.
+"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?, "pool": task?, "onednn": bool?}}.
+``calls`` go to every worker before prompts are answered; ``save``: where to leave a sharded state; ``pool``:
+ask for what this pooling task gives instead of tokens; ``onednn`` false: torch's own products. A prompt may be
+{"text": words, "image": seed}, with a random image. The answer to each request is RESPONSES/name.json, what it
+printed RESPONSES/name.log; an engine that fails leaves only a log.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _prompt(asked: list[int] | dict[str, Any]) -> dict[str, Any]:
 def without_onednn() -> AbstractContextManager[None]:
     """While open, torch does its own products.
 
-    On CPUs with AMX it leaves those of FP8 to oneDNN, which has but a scalar reference for most of them: fifty
-    times as slow, and the same to fp32's rounding.
+    On CPUs with AMX it leaves those of FP8 to oneDNN, which has but a scalar reference for most of them:
+    fifty times as slow, and the same to fp32's rounding.
     """
     import torch
 

@@ -61,9 +61,8 @@ def runs(assets: Path, spense: Path, work: Path) -> Pool:
     for name, model in models.items():
         request = {"model": str(model), "prompts": prompts, "llm": {"enforce_eager": True}}
         # of stock FP8, slow on every CPU, only the first tokens are compared
-        pool.add(
-            "models", name, request | {"max_tokens": 1 if name == "fp8" else 16, "onednn": name != "fp8"}
-        )
+        request |= {"max_tokens": 1, "onednn": False} if name == "fp8" else {"max_tokens": 16}
+        pool.add("models", name, request)
     return pool
 
 
