@@ -4,9 +4,9 @@ usage: python vllm_generate.py REQUESTS.json RESPONSES
 REQUESTS: {name: {"model": DIR, "llm": {LLM keyword arguments}, "prompts": [[ids]], "max_tokens": n,
 "lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?, "pool": task?, "onednn": bool?}}.
 ``calls`` go to every worker before prompts are answered; ``save``: where to leave a sharded state; ``pool``:
-ask for what this pooling task gives instead of tokens; ``onednn`` false: torch's own products. A prompt may be
-{"text": words, "image": seed}, with a random image. The answer to each request is RESPONSES/name.json, what it
-printed RESPONSES/name.log; an engine that fails leaves only a log.
+ask for what this pooling task gives instead of tokens; ``onednn`` false: torch's own products. A prompt may
+be {"text": words, "image": seed}, with a random image. The answer to each request is RESPONSES/name.json,
+what it printed RESPONSES/name.log; an engine that fails leaves only a log.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ MODELS = {
 EVERY = {kind: case for kind, case in FILES.items() if kind != "quantised without a word"} | MODELS
 NOT_PREDICTED = {
     "gemma4_text": "layers differ in heads and share KV caches",
+    "gemma4_moe": "the experts of model_type 'gemma4_text' are not known",
     "qwen3_5_text": "layers of linear attention or convolutions keep no KV cache",
     "falcon_h1": "attention keeps no ordinary KV cache",
 }
