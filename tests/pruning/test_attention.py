@@ -423,9 +423,10 @@ def test_the_plan_knows_of_attention(model, text: Path) -> None:
 
 def test_the_command(model, text: Path, tmp_path: Path) -> None:
     command = ["prune", str(model("llama")), "-o", str(tmp_path / "out"), "--calibration", str(text)]
-    command += ["--targets", "mlp+attention", "--attention-dense-ratio", "0.25", "--dry-run", "--json"]
-    said = CliRunner().invoke(app, command, catch_exceptions=False)
-    config = PruneConfig(calibration=str(text), targets="mlp+attention", attention_dense_ratio=0.25)
+    command += ["--targets", "mlp+attention", "--attention-dense-ratio", "0.25", "--seq-len", "64"]
+    said = CliRunner().invoke(app, [*command, "--dry-run", "--json"], catch_exceptions=False)
+    attention = {"targets": "mlp+attention", "attention_dense_ratio": 0.25}
+    config = PruneConfig(calibration=str(text), seq_len=64, **attention)
     assert json.loads(said.stdout)["output_bytes"] == plan(model("llama"), config).output_bytes
 
 

@@ -68,7 +68,8 @@ def test_sizes_that_do_not_fit(
 ) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
     source = make_family("llama", tmp_path / "in", **(sizes | changes))
-    config = PruneConfig(calibration=str(text_file), targets="mlp+attention", attention_dense_ratio=ratio)
+    attention = {"targets": "mlp+attention", "attention_dense_ratio": ratio}
+    config = PruneConfig(calibration=str(text_file), seq_len=64, **attention)
     with pytest.raises(ValueError, match=message):
         prune(source, tmp_path / "out", config, lambda _: pytest.fail("it was noticed too late"))
     with pytest.raises(ValueError, match=message):

@@ -361,7 +361,10 @@ def test_unsupported_models(text_file: Path, tmp_path: Path) -> None:
         "pad_token_id": 0,
     }
     cases = {
-        "neox": (GPTNeoXConfig(**sizes), "no mlp or no self_attn; supported are Llama.*Phi-3"),
+        "neox": (
+            GPTNeoXConfig(**sizes),
+            "no mlp or feed_forward or no self_attn or linear_attn; supported .*Llama.*Phi",
+        ),
         "gpt2": (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=512), "no list of decoder"),
         "mixtral": (MixtralConfig(**sizes, num_local_experts=2), r"mixture of experts \(mixtral\)"),
         "qwen3_moe": (Qwen3MoeConfig(**sizes, num_experts=2, head_dim=16), "nothing to prune"),

@@ -160,11 +160,11 @@ REFUSED: dict[str, tuple[Edit, type[Exception], str]] = {
     "no head": (tensors(lambda s: s.pop(HEAD)), CheckpointError, rf"tensor {HEAD}: .* it is missing"),
     "another head": (
         lambda d: (
-            settings(architectures=["LlamaForSequenceClassification"], tie_word_embeddings=True)(d),
+            settings(architectures=["LlamaForRewards"], tie_word_embeddings=True)(d),
             tensors(lambda s: s.update({"score.weight": s.pop(HEAD)[:2].contiguous()}))(d),
         ),
         UnsupportedModelError,
-        r"is a LlamaForSequenceClassification, whose score\.weight a LlamaForCausalLM lacks",
+        r"is a LlamaForRewards, whose score\.weight a LlamaForCausalLM lacks",
     ),
     "no bias": (
         tensors(lambda s: s.pop("model.layers.1.mlp.down_proj.bias")),
