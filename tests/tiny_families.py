@@ -49,8 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {"head_dim": None, "sliding_window": 16, "layer_types": HYBRID},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "exaone4": {"sliding_window": 16, "layer_types": HYBRID},
-    "cohere": {"head_dim": None, "use_qk_norm": True, "logit_scale": 0.5},
-    "cohere2": {"sliding_window": 16, "layer_types": HYBRID, "logit_scale": 0.5},
+    "cohere": {"tie_word_embeddings": True, "head_dim": None, "use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {
+        "tie_word_embeddings": True,  # vLLM takes no other head
+        "sliding_window": 16,
+        "layer_types": HYBRID,
+        "logit_scale": 0.5,
+    },
     "stablelm": {"head_dim": None, "use_qkv_bias": True},
     "ministral": {"sliding_window": 16, "layer_types": HYBRID},
     "ministral3": {},
