@@ -28,8 +28,11 @@ ONLINE += ("qwen3_5_text", "falcon_h1")
 """Their checkpoints are what load-time mode makes of the dense model: fused on disk, plain, unusual."""
 LOAD_TIME: dict[str, Any] = {"preset": "magnitude", "calibration": None, "dense_ratio": 0.5, "alignment": 8}
 SERVED = [*FAMILIES, "phi3-bf16"]
-TWIN_ONLY = ("glm4",)
-"""Not compared with transformers: FP8 activations move this random model nearly as far as pruning does."""
+NEAR = {"glm4": 1.0}
+"""Largest distance from the pruned model, relative to the unpruned one's; 0.6 for all others.
+
+FP8 activations move GLM-4's random model nearly as far as pruning does: 0.63 was measured.
+"""
 
 
 def make(kind: str, root: Path, text: Path) -> None:
@@ -81,10 +84,8 @@ def test_tokens_are_those_of_the_dense_twin(runs: Served, kind: str) -> None:
     served, twin = (runs.pool[f"{kind}-{name}"] for name in ("spense", "twin"))
     assert served.outputs == twin.outputs
     assert len(served.tokens) == 6
-    if kind in TWIN_ONLY:
-        return
     pruned, unpruned = (distance(served, runs.root / kind / name) for name in ("spense", "dense"))
-    assert pruned < 0.6 * unpruned
+    assert pruned < NEAR.get(kind, 0.6) * unpruned
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ONLINE if kind in SERVED])
