@@ -122,10 +122,21 @@ ROWS = [
     Row("guided0.5", "guided (ours), dense ratio 0.5", GUIDED | {"dense_ratio": 0.5}),
 ]
 
+FISHER = {"pilot_samples": 0}
+"""Layers compared by the gradient pass alone, as `guided` did it until a second model was measured."""
+BEFORE = [
+    Row(
+        f"guided{ratio}-fisher",
+        f"… with Fisher's budget, dense ratio {ratio}",
+        GUIDED | FISHER | {"dense_ratio": ratio},
+    )
+    for ratio in (0.25, 0.5)
+]
+
 BASE = Row(
     "base",
-    "base: without (a) and (b), 8 windows in the gradient pass, joint fit to all tokens",
-    GUIDED | {"regroup": 0, "order": "natural", "gradient_samples": 8},
+    "base: Fisher's budget, without (a) and (b), 8 windows in the gradient pass, joint fit to all tokens",
+    GUIDED | FISHER | {"regroup": 0, "order": "natural", "gradient_samples": 8},
 )
 ABLATIONS = [
     Row("a-regroup", "(a) down's columns dealt to better groups, 16 rounds", {"regroup": 16}, BASE),
@@ -157,7 +168,8 @@ WITHOUT_BOS = {"bos": "never"}
 """Windows as they were before they started with BOS; evaluated with BOS all the same."""
 
 GEMMA_ROWS = [
-    *(row for row in ROWS if row.key in ("dense", "spensegpt+0.5", "guided0.5")),
+    *(row for row in ROWS if row.key == "dense" or row.key.startswith(("spensegpt+", "guided"))),
+    *BEFORE,
     Row(
         "spensegpt+0.5-no-bos",
         "SpenseGPT+, calibrated without BOS",
@@ -186,10 +198,19 @@ class Subject:
 
 SUBJECTS = {
     "smollm2": Subject(
-        fetch_model, "accuracy_frontier.json", ROWS, ("wikipedia", "fiction", "continuation"), (0, 1, 2)
+        fetch_model,
+        "accuracy_frontier.json",
+        [*ROWS, *BEFORE],
+        ("wikipedia", "fiction", "continuation"),
+        (0, 1, 2),
     ),
     "gemma-3-270m": Subject(
-        fetch_gemma, "accuracy_frontier_gemma.json", GEMMA_ROWS, ("wikipedia", "without_bos"), (0,), 12
+        fetch_gemma,
+        "accuracy_frontier_gemma.json",
+        GEMMA_ROWS,
+        ("wikipedia", "fiction", "without_bos"),
+        (0, 1, 2),
+        12,
     ),
 }
 
@@ -300,7 +321,7 @@ def main() -> None:
     files = {name: RESULTS / subject.results for name, subject in SUBJECTS.items()}
     files[arguments.model] = arguments.results
     figures = {name: current(read(path), SUBJECTS[name].known()) for name, path in files.items()}
-    write_documents(figures["smollm2"], ROWS, [ROWS[-1], BASE, *ABLATIONS])
+    write_documents(figures["smollm2"], [*ROWS, *BEFORE], [ROWS[-1], BASE, *ABLATIONS])
     write_second_model(figures["gemma-3-270m"], GEMMA_ROWS)
 
 

@@ -131,7 +131,7 @@ def test_the_command_survives_sigkill_and_ctrl_c(
     work = work_path(out)
     code, _ = start_and_signal(command(model, out, text), (work / "state.json").exists, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert not (work / "costs.safetensors").exists(), "killed in the gradient pass"
+    assert not (work / "choice.safetensors").exists(), "killed in the gradient pass"
     records = [work / f"layer-{i:05d}.json" for i in range(LAYERS)]
     code, _ = start_and_signal(command(model, out, text), records[0].exists, signal.SIGKILL)
     assert code == -signal.SIGKILL

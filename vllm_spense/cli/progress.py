@@ -69,9 +69,12 @@ def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], Non
         if event.stage == "text":
             console.print(f"text: {event.layer / 1e6:.0f} million characters read", highlight=False)
             return
+        if event.verdict is not None:
+            console.print(f"dense indices: {event.verdict}", highlight=False)
+            return
         if event.stage != "layers":
             if event.layer * 4 % event.layers < 4:  # a line per quarter
-                name = {"check": "self-check", "gradient": "gradient pass"}[event.stage]
+                name = {"check": "self-check", "gradient": "gradient pass", "pilot": "pilot"}[event.stage]
                 say(console, f"{name} {event.layer / event.layers:>4.0%}  ", _clock(event))
             return
         losses = "  ".join(f"{name.rpartition('.')[2]} {loss:.4f}" for name, loss in event.losses.items())

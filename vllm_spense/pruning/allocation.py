@@ -1,7 +1,8 @@
 """How many intermediate indices stay dense in each layer, under one budget for the whole model.
 
-An index costs loss when it becomes 2:4 (:mod:`.sensitivity`) and costs bytes, or time, when it stays dense.
-The budget is what the same dense ratio in every layer would cost; it buys the most expensive losses first.
+An index costs loss when it becomes 2:4 (:mod:`.pilot`, :mod:`.sensitivity`) and costs bytes, or time, when it
+stays dense. The budget is what the same dense ratio in every layer would cost; it buys the most expensive
+losses first.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def price(shape: MlpShape, dense: int, budget: Budget) -> float:
 def _seconds(spec: LinearSpec) -> float:
     configs = candidates(spec, DECODE_TOKENS, H200, cutlass=False)
     return min(estimate(spec, DECODE_TOKENS, config, H200_PROCESSORS) for config in configs)
+
+
+def legal_counts(intermediate: int, alignment: int) -> list[int]:
+    """Sizes that D may have, from the smallest to the whole of the ``intermediate`` indices."""
+    counts = [*range(0, intermediate, alignment), intermediate]
+    return [count for count in counts if (intermediate - count) % META_GROUP == 0]
 
 
 def dense_counts(
@@ -104,9 +111,7 @@ class _Offers:
     """The dense counts that one layer may have, what each avoids and what it costs."""
 
     def __init__(self, cost: torch.Tensor, shape: MlpShape, alignment: int, budget: Budget) -> None:
-        size = shape.intermediate
-        counts = [*range(0, size, alignment), size]
-        self.counts = [count for count in counts if (size - count) % META_GROUP == 0]
+        self.counts = legal_counts(shape.intermediate, alignment)
         avoided = torch.cat([torch.zeros(1), cost.double().cpu().sort(descending=True).values.cumsum(0)])
         self._gains = avoided[self.counts].tolist()
         self._prices = [price(shape, count, budget) for count in self.counts]

@@ -50,16 +50,19 @@ class PruneConfig(BaseModel):
     ``dense_ratio``: part of the intermediate dimension that stays dense; 0 is strict 2:4 everywhere in
     the MLP, 1 leaves it dense. ``allocation``: the same ratio in every layer, or one budget of bytes or
     of predicted decode time for all. ``selection`` ``fisher`` and such a budget rest on a gradient pass
-    over the first ``gradient_samples`` windows. ``refit``: iterations of least squares on the kept
-    weights; ``refine``: rounds in which better pairs are chosen.
+    over the first ``gradient_samples`` windows. A budget is shared out by what each layer's 2:4 does to the
+    model's answers on the last ``pilot_samples`` windows, and is only taken if it does better than the same
+    ratio everywhere on as many others; Fisher's selection must do better than SpenseGPT+'s there, too
+    (:mod:`.pilot`). 0: by the gradient pass alone, untested.
 
-    ``regroup``: rounds of dealing the 2:4 columns of down to better groups of four. ``order`` ``energy``:
-    OBS visits the groups with the largest inputs first. ``search_damping``: a tenth of, one or ten times
-    ``damping`` for each input of an MLP's linears, whichever prunes held-out windows best. ``asymmetric``:
-    part, from 0 to 1, of the error of earlier layers that the MLP is to make up for. ``joint``: iterations
-    that fit gate and up to the MLP's intermediate values. ``rounding`` ``refit``: the weights of an FP8
-    checkpoint are rounded in blocks of columns, and the others make up for it; without effect in bf16. All of
-    these are about linears with a 2:4 region.
+    ``refit``: iterations of least squares on the kept weights; ``refine``: rounds in which better pairs are
+    chosen. ``regroup``: rounds of dealing the 2:4 columns of down to better groups of four. ``order``
+    ``energy``: OBS visits the groups with the largest inputs first. ``search_damping``: a tenth of, one or
+    ten times ``damping`` for each input of an MLP's linears, whichever prunes held-out windows best.
+    ``asymmetric``: part, from 0 to 1, of the error of earlier layers that the MLP is to make up for.
+    ``joint``: iterations that fit gate and up to the MLP's intermediate values. ``rounding`` ``refit``: the
+    weights of an FP8 checkpoint are rounded in blocks of columns, and the others make up for it; without
+    effect in bf16. All of these are about linears with a 2:4 region.
 
     ``targets`` ``mlp+attention`` prunes the projections of attention, too. ``attention_dense_ratio``
     (default: ``dense_ratio``) is the part of its key/value heads that stays dense in every layer, with all
@@ -91,6 +94,7 @@ class PruneConfig(BaseModel):
     joint: Annotated[int, Field(ge=0, le=1000)] = 2
     rounding: Rounding = "nearest"
     gradient_samples: Positive = 16
+    pilot_samples: Annotated[int, Field(ge=0)] = 4
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     targets: Targets = "mlp"
     attention_dense_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -170,6 +174,7 @@ class PruneConfig(BaseModel):
         """
         aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
         younger = {"bos": "auto", "text_column": None}
+        aside |= set() if self.needs_pilot else {"pilot_samples"}
         aside |= {name for name, usual in younger.items() if getattr(self, name) == usual}
         return self.model_dump(exclude=aside)
 
@@ -200,6 +205,11 @@ class PruneConfig(BaseModel):
     def scores_indices(self) -> bool:
         """Whether each layer ranks its own indices by SpenseGPT+'s score."""
         return self.selection == "spensegpt+" and 0 < self.dense_ratio < 1
+
+    @property
+    def needs_pilot(self) -> bool:
+        """Whether layers are compared by crude prunings of them."""
+        return self.pilot_samples > 0 and self.allocation != "uniform" and 0 < self.dense_ratio < 1
 
     @property
     def needs_gradient(self) -> bool:

@@ -29,6 +29,7 @@ from vllm_spense.pruning.card import CARD_NAME, model_card
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
+from vllm_spense.pruning.pilot import Verdict
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.sources import BaseModel
@@ -98,13 +99,14 @@ def write_rest(
     base: BaseModel,
     text: TextRecord | None,
     records: list[LayerRecord],
+    verdict: Verdict | None = None,
 ) -> None:
     """Add to the finished layers everything else: embeddings, norms, head, and all files but weights."""
     prefixes = tuple(f"{layer.name}." for layer in source.layers)
     for name in sorted(source.checkpoint.tensors):
         if not name.startswith(prefixes):
             writer.add(name, source.checkpoint.load(name))
-    description, card = describe(source, config, base, text, records)
+    description, card = describe(source, config, base, text, records, verdict)
     writer.write_config(description)
     writer.copy_side_files(source.checkpoint.directory)
     writer.write_text(CARD_NAME, card)
@@ -132,11 +134,14 @@ def describe(
     base: BaseModel,
     text: TextRecord | None,
     records: list[LayerRecord],
+    verdict: Verdict | None = None,
 ) -> tuple[dict[str, Any], str]:
     """config.json and the model card of a checkpoint with these layers."""
     written = facts(records, config, source.layers)
     modules, losses = merged(records)
     provenance = _provenance(config, base, text, records)
+    if verdict is not None:
+        provenance["allocation"] = verdict.record()
     fp8 = config.weight_dtype == "fp8"
     quantization = SpenseCheckpointConfig(
         weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",

@@ -31,6 +31,7 @@ from vllm_spense.pruning.output import (
     restore_layer,
     write_rest,
 )
+from vllm_spense.pruning.pilot import Verdict, choose
 from vllm_spense.pruning.resume import LayerRecord, WorkDirectory
 from vllm_spense.pruning.selection import DenseChoice
 from vllm_spense.pruning.selfcheck import check_replay
@@ -55,8 +56,9 @@ class PruneProgress:
 
     ``restored``: the layer was finished by an earlier run and only the hidden states were computed.
     ``stage``: nothing is pruned yet in ``text``, where a long text is read (``layer`` are characters so far,
-    ``layers`` is 0), in ``check``, which compares the layers with the model's own forward, and in
-    ``gradient``, where each layer is counted forward and backward.
+    ``layers`` is 0), in ``check``, which compares the layers with the model's own forward, in
+    ``gradient``, where each layer is counted forward and backward, and in ``pilot``, which passes over the
+    layers twice and ends with a ``verdict``.
     """
 
     layer: int
@@ -65,7 +67,8 @@ class PruneProgress:
     elapsed: float
     remaining: float
     restored: bool = False
-    stage: Literal["text", "check", "gradient", "layers"] = "layers"
+    stage: Literal["text", "check", "gradient", "pilot", "layers"] = "layers"
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class PruneReport:
 
     ``losses`` by module name; ``damping``: modules whose Hessian needed more than the configured
     damping, with the value used; ``tensor_parallel_sizes`` that the checkpoint promises; ``text_end``: text
-    to try the checkpoint on, None without calibration and after a run that another process ended.
+    to try the checkpoint on, None without calibration and after a run that another process ended;
+    ``verdict``: how the dense indices were shared out, None where that was not measured.
     """
 
     directory: Path
@@ -86,6 +90,7 @@ class PruneReport:
     tensor_parallel_sizes: list[int]
     seconds: float
     text_end: TextEnd | None = None
+    verdict: Verdict | None = None
 
 
 @torch.no_grad()
@@ -145,9 +150,9 @@ def prune(
         finished = work.begin(made_from, resume=config.resume, restart=config.restart)
         if windows is not None and not finished:
             check_replay(source, windows[:2], _steps("check", started, progress))
-        choice = None
+        choice, verdict = None, None
         if windows is not None and config.needs_gradient:
-            choice = _choose(source, windows, config, work, finished, started, progress)
+            choice, verdict = _choose(source, windows, config, work, finished, started, progress)
         hidden = None if windows is None else _embed(source, windows, config, work)
         records = _LayerLoop(work, source, config, hidden, choice, started, progress).run(finished)
 
@@ -165,7 +170,7 @@ def prune(
         ) as writer:
             for index in range(len(records)):
                 writer.adopt(work.shard(index))
-            write_rest(writer, source, config, base, record, records)
+            write_rest(writer, source, config, base, record, records, verdict)
     written = facts(records, config, source.layers)
     return PruneReport(
         directory=Path(out),
@@ -177,6 +182,7 @@ def prune(
         tensor_parallel_sizes=written.tensor_parallel_sizes,
         seconds=time.monotonic() - started,
         text_end=None if text is None else text.end,
+        verdict=verdict,
     )
 
 
@@ -284,21 +290,33 @@ def _choose(
     finished: int,
     started: float,
     progress: Callable[[PruneProgress], None] | None,
-) -> DenseChoice:
-    """What each index costs and how many stay dense in each layer, after a gradient pass or from the last."""
+) -> tuple[DenseChoice, Verdict | None]:
+    """How many indices stay dense in each layer, and which: found out now, or by the run that is resumed."""
     if finished:
-        costs = work.read_costs()
+        return work.read_choice()
+    some = windows[: config.gradient_samples, :MAX_GRADIENT_TOKENS]
+    steps = _steps("gradient", started, progress)
+    costs = index_costs(source, _embed(source, some, config, work), some, steps)
+    verdict = None
+    if config.needs_pilot:
+
+        def embed(tokens: torch.Tensor) -> LayerInputs:
+            return _embed(source, tokens, config, work, torch.float32)
+
+        choice, verdict = choose(source, embed, windows, costs, config, _steps("pilot", started, progress))
+        if progress is not None:
+            done, seconds = len(source.layers), time.monotonic() - started
+            progress(PruneProgress(done, done, {}, seconds, 0.0, stage="pilot", verdict=verdict))
     else:
-        some = windows[: config.gradient_samples, :MAX_GRADIENT_TOKENS]
-        steps = _steps("gradient", started, progress)
-        costs = index_costs(source, _embed(source, some, config, work), some, steps)
-        work.save_costs(costs)
-    shapes = [None if layer.mlp is None else layer.mlp.shape for layer in source.layers]
-    return DenseChoice(dense_counts(costs, shapes, config), costs if config.selection == "fisher" else None)
+        shapes = [None if layer.mlp is None else layer.mlp.shape for layer in source.layers]
+        counts = dense_counts(costs, shapes, config)
+        choice = DenseChoice(counts, costs if config.selection == "fisher" else None)
+    work.save_choice(choice, verdict)
+    return choice, verdict
 
 
 def _steps(
-    stage: Literal["check", "gradient"],
+    stage: Literal["check", "gradient", "pilot"],
     started: float,
     progress: Callable[[PruneProgress], None] | None,
 ) -> Callable[[int, int], None] | None:
@@ -316,11 +334,15 @@ def _steps(
 
 
 def _embed(
-    source: SourceModel, windows: torch.Tensor, config: PruneConfig, work: WorkDirectory
+    source: SourceModel,
+    windows: torch.Tensor,
+    config: PruneConfig,
+    work: WorkDirectory,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> LayerInputs:
     allocate = on_disk(work.path) if config.cache_activations == "disk" else in_memory
     with source.resident(*source.embedding()):
-        return LayerInputs(source.network, windows, source.device, allocate=allocate)
+        return LayerInputs(source.network, windows, source.device, dtype=dtype, allocate=allocate)
 
 
 def _report_of(directory: Path, config: PruneConfig, seconds: float) -> PruneReport:
@@ -337,4 +359,5 @@ def _report_of(directory: Path, config: PruneConfig, seconds: float) -> PruneRep
         damping=said["raised_damping"],
         tensor_parallel_sizes=report.tensor_parallel_sizes,
         seconds=seconds,
+        verdict=Verdict.read(said.get("allocation")),
     )

@@ -22,12 +22,14 @@ from vllm_spense.format.files import sync, writing
 from vllm_spense.format.manifest import MANIFEST_NAME, sha256
 from vllm_spense.format.target import Target
 from vllm_spense.format.writer import save_shard
+from vllm_spense.pruning.pilot import Verdict
+from vllm_spense.pruning.selection import DenseChoice
 
-_STATE, _LOCK, _COSTS = "state.json", "lock", "costs.safetensors"
-_STATE_VERSION = 1
+_STATE, _LOCK, _CHOICE, _VERDICT = "state.json", "lock", "choice.safetensors", "verdict.json"
+_STATE_VERSION = 2
 _OURS = re.compile(
     r"lock|token|checkpoint|activations-.*"
-    r"|(partial-)?(state|layer-\d+)\.json|(layer-\d+|costs|partial)\.safetensors"
+    r"|(partial-)?(state|verdict|layer-\d+)\.json|(layer-\d+|costs|choice|partial)\.safetensors"
 )
 
 
@@ -147,18 +149,24 @@ class WorkDirectory:
         modules = {name: ModuleSpec(**spec) for name, spec in raw.pop("modules").items()}
         return LayerRecord(modules=modules, **raw)
 
-    def save_costs(self, costs: list[torch.Tensor]) -> None:
-        """Keep what the gradient pass found, per layer, for as long as layers made from it are kept."""
+    def save_choice(self, choice: DenseChoice, verdict: Verdict | None) -> None:
+        """Keep what was chosen for all layers at once, for as long as layers made from it are kept."""
+        costs = {str(index): cost for index, cost in enumerate(choice.costs or [])}
         partial = self.path / "partial.safetensors"
-        save_shard({str(index): cost for index, cost in enumerate(costs)}, partial)
+        save_shard(costs | {"counts": torch.tensor(choice.counts)}, partial)
         sync(partial)
-        partial.rename(self.path / _COSTS)
+        self._write(_VERDICT, {"verdict": None if verdict is None else verdict.record()})
+        partial.rename(self.path / _CHOICE)
         sync(self.path)
 
-    def read_costs(self) -> list[torch.Tensor]:
-        """What :meth:`save_costs` kept."""
-        stored = load_file(self.path / _COSTS)
-        return [stored[str(index)] for index in range(len(stored))]
+    def read_choice(self) -> tuple[DenseChoice, Verdict | None]:
+        """What :meth:`save_choice` kept."""
+        stored = load_file(self.path / _CHOICE)
+        counts = stored.pop("counts").tolist()
+        costs = [stored[str(index)] for index in range(len(stored))] or None
+        return DenseChoice(counts, costs), Verdict.read(
+            json.loads((self.path / _VERDICT).read_bytes())["verdict"]
+        )
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -213,7 +221,7 @@ class WorkDirectory:
     def _clear(self, keep: int) -> None:
         """Remove all but the lock, the state and the first ``keep`` layers."""
         kept = {_LOCK, _STATE} | {p.name for i in range(keep) for p in (self._record(i), self.shard(i))}
-        kept |= {_COSTS} if keep else set()
+        kept |= {_CHOICE, _VERDICT} if keep else set()
         # Sorted: a layer's record goes before its tensors. The state goes last of all, in _remove, since
         # it knows whether the run is published.
         for path in sorted(self.path.iterdir()):
