@@ -81,7 +81,7 @@ COLUMNS = {
     ),
 }
 FRONTIER_COLUMNS = tuple(column for column in COLUMNS if column != "without_bos")
-GEMMA_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "kl", "top1", "without_bos", "seconds")
+GEMMA_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "without_bos", "seconds")
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
 
@@ -164,7 +164,7 @@ def write_plot(figures: Figures, rows: Sequence[Line]) -> None:
     from matplotlib import pyplot
 
     picture, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    colours = dict(zip((row.key for row in rows), pyplot.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip((row.key for row in rows), pyplot.get_cmap("tab20").colors, strict=False))
     panels = {
         "bytes": "bytes of the linear weights in FP8, relative to dense",
         "decode": "predicted decode time of the linear layers, relative to dense FP8",

@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from vllm_spense.format import CheckpointError
+from vllm_spense.network import logits_at, scored_positions
+from vllm_spense.pruning import sensitivity
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.sensitivity import DOWN_SHARE, index_costs
 from vllm_spense.pruning.source import SourceModel
@@ -107,6 +109,27 @@ def test_costs_are_those_of_a_plain_backward_pass(kind: str, model) -> None:
         assert (cost > 0).all() or kind == "opt", "ReLU never opens for some"
         torch.testing.assert_close(cost.double(), wanted, rtol=2e-3, atol=2e-3 * float(wanted.mean()))
     assert expected[0].max() > 3 * expected[0].median(), "there is something to choose"
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_large_vocabulary_is_asked_at_fewer_tokens(
+    kind: str, model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = model(kind)
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    vocabulary = network.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(sensitivity, "LOGITS", 19 * vocabulary // 3)
+    found = streamed(directory)
+    kept = scored_positions(network, 19, sensitivity.LOGITS)
+    assert kept.tolist() == [0, 4, 8, 12, 16]
+    torch.testing.assert_close(
+        logits_at(network, WINDOWS[0], kept), network(input_ids=WINDOWS[:1]).logits[0, kept]
+    )
+    monkeypatch.setattr(sensitivity, "logits_at", lambda net, tokens, at: net(tokens[None]).logits[0, at])
+    for cost, wanted in zip(found, streamed(directory), strict=True):
+        torch.testing.assert_close(cost, wanted)
+    monkeypatch.setattr(sensitivity, "LOGITS", 1 << 25)
+    assert not torch.allclose(found[0], streamed(directory)[0])
 
 
 def test_bf16_between_layers_changes_little(model, tmp_path: Path) -> None:

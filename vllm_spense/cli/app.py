@@ -89,6 +89,9 @@ def prune(
         Literal["nearest", "refit"] | None, typer.Option(help="To FP8; refit: other weights make up for it")
     ] = None,
     gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
+    pilot_samples: Annotated[
+        int | None, typer.Option(help="Windows on which layers are compared; 0: by the gradient alone", min=0)
+    ] = None,
     calibration: Annotated[list[str] | None, CALIBRATION] = None,
     text_column: ColumnOption = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
@@ -136,6 +139,7 @@ def prune(
         "joint": joint,
         "rounding": rounding,
         "gradient_samples": gradient_samples,
+        "pilot_samples": pilot_samples,
     }
     config = PruneConfig(
         **{name: value for name, value in methods.items() if value is not None},

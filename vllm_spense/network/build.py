@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
+
+import torch
 
 
 def auto_class(config: Any) -> Any:
@@ -42,3 +46,20 @@ def language_head(network: Any) -> Any:
             "pruned with --preset spensegpt+, but neither guided by a loss nor measured by perplexity"
         )
     return head
+
+
+def scored_positions(network: Any, length: int, limit: int) -> torch.Tensor:
+    """Evenly spaced positions [at most ``length``] of a window, as many as have ``limit`` logits together.
+
+    All of them for most vocabularies; with 262,144 tokens the head is dearer than all layers.
+    """
+    vocabulary = language_head(network).get_parameter("weight").shape[0]
+    return torch.arange(0, length, math.ceil(length * vocabulary / limit))
+
+
+def logits_at(network: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits [positions, vocabulary] fp32 of one window ``tokens [seq]``; others are not computed."""
+    positions = positions.to(tokens.device)
+    if "logits_to_keep" in inspect.signature(network.forward).parameters:
+        return network(input_ids=tokens[None], use_cache=False, logits_to_keep=positions).logits[0].float()
+    return network(input_ids=tokens[None], use_cache=False).logits[0, positions].float()

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vllm_spense.format.sparse24 import magnitude_mask
-from vllm_spense.network import language_head
+from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, watching
 from vllm_spense.pruning.adapters import Mlp
 from vllm_spense.pruning.allocation import dense_counts, legal_counts
@@ -32,6 +32,8 @@ from vllm_spense.pruning.source import SourceModel
 
 PILOT_TOKENS = 256
 """A window's part that is measured."""
+PILOT_LOGITS = 1 << 24
+"""Logits of a window that are compared; fewer tokens of it where the vocabulary is large."""
 FALL = 1.7
 """Power of the 2:4 share in which a layer's divergence grows: 1.6 to 2 in both models of docs/accuracy.md."""
 
@@ -144,6 +146,7 @@ class _Pilot:
         self._progress = progress
         self._done = 0
 
+    @torch.no_grad()
     def divergences(
         self, dense: LayerInputs, windows: torch.Tensor, variants: Sequence[Variant]
     ) -> list[float]:
@@ -174,12 +177,12 @@ class _Pilot:
     ) -> list[float]:
         source, sums = self.source, [0.0] * len(streams)
         with source.resident(*source.embedding(), language_head(source.network)):
+            positions = scored_positions(source.network, windows.shape[1], PILOT_LOGITS)
 
             def answers(stream: LayerInputs, window: int) -> torch.Tensor:
-                tokens = windows[window : window + 1].to(source.device)
                 with stream.standing_in(source.network, window):
-                    logits = source.network(input_ids=tokens, use_cache=False).logits[0]
-                return logits.float().log_softmax(-1)
+                    logits = logits_at(source.network, windows[window].to(source.device), positions)
+                return logits.log_softmax(-1)
 
             for window in range(len(windows)):
                 expected = answers(dense, window)

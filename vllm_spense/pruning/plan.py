@@ -21,9 +21,11 @@ from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
+from vllm_spense.pruning.pilot import PILOT_LOGITS, PILOT_TOKENS
 from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
 from vllm_spense.pruning.rounding import BLOCKS, ITERATIONS
 from vllm_spense.pruning.rows import ROWS
+from vllm_spense.pruning.sensitivity import LOGITS
 from vllm_spense.pruning.source import source_directory
 
 DeviceModel = Literal["here", "h200", "b200"]
@@ -205,14 +207,14 @@ class _Sizes:
         )
 
     def gradient(self, layers: list[DecoderLayer], network: Any, embedding: int) -> GradientPlan | None:
-        """The gradient pass, whose ``embedding`` (bytes) and head are there together for the loss."""
+        """The gradient pass, with the pilot; ``embedding`` (bytes) and head are there together for losses."""
         config, hidden, wide = self.config, self.model.hidden_size, self.dtype.itemsize
         if not config.needs_gradient:
             return None
         seq = min(config.seq_len, MAX_GRADIENT_TOKENS)
         tokens = min(config.gradient_samples, config.num_samples) * seq
         vocabulary, width = language_head(network).get_parameter("weight").shape
-        logits = embedding + vocabulary * width * wide + seq * vocabulary * (2 * wide + 12)
+        logits = embedding + vocabulary * width * wide + min(seq * vocabulary, LOGITS) * (2 * wide + 12)
         forwards = 0.0
         device = [logits]
         for layer in layers:
@@ -226,9 +228,18 @@ class _Sizes:
             costs = 0 if layer.mlp is None else 6 * 4 * layer.mlp.down.weight.numel()
             device.append(_numel(layer) * wide + max(saved, costs))
         # Forward, again with the graph kept, and back through the inputs alone; of the head once each.
-        flop = 3 * forwards + 4.0 * tokens * width * vocabulary
+        scored = min(1.0, LOGITS / (seq * vocabulary))
+        flop = 3 * forwards + 4.0 * tokens * scored * width * vocabulary
         kept = (len(layers) + 2) * tokens * hidden * 2  # inputs of all layers, last outputs, gradients
         kept += tokens * self.arguments(layers)
+        if config.needs_pilot:  # a stream per layer from there on, then four and the dense one from the start
+            seen = min(config.pilot_samples, config.num_samples) * min(seq, PILOT_TOKENS)
+            passes = (len(layers) + 1) / 2 + 1 + 5
+            scored = min(1.0, PILOT_LOGITS / (min(seq, PILOT_TOKENS) * vocabulary))
+            flop += seen * (
+                passes * forwards / tokens + (len(layers) + 6) * scored * 2.0 * width * vocabulary
+            )
+            kept = max(kept, seen * ((len(layers) + 1) * hidden * 4 + self.arguments(layers)))
         return GradientPlan(max(device), kept, flop, flop / self.rates.flop)
 
     def activations(self, layer: DecoderLayer) -> int:

@@ -18,13 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.sparse24 import magnitude_mask
-from vllm_spense.network import language_head
+from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, first_output
 from vllm_spense.pruning.adapters import Mlp, check_weights
 from vllm_spense.pruning.arguments import Key, floating_tensors
 from vllm_spense.pruning.hessian import squares
 from vllm_spense.pruning.source import SourceModel
 
+LOGITS = 1 << 25
+"""Logits of a window that the loss is taken from; fewer tokens of it where the vocabulary is large."""
 DOWN_SHARE = 0.2
 """Part of a down column's energy that 2:4 removes: the two smallest squares of four normal variables."""
 
@@ -78,12 +80,13 @@ def _loss_gradients(source: SourceModel, inputs: LayerInputs, windows: torch.Ten
     network = source.network
     head = language_head(network)
     gradients = inputs.keep(inputs.hidden)
+    positions = scored_positions(network, windows.shape[1] - 1, LOGITS).to(source.device)
     with source.resident(*source.embedding(), head):
         for i, window in enumerate(windows):
             tokens = window.to(source.device)
             with torch.enable_grad(), inputs.standing_in(network, i) as states:
-                logits = network(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-                loss = cross_entropy(logits.float(), tokens[1:], reduction="sum")
+                logits = logits_at(network, tokens, positions)
+                loss = cross_entropy(logits, tokens[positions + 1], reduction="sum")
                 gradients[i] = torch.autograd.grad(loss, states)[0][0]
     return gradients
 
