@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.pilot import FALL, Verdict, _Pilot, choose, falling
+from vllm_spense.pruning.pilot import FALL, Pilot, Verdict, choose, falling
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel
 
@@ -95,7 +95,7 @@ def test_divergences_are_those_of_pruned_models(kind: str, model: Callable[[str]
     some = [torch.randperm(INTERMEDIATE, generator=generator)[:n].sort().values for n in (40, 104, 200)]
     variants = [[some[0], None, None], [None, some[1], None], [None, None, None], some]
     source = SourceModel(model(kind), CPU)
-    found = _Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants)
+    found = Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants)
     for value, variant in zip(found, variants, strict=True):
         sparse = {i: s.tolist() for i, s in enumerate(variant) if s is not None}
         assert value == pytest.approx(reference(kind, model(kind), sparse), rel=1e-3, abs=1e-7)

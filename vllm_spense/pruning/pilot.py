@@ -86,8 +86,8 @@ def choose(
     measured = windows[-count:, :PILOT_TOKENS]
     judges = windows[-2 * count : -count, :PILOT_TOKENS] if len(windows) >= 2 * count else measured
     layers = len(source.layers)
-    pilot = _Pilot(source, None if progress is None else lambda done: progress(done, 2 * layers))
-    halves = [None if not len(cost) else _half(cost, config.alignment) for cost in costs]
+    pilot = Pilot(source, None if progress is None else lambda done: progress(done, 2 * layers))
+    halves = [None if not len(cost) else cheaper_half(cost, config.alignment) for cost in costs]
     places = [i for i, half in enumerate(halves) if half is not None]
     alone: list[Variant] = [[half if i == at else None for i, half in enumerate(halves)] for at in places]
     found = iter(pilot.divergences(embed(measured), measured, alone))
@@ -123,7 +123,7 @@ def falling(divergence: float, sparse: int, intermediate: int) -> torch.Tensor:
     return left[:-1] - left[1:]
 
 
-def _half(cost: torch.Tensor, alignment: int) -> torch.Tensor | None:
+def cheaper_half(cost: torch.Tensor, alignment: int) -> torch.Tensor | None:
     """The cheaper half of the indices, as near to half as may be."""
     counts = legal_counts(len(cost), alignment)[:-1]
     if not counts:
@@ -137,7 +137,7 @@ def _variant(counts: list[int], scores: list[torch.Tensor]) -> Variant:
     return [permutation(s, len(s), n)[: len(s) - n] if n < len(s) else None for n, s in pairs]
 
 
-class _Pilot:
+class Pilot:
     """Passes over the layers, one in memory at a time; ``scores``: SpenseGPT+'s [I] of each layer."""
 
     def __init__(self, source: SourceModel, progress: Callable[[int], None] | None) -> None:
