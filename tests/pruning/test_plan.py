@@ -73,17 +73,26 @@ def test_qwen3_32b_fits_one_gpu_and_a_modest_host(tmp_path: Path) -> None:
 
 
 def test_the_gradient_pass_of_qwen3_32b(tmp_path: Path) -> None:
-    """Its windows end at 2048 tokens: logits and all layers' inputs would not fit otherwise."""
+    """Its windows end at 2048 tokens, a ninth of them scored: logits and layers' inputs would not fit
+    otherwise."""
     model = config_only(tmp_path / "model")
-    found = plan(model, PruneConfig(**PAPER), "h200").gradient
+    alone = PAPER | {"pilot_samples": 0}
+    found = plan(model, PruneConfig(**alone), "h200").gradient
     assert found is not None
     tokens = 16 * 2048
     assert found.activation_bytes == 66 * tokens * 5120 * 2  # 64 fronts, the last outputs, the gradients
     in_linears = 64 * (3 * 5120 * 25600 + 2 * 5120 * (8192 + 1024))
-    assert found.flop == pytest.approx(2 * tokens * (3 * in_linears + 2 * 5120 * 151936), rel=0.1)
-    matrices, logits = 2 * 2 * 5120 * 151936, 2048 * 151936 * (2 * 2 + 3 * 4)
-    assert matrices + logits <= found.device_bytes < 1.1 * (matrices + logits)
-    few = plan(model, PruneConfig(**PAPER | {"num_samples": 4}), "h200")
+    head, scored = 5120 * 151936, (1 << 25) / (2048 * 151936)
+    assert found.flop == pytest.approx(2 * tokens * (3 * in_linears + 2 * head * scored), rel=0.1)
+    piloted = plan(model, PruneConfig(**PAPER), "h200").gradient
+    assert piloted is not None
+    assert piloted.activation_bytes == found.activation_bytes
+    compared = (1 << 24) / (256 * 151936)
+    pilot = 2 * 4 * 256 * ((65 / 2 + 6) * in_linears + 70 * head * compared)
+    assert piloted.flop - found.flop == pytest.approx(pilot, rel=0.1)
+    matrices, logits = 2 * 2 * 5120 * 151936, (1 << 25) * (2 * 2 + 3 * 4)
+    assert matrices + logits <= found.device_bytes < 1.2 * (matrices + logits)  # a layer with its graph
+    few = plan(model, PruneConfig(**alone | {"num_samples": 4}), "h200")
     assert few.gradient is not None
     assert few.gradient.flop == found.flop / 4
     one = plan(model, PruneConfig(**PAPER | {"num_samples": 8, "seq_len": 2048}), "h200")
@@ -217,7 +226,7 @@ def test_arguments_that_differ_between_windows_are_counted(tmp_path: Path) -> No
         inputs.advance(index, layer.module)
     hidden = windows.numel() * GEMMA4["hidden_size"] * 2
     assert inputs.hidden.nbytes == hidden
-    config = PruneConfig(calibration="x", num_samples=4, seq_len=64)
+    config = PruneConfig(calibration="x", num_samples=4, seq_len=64, pilot_samples=0)
     found = plan(make_gemma4(tmp_path / "model"), config)
     assert found.gradient is not None
     assert found.gradient.activation_bytes - 5 * hidden == sum(allocated) - hidden > 2 * hidden
