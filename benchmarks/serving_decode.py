@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=8200, help="longest prompt and answer together")
     parser.add_argument("--repeats", type=int, default=3, help="of A B")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    parser.add_argument("--no-onednn", action="store_true", help="for rehearsals on CPUs (serving_engine.py)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving_decode.json")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serving")
@@ -104,8 +105,8 @@ def compare(
     for variant in (DENSE, ratio):
         directory = model.write(work / variant, variant)
         log = options.logs / f"{model.name}-{variant}.log"
-        eager = ["--eager"] if options.eager else []
-        engines[variant] = Engine(directory, log, "--length", str(options.length), *eager)
+        how = [f"--{flag}" for flag in ("eager", "no-onednn") if getattr(options, flag.replace("-", "_"))]
+        engines[variant] = Engine(directory, log, "--length", str(options.length), *how)
         stack.callback(engines[variant].stop)
     key, new = f"{model.name}/{ratio}", {"sources": sources(), "points": {}}
     entry = entry_of(options.results, "pairs", key, sources()) or new

@@ -181,6 +181,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=8192, help="most tokens of one step")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument(
+        "--no-onednn",
+        action="store_true",
+        help="for rehearsals: with AMX, oneDNN's FP8 products are a scalar reference",
+    )
     arguments = parser.parse_args()
     import torch
     from vllm import LLM, SamplingParams
@@ -188,7 +193,7 @@ def main() -> None:
     began = time.perf_counter()
     cuda = torch.cuda.is_available()
     space = {"gpu_memory_utilization": arguments.memory} if cuda else {"kv_cache_memory_bytes": 256 << 20}
-    if not cuda:  # a rehearsal: with AMX, oneDNN's FP8 products are a scalar reference, and take an hour
+    if arguments.no_onednn:
         torch.backends.mkldnn.set_flags(False)
     llm = LLM(
         arguments.model,
