@@ -163,6 +163,7 @@ ABLATIONS = [
     Row("samples-32", "32 calibration windows", {"num_samples": 32}, BASE),
 ]
 """One option of ``BASE`` changed at a time; measured on the validation split with ``--ablations``."""
+TUNING = [ROWS[-1], BEFORE[-1], BASE, *ABLATIONS]
 
 WITHOUT_BOS = {"bos": "never"}
 """Windows as they were before they started with BOS; evaluated with BOS all the same."""
@@ -310,7 +311,7 @@ def main() -> None:
     arguments.work = arguments.work or ROOT / ".cache" / "frontier" / arguments.model
     arguments.results = arguments.results or RESULTS / subject.results
     if arguments.ablations:
-        arguments.split, arguments.rows = "valid", [row.key for row in (ROWS[-1], BASE, *ABLATIONS)]
+        arguments.split, arguments.rows = "valid", [row.key for row in TUNING]
         arguments.metrics = ["wikipedia", "fiction"]
     if not arguments.plot_only:
         bench = Bench(subject, arguments.assets, arguments.split)
@@ -321,7 +322,7 @@ def main() -> None:
     files = {name: RESULTS / subject.results for name, subject in SUBJECTS.items()}
     files[arguments.model] = arguments.results
     figures = {name: current(read(path), SUBJECTS[name].known()) for name, path in files.items()}
-    write_documents(figures["smollm2"], [*ROWS, *BEFORE], [ROWS[-1], BASE, *ABLATIONS])
+    write_documents(figures["smollm2"], [*ROWS, *BEFORE], TUNING)
     write_second_model(figures["gemma-3-270m"], GEMMA_ROWS)
 
 

@@ -51,9 +51,8 @@ def measure(model: Path, text: Path) -> dict[str, list[float]]:
     some = windows[: config.gradient_samples]
     costs = index_costs(source, embed(some), some)
     halves = [cheaper_half(cost, config.alignment) for cost in costs]
-    alone = [[half if at == i else None for i, half in enumerate(halves)] for at in range(len(halves))]
     measured = windows[-config.pilot_samples :, :PILOT_TOKENS]
-    found = Pilot(source, None).divergences(embed(measured), measured, alone)
+    found = Pilot(source, None).layers(embed(measured), measured, halves)
     return {
         "fisher": [float(cost[half].sum()) for cost, half in zip(costs, halves, strict=True)],
         "divergence": found,

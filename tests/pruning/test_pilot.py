@@ -13,7 +13,7 @@ from tiny_text import add_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
 from vllm_spense.format import Checkpoint
-from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.pruning import PruneConfig, pilot, prune
 from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.pilot import FALL, Pilot, Verdict, choose, falling
 from vllm_spense.pruning.sensitivity import index_costs
@@ -122,6 +122,21 @@ def test_the_guard_takes_what_does_better_on_each_model(model: Callable[[str], P
         )
         assert (len(set(choice.counts)) == 1) == wanted.startswith("uniform")
         assert choice.costs is costs
+
+
+def test_a_layer_that_overflows_is_the_dearest(
+    model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[torch.Tensor]] = []
+    measured, counts = Pilot.layers, pilot.dense_counts
+    monkeypatch.setattr(Pilot, "layers", lambda *args: [*measured(*args)[:2], math.inf])
+    monkeypatch.setattr(
+        pilot, "dense_counts", lambda costs, *rest: asked.append(costs) or counts(costs, *rest)
+    )
+    chosen(model("llama"))
+    first, _, last = asked[0]
+    assert all(cost.isfinite().all() for cost in asked[0])
+    torch.testing.assert_close(last, first, msg="Llama's first layer is its dearest")
 
 
 def test_the_guard_takes_other_scores_where_they_do_better(model: Callable[[str], Path]) -> None:

@@ -136,6 +136,11 @@ def decoder_layers(model: nn.Module, stored: Mapping[str, str] | None = None) ->
     return found
 
 
+def mlp_shapes(layers: Sequence[DecoderLayer]) -> list[MlpShape | None]:
+    """Of each layer's prunable MLP; None where there is none."""
+    return [None if layer.mlp is None else layer.mlp.shape for layer in layers]
+
+
 def layer_name(module: str) -> str:
     """Name of the decoder layer that a module's checkpoint name lies in."""
     path = module.split(".")

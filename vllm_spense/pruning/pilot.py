@@ -23,7 +23,7 @@ from torch import nn
 from vllm_spense.format.sparse24 import magnitude_mask
 from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, watching
-from vllm_spense.pruning.adapters import Mlp
+from vllm_spense.pruning.adapters import Mlp, mlp_shapes
 from vllm_spense.pruning.allocation import dense_counts, legal_counts
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.hessian import squares
@@ -87,15 +87,17 @@ def choose(
     judges = windows[-2 * count : -count, :PILOT_TOKENS] if len(windows) >= 2 * count else measured
     layers = len(source.layers)
     pilot = Pilot(source, None if progress is None else lambda done: progress(done, 2 * layers))
-    halves = [None if not len(cost) else cheaper_half(cost, config.alignment) for cost in costs]
-    places = [i for i, half in enumerate(halves) if half is not None]
-    alone: list[Variant] = [[half if i == at else None for i, half in enumerate(halves)] for at in places]
-    found = iter(pilot.divergences(embed(measured), measured, alone))
+    halves = [cheaper_half(cost, config.alignment) for cost in costs]
+    found = pilot.layers(embed(measured), measured, halves)
+    # What overflows is as dear as the dearest that does not.
+    dearest = max((value for value in found if value is not None and math.isfinite(value)), default=1.0)
     falls = [
-        torch.zeros(len(cost)) if half is None else falling(next(found), len(half), len(cost))
-        for half, cost in zip(halves, costs, strict=True)
+        torch.zeros(len(cost))
+        if half is None or value is None
+        else falling(min(value, dearest), len(half), len(cost))
+        for value, half, cost in zip(found, halves, costs, strict=True)
     ]
-    shapes = [None if layer.mlp is None else layer.mlp.shape for layer in source.layers]
+    shapes = mlp_shapes(source.layers)
     counts = {"uniform": dense_counts(falls, shapes, config.model_copy(update={"allocation": "uniform"}))}
     counts[config.allocation] = dense_counts(falls, shapes, config)
     scores = {"spensegpt+": pilot.scores}
@@ -124,7 +126,7 @@ def falling(divergence: float, sparse: int, intermediate: int) -> torch.Tensor:
 
 
 def cheaper_half(cost: torch.Tensor, alignment: int) -> torch.Tensor | None:
-    """The cheaper half of the indices, as near to half as may be."""
+    """The cheaper half of the indices, as near to half as may be; None where all have to stay dense."""
     counts = legal_counts(len(cost), alignment)[:-1]
     if not counts:
         return None
@@ -138,13 +140,22 @@ def _variant(counts: list[int], scores: list[torch.Tensor]) -> Variant:
 
 
 class Pilot:
-    """Passes over the layers, one in memory at a time; ``scores``: SpenseGPT+'s [I] of each layer."""
+    """Passes over the layers, one in memory at a time; the first finds SpenseGPT+'s ``scores`` [I]."""
 
     def __init__(self, source: SourceModel, progress: Callable[[int], None] | None) -> None:
         self.source = source
         self.scores: list[torch.Tensor] = []
         self._progress = progress
         self._done = 0
+
+    def layers(
+        self, dense: LayerInputs, windows: torch.Tensor, halves: Sequence[torch.Tensor | None]
+    ) -> list[float | None]:
+        """What each layer diverges by with these of its indices in 2:4, all others dense; None for None."""
+        places = [i for i, half in enumerate(halves) if half is not None]
+        alone: list[Variant] = [[half if i == at else None for i, half in enumerate(halves)] for at in places]
+        found = iter(self.divergences(dense, windows, alone))
+        return [None if half is None else next(found) for half in halves]
 
     @torch.no_grad()
     def divergences(
@@ -155,7 +166,6 @@ class Pilot:
         Infinite for a variant whose states leave their dtype.
         """
         streams: dict[int, LayerInputs] = {}
-        self.scores = []
         for index, layer in enumerate(self.source.layers):
             here = {v: s for v, variant in enumerate(variants) if (s := variant[index]) is not None}
             streams |= {v: dense.fork() for v in here if v not in streams}
@@ -163,7 +173,8 @@ class Pilot:
                 energies = _Energies(layer.mlp)
                 with energies.watching():
                     dense.advance(index, layer.module)
-                self.scores.append(energies.scores())
+                if len(self.scores) == index:
+                    self.scores.append(energies.scores())
                 for v, stream in streams.items():
                     with energies.pruned(here.get(v)):
                         stream.advance(index, layer.module, check=False)

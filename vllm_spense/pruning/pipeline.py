@@ -16,7 +16,7 @@ from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.network import language_head
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
-from vllm_spense.pruning.adapters import DecoderLayer, layer_name, warn_about_experts
+from vllm_spense.pruning.adapters import DecoderLayer, layer_name, mlp_shapes, warn_about_experts
 from vllm_spense.pruning.admission import check_layouts
 from vllm_spense.pruning.allocation import dense_counts
 from vllm_spense.pruning.config import PruneConfig
@@ -308,8 +308,7 @@ def _choose(
             done, seconds = len(source.layers), time.monotonic() - started
             progress(PruneProgress(done, done, {}, seconds, 0.0, stage="pilot", verdict=verdict))
     else:
-        shapes = [None if layer.mlp is None else layer.mlp.shape for layer in source.layers]
-        counts = dense_counts(costs, shapes, config)
+        counts = dense_counts(costs, mlp_shapes(source.layers), config)
         choice = DenseChoice(counts, costs if config.selection == "fisher" else None)
     work.save_choice(choice, verdict)
     return choice, verdict
