@@ -63,6 +63,7 @@ COLUMNS = {
     "perplexity": Column("perplexity", lambda run, dense: math.exp(run["wikipedia"]["nll"]), ".2f"),
     "loss": Column("loss over dense, nats", loss, ".3f"),
     "fiction": Column("perplexity, novel", lambda run, dense: math.exp(run["fiction"]["nll"]), ".2f"),
+    "speeches": Column("perplexity, speeches", lambda run, dense: math.exp(run["speeches"]["nll"]), ".2f"),
     "without_bos": Column(
         "perplexity without BOS", lambda run, dense: math.exp(run["without_bos"]["nll"]), ".2f"
     ),
@@ -81,7 +82,10 @@ COLUMNS = {
     ),
 }
 FRONTIER_COLUMNS = tuple(column for column in COLUMNS if column != "without_bos")
-GEMMA_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "without_bos", "seconds")
+GEMMA_COLUMNS = (
+    *("sparsity", "bytes", "perplexity", "loss", "fiction", "speeches", "kl", "top1"),
+    *("without_bos", "seconds"),
+)
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
 

@@ -254,7 +254,7 @@ def test_the_second_model_has_a_table_of_its_own(tmp_path: Path, monkeypatch: py
     frontier_report.write_second_model({"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": run}}, rows)
     lines = document.read_text().splitlines()
     assert lines[1].startswith("| method | MLP zeros | bytes | perplexity | loss over dense, nats |")
-    assert lines[4] == "| method a | 25.0% | 80.0% | 13.46 | 0.100 | – | 0.100 | 70.0% | 54.60 | – |"
+    assert lines[4] == "| method a | 25.0% | 80.0% | 13.46 | 0.100 | – | – | 0.100 | 70.0% | 54.60 | – |"
 
 
 def test_a_single_run_has_no_deviation() -> None:

@@ -16,7 +16,7 @@ from vllm_spense.format import CheckpointError
 from vllm_spense.network import logits_at, scored_positions
 from vllm_spense.pruning import sensitivity
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
-from vllm_spense.pruning.sensitivity import DOWN_SHARE, index_costs
+from vllm_spense.pruning.sensitivity import DOWN_SHARE, IndexCosts, index_costs
 from vllm_spense.pruning.source import SourceModel
 
 CPU = torch.device("cpu")
@@ -100,8 +100,10 @@ def reference(kind: str, directory: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_costs_are_those_of_a_plain_backward_pass(kind: str, model) -> None:
-    found, expected = streamed(model(kind)), reference(kind, model(kind))
-    assert len(found) == 3
+    known, expected = streamed(model(kind)), reference(kind, model(kind))
+    found = known.fisher
+    assert len(found) == len(known.scores) == 3
+    assert [len(scores) for scores in known.scores] == [len(cost) for cost in found]
     assert [len(cost) > 0 for cost in found] == [kind != "qwen3_moe" or i == 0 for i in range(3)]
     costs = [cost for cost in found if len(cost)]
     for cost, wanted in zip(costs, expected, strict=True):
@@ -109,6 +111,46 @@ def test_costs_are_those_of_a_plain_backward_pass(kind: str, model) -> None:
         assert (cost > 0).all() or kind == "opt", "ReLU never opens for some"
         torch.testing.assert_close(cost.double(), wanted, rtol=2e-3, atol=2e-3 * float(wanted.mean()))
     assert expected[0].max() > 3 * expected[0].median(), "there is something to choose"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi"])
+def test_scores_are_spensegpt_plus_of_the_dense_model(kind: str, model) -> None:
+    network = AutoModelForCausalLM.from_pretrained(model(kind), dtype=torch.float32).eval()
+    norms: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> None:
+        def see(_module, args) -> None:
+            norms[name] = norms.get(name, 0) + args[0].reshape(-1, args[0].shape[-1]).square().sum(0)
+
+        network.get_submodule(name).register_forward_pre_hook(see)
+
+    groups = pruned_modules(kind)
+    for names in groups:
+        for name in names:
+            watch(name)
+    for window in WINDOWS:
+        network(input_ids=window[None], use_cache=False)
+    for found, (*inner, down) in zip(streamed(model(kind)).scores, groups, strict=True):
+        wanted = torch.zeros_like(found)
+        for name in inner:
+            means = (network.get_submodule(name).weight.abs() * norms[name].sqrt()).mean(1)
+            wanted += means / means.mean()
+        means = (network.get_submodule(down).weight.abs() * norms[down].sqrt()).mean(0)
+        torch.testing.assert_close(found, wanted + means / means.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_consensus_is_the_mean_of_ranks() -> None:
+    known = IndexCosts(
+        [torch.tensor([3.0, 1e9, 1.0, 2.0]), torch.empty(0)],
+        [torch.tensor([0.1, 0.2, 0.4, 0.3]), torch.empty(0)],
+    )
+    ranked, nothing = known.ranking("consensus")
+    assert ranked.tolist() == [1.0, 2.0, 1.5, 1.5]
+    assert nothing.numel() == 0
+    assert known.ranking("fisher") is known.fisher
+    assert known.ranking("spensegpt+") is known.scores
+    assert known.ranking("spensegpt")[0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -119,27 +161,27 @@ def test_a_large_vocabulary_is_asked_at_fewer_tokens(
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     vocabulary = network.get_output_embeddings().weight.shape[0]
     monkeypatch.setattr(sensitivity, "LOGITS", 19 * vocabulary // 3)
-    found = streamed(directory)
+    found = streamed(directory).fisher
     kept = scored_positions(network, 19, sensitivity.LOGITS)
     assert kept.tolist() == [0, 4, 8, 12, 16]
     torch.testing.assert_close(
         logits_at(network, WINDOWS[0], kept), network(input_ids=WINDOWS[:1]).logits[0, kept]
     )
     monkeypatch.setattr(sensitivity, "logits_at", lambda net, tokens, at: net(tokens[None]).logits[0, at])
-    for cost, wanted in zip(found, streamed(directory), strict=True):
+    for cost, wanted in zip(found, streamed(directory).fisher, strict=True):
         torch.testing.assert_close(cost, wanted)
     monkeypatch.setattr(sensitivity, "LOGITS", 1 << 25)
-    assert not torch.allclose(found[0], streamed(directory)[0])
+    assert not torch.allclose(found[0], streamed(directory).fisher[0])
 
 
 def test_bf16_between_layers_changes_little(model, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    exact = streamed(model("llama"))
-    rounded = streamed(model("llama"), torch.bfloat16, steps=lambda *step: steps.append(step))
+    exact = streamed(model("llama")).fisher
+    rounded = streamed(model("llama"), torch.bfloat16, steps=lambda *step: steps.append(step)).fisher
     for a, b in zip(rounded, exact, strict=True):
         assert (a - b).norm() < 0.03 * b.norm()
     assert steps == [(i, 6) for i in range(1, 7)]
-    mapped = streamed(model("llama"), torch.bfloat16, on_disk(tmp_path))
+    mapped = streamed(model("llama"), torch.bfloat16, on_disk(tmp_path)).fisher
     assert all(torch.equal(a, b) for a, b in zip(mapped, rounded, strict=True))
     assert not list(tmp_path.iterdir())
 

@@ -50,7 +50,7 @@ def prune(
     ] = None,
     method: Annotated[Literal["obs", "wanda", "magnitude"] | None, typer.Option(help="2:4 solver")] = None,
     selection: Annotated[
-        Literal["spensegpt", "spensegpt+", "fisher"] | None,
+        Literal["spensegpt", "spensegpt+", "fisher", "consensus"] | None,
         typer.Option(help="How dense indices are chosen"),
     ] = None,
     dense_ratio: Annotated[

@@ -18,6 +18,7 @@ _SELECTIONS = {
     "spensegpt": "the last ones",
     "spensegpt+": "the highest scored",
     "fisher": "those that would cost the most loss as 2:4",
+    "consensus": "those that rank highest by their cost in loss and by SpenseGPT+'s score together",
 }
 _PRUNED = {
     False: "the MLPs are pruned; attention,\nembeddings and the head are not",

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_spense.text.bos import Bos
 
 Method = Literal["obs", "wanda", "magnitude"]
-Selection = Literal["spensegpt", "spensegpt+", "fisher"]
+Selection = Literal["spensegpt", "spensegpt+", "fisher", "consensus"]
+GRADIENT_SELECTIONS = ("fisher", "consensus")
+"""Selections that rest on a gradient pass."""
 Allocation = Literal["uniform", "bytes", "time"]
 Preset = Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"]
 Order = Literal["natural", "energy"]
@@ -49,10 +51,11 @@ class PruneConfig(BaseModel):
 
     ``dense_ratio``: part of the intermediate dimension that stays dense; 0 is strict 2:4 everywhere in
     the MLP, 1 leaves it dense. ``allocation``: the same ratio in every layer, or one budget of bytes or
-    of predicted decode time for all. ``selection`` ``fisher`` and such a budget rest on a gradient pass
-    over the first ``gradient_samples`` windows. A budget is shared out by what each layer's 2:4 does to the
+    of predicted decode time for all. ``selection`` ``fisher``, ``consensus`` (mean of an index's ranks
+    by Fisher and by SpenseGPT+) and such a budget rest on a gradient pass over the beginnings of the first
+    ``gradient_samples`` windows. A budget is shared out by what each layer's 2:4 does to the
     model's answers on the last ``pilot_samples`` windows, and is only taken if it does better than the same
-    ratio everywhere on as many others; Fisher's selection must do better than SpenseGPT+'s there, too
+    ratio everywhere on as many others; these selections must do better than SpenseGPT+'s there, too
     (:mod:`.pilot`). 0: by the gradient pass alone, untested.
 
     ``refit``: iterations of least squares on the kept weights; ``refine``: rounds in which better pairs are
@@ -83,11 +86,11 @@ class PruneConfig(BaseModel):
 
     preset: Preset = "guided"
     method: Method = "obs"
-    selection: Selection = "fisher"
+    selection: Selection = "consensus"
     allocation: Allocation = "bytes"
     refit: Annotated[int, Field(ge=0, le=1000)] = 4
     refine: Annotated[int, Field(ge=0, le=1000)] = 4
-    regroup: Annotated[int, Field(ge=0, le=1000)] = 16
+    regroup: Annotated[int, Field(ge=0, le=1000)] = 4
     order: Order = "energy"
     search_damping: bool = False
     asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -214,4 +217,6 @@ class PruneConfig(BaseModel):
     @property
     def needs_gradient(self) -> bool:
         """Whether the whole model's indices are compared by what they cost in loss."""
-        return (self.selection == "fisher" or self.allocation != "uniform") and 0 < self.dense_ratio < 1
+        return (
+            self.selection in GRADIENT_SELECTIONS or self.allocation != "uniform"
+        ) and 0 < self.dense_ratio < 1

@@ -25,9 +25,10 @@ from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, watching
 from vllm_spense.pruning.adapters import Mlp, mlp_shapes
 from vllm_spense.pruning.allocation import dense_counts, legal_counts
-from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.config import GRADIENT_SELECTIONS, PruneConfig, Selection
 from vllm_spense.pruning.hessian import squares
-from vllm_spense.pruning.selection import DenseChoice, index_scores, permutation
+from vllm_spense.pruning.selection import DenseChoice, permutation
+from vllm_spense.pruning.sensitivity import IndexCosts
 from vllm_spense.pruning.source import SourceModel
 
 PILOT_TOKENS = 256
@@ -72,14 +73,14 @@ def choose(
     source: SourceModel,
     embed: Embed,
     windows: torch.Tensor,
-    costs: list[torch.Tensor],
+    costs: IndexCosts,
     config: PruneConfig,
     progress: Step | None = None,
 ) -> tuple[DenseChoice, Verdict]:
     """The dense indices of the whole model, from its layers' measured divergences; and what they beat.
 
     ``windows [samples, seq]``: the last ``config.pilot_samples`` are measured, as many in front of them
-    judge. ``costs``: per layer Fisher's [I]. ``embed`` puts windows in front of the first layer.
+    judge. ``embed`` puts windows in front of the first layer.
     ``progress`` gets (steps done, steps in all).
     """
     count = config.pilot_samples
@@ -87,7 +88,7 @@ def choose(
     judges = windows[-2 * count : -count, :PILOT_TOKENS] if len(windows) >= 2 * count else measured
     layers = len(source.layers)
     pilot = Pilot(source, None if progress is None else lambda done: progress(done, 2 * layers))
-    halves = [cheaper_half(cost, config.alignment) for cost in costs]
+    halves = [cheaper_half(cost, config.alignment) for cost in costs.fisher]
     found = pilot.layers(embed(measured), measured, halves)
     # What overflows is as dear as the dearest that does not.
     dearest = max((value for value in found if value is not None and math.isfinite(value)), default=1.0)
@@ -95,23 +96,20 @@ def choose(
         torch.zeros(len(cost))
         if half is None or value is None
         else falling(min(value, dearest), len(half), len(cost))
-        for value, half, cost in zip(found, halves, costs, strict=True)
+        for value, half, cost in zip(found, halves, costs.fisher, strict=True)
     ]
     shapes = mlp_shapes(source.layers)
     counts = {"uniform": dense_counts(falls, shapes, config.model_copy(update={"allocation": "uniform"}))}
     counts[config.allocation] = dense_counts(falls, shapes, config)
-    scores = {"spensegpt+": pilot.scores}
-    if config.selection == "fisher":
-        scores["fisher"] = costs
-    elif config.selection == "spensegpt":
-        scores = {"spensegpt": [torch.arange(len(cost)) for cost in costs]}
+    rivals: list[Selection] = ["spensegpt+"] if config.selection in GRADIENT_SELECTIONS else []
+    scores = {selection: costs.ranking(selection) for selection in [*rivals, config.selection]}
     # The asked for stands first, and wins among equals.
     names = {f"{a}, {s}": (a, s) for a in reversed(counts) for s in reversed(scores)}
     trials = [_variant(counts[a], scores[s]) for a, s in names.values()]
     values = dict(zip(names, pilot.divergences(embed(judges), judges, trials), strict=True))
     verdict = Verdict(min(values, key=values.__getitem__), values)
     allocation, selection = names[verdict.chosen]
-    ranks = scores[selection] if config.selection == "fisher" else None
+    ranks = scores[selection] if config.selection in GRADIENT_SELECTIONS else None
     return DenseChoice(counts[allocation], ranks), verdict
 
 
@@ -140,11 +138,10 @@ def _variant(counts: list[int], scores: list[torch.Tensor]) -> Variant:
 
 
 class Pilot:
-    """Passes over the layers, one in memory at a time; the first finds SpenseGPT+'s ``scores`` [I]."""
+    """Passes over the layers, one in memory at a time."""
 
     def __init__(self, source: SourceModel, progress: Callable[[int], None] | None) -> None:
         self.source = source
-        self.scores: list[torch.Tensor] = []
         self._progress = progress
         self._done = 0
 
@@ -173,8 +170,6 @@ class Pilot:
                 energies = _Energies(layer.mlp)
                 with energies.watching():
                     dense.advance(index, layer.module)
-                if len(self.scores) == index:
-                    self.scores.append(energies.scores())
                 for v, stream in streams.items():
                     with energies.pruned(here.get(v)):
                         stream.advance(index, layer.module, check=False)
@@ -205,7 +200,7 @@ class Pilot:
 
 
 class _Energies:
-    """Sums of squares in front of an MLP's linears, and what they are good for."""
+    """Sums of squares in front of an MLP's linears, and crude 2:4 by them."""
 
     def __init__(self, mlp: Mlp | None) -> None:
         self.mlp = mlp
@@ -229,13 +224,6 @@ class _Energies:
 
         with watching(self.mlp.reader, see_entering), watching(self.mlp.down, see_inside):
             yield
-
-    def scores(self) -> torch.Tensor:
-        """SpenseGPT+'s [I], on the CPU; empty without an MLP."""
-        if self.mlp is None:
-            return torch.empty(0)
-        inner = [linear.weight.float() for linear in self.mlp.inner.values()]
-        return index_scores(inner, self.mlp.down.weight.float(), self.entering, self.inside).cpu()
 
     @contextmanager
     def pruned(self, sparse: torch.Tensor | None) -> Iterator[None]:

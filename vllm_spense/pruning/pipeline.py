@@ -19,7 +19,7 @@ from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
 from vllm_spense.pruning.adapters import DecoderLayer, layer_name, mlp_shapes, warn_about_experts
 from vllm_spense.pruning.admission import check_layouts
 from vllm_spense.pruning.allocation import dense_counts
-from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.config import GRADIENT_SELECTIONS, PruneConfig
 from vllm_spense.pruning.fingerprint import fingerprint
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.output import (
@@ -46,8 +46,8 @@ from vllm_spense.pruning.trust import (
 from vllm_spense.sources import base_model, check_windows, load_tokenizer
 from vllm_spense.text import Calibration, TextEnd, TextRecord, calibrate, find_sources, listed
 
-MAX_GRADIENT_TOKENS = 2048
-"""A window's part that the gradient pass reads: logits and their gradient stand in memory at once."""
+GRADIENT_TOKENS = 256
+"""A window's part that the gradient pass reads: more windows tell more than longer ones."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _choose(
     """How many indices stay dense in each layer, and which: found out now, or by the run that is resumed."""
     if finished:
         return work.read_choice()
-    some = windows[: config.gradient_samples, :MAX_GRADIENT_TOKENS]
+    some = windows[: config.gradient_samples, :GRADIENT_TOKENS]
     steps = _steps("gradient", started, progress)
     costs = index_costs(source, _embed(source, some, config, work), some, steps)
     verdict = None
@@ -308,8 +308,9 @@ def _choose(
             done, seconds = len(source.layers), time.monotonic() - started
             progress(PruneProgress(done, done, {}, seconds, 0.0, stage="pilot", verdict=verdict))
     else:
-        counts = dense_counts(costs, mlp_shapes(source.layers), config)
-        choice = DenseChoice(counts, costs if config.selection == "fisher" else None)
+        counts = dense_counts(costs.fisher, mlp_shapes(source.layers), config)
+        ranked = config.selection in GRADIENT_SELECTIONS
+        choice = DenseChoice(counts, costs.ranking(config.selection) if ranked else None)
     work.save_choice(choice, verdict)
     return choice, verdict
 

@@ -22,7 +22,7 @@ from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
 from vllm_spense.pruning.pilot import PILOT_LOGITS, PILOT_TOKENS
-from vllm_spense.pruning.pipeline import MAX_GRADIENT_TOKENS
+from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
 from vllm_spense.pruning.rounding import BLOCKS, ITERATIONS
 from vllm_spense.pruning.rows import ROWS
 from vllm_spense.pruning.sensitivity import LOGITS
@@ -211,7 +211,7 @@ class _Sizes:
         config, hidden, wide = self.config, self.model.hidden_size, self.dtype.itemsize
         if not config.needs_gradient:
             return None
-        seq = min(config.seq_len, MAX_GRADIENT_TOKENS)
+        seq = min(config.seq_len, GRADIENT_TOKENS)
         tokens = min(config.gradient_samples, config.num_samples) * seq
         vocabulary, width = language_head(network).get_parameter("weight").shape
         logits = embedding + vocabulary * width * wide + min(seq * vocabulary, LOGITS) * (2 * wide + 12)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,13 +23,46 @@ from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, first_output
 from vllm_spense.pruning.adapters import Mlp, check_weights
 from vllm_spense.pruning.arguments import Key, floating_tensors
+from vllm_spense.pruning.config import Selection
 from vllm_spense.pruning.hessian import squares
+from vllm_spense.pruning.selection import index_scores
 from vllm_spense.pruning.source import SourceModel
 
-LOGITS = 1 << 25
+LOGITS = 1 << 24
 """Logits of a window that the loss is taken from; fewer tokens of it where the vocabulary is large."""
 DOWN_SHARE = 0.2
 """Part of a down column's energy that 2:4 removes: the two smallest squares of four normal variables."""
+
+
+@dataclass
+class IndexCosts:
+    """What is known of the intermediate indices, per layer [I] fp32 on the CPU; empty without a prunable MLP.
+
+    ``fisher``: the loss (nats per token, up to a common factor) that 2:4 on an index adds. ``scores``:
+    SpenseGPT+'s, of the dense model's inputs.
+    """
+
+    fisher: list[torch.Tensor] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+
+    def ranking(self, selection: Selection) -> list[torch.Tensor]:
+        """By what ``selection`` ranks, the highest stay dense; ``consensus``: the mean of both ranks.
+
+        Gradients know best what the calibration text needs, and less of other text than activations do. Both
+        together come close to the better one on either (docs/accuracy.md).
+        """
+        if selection == "spensegpt":
+            return [torch.arange(len(fisher)) for fisher in self.fisher]
+        if selection == "spensegpt+":
+            return self.scores
+        if selection == "fisher":
+            return self.fisher
+        pairs = zip(self.fisher, self.scores, strict=True)
+        return [(_ranks(fisher) + _ranks(scores)) / 2 for fisher, scores in pairs]
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    return values.argsort(stable=True).argsort().float()
 
 
 def index_costs(
@@ -36,12 +70,12 @@ def index_costs(
     inputs: LayerInputs,
     windows: torch.Tensor,
     progress: Callable[[int, int], None] | None = None,
-) -> list[torch.Tensor]:
-    """Per layer the loss [I] fp32 (nats per token, up to a common factor) that 2:4 on each index adds.
+) -> IndexCosts:
+    """What 2:4 on each index costs, from one gradient pass.
 
     ``inputs`` stand in front of the first layer of the dense model and are used up; ``windows
     [samples, seq]`` are their tokens. Forward, keeping each layer's inputs, and back again: one layer is
-    in memory at a time. Layers without a prunable MLP get an empty tensor. ``progress`` gets (steps done,
+    in memory at a time. ``progress`` gets (steps done,
     steps in all). Raises :class:`CheckpointError` for a gradient that is not finite.
     """
     layers = source.layers
@@ -54,7 +88,7 @@ def index_costs(
         if progress is not None:
             progress(index + 1, 2 * len(layers))
     gradients = _loss_gradients(source, inputs, windows)
-    costs: list[torch.Tensor] = []
+    known = IndexCosts()
     shared = _SharedGradients()
     for index, layer in reversed(list(enumerate(layers))):
         states = fronts.pop()
@@ -63,16 +97,17 @@ def index_costs(
                 front = inputs.on_device(states[i])
                 gradients[i] = _backward(inputs, i, index, layer.module, front, gradients[i], shared)
             found = torch.empty(0) if layer.mlp is None else _costs(layer.mlp, moments).cpu()
+            known.fisher.insert(0, found)
+            known.scores.insert(0, torch.empty(0) if layer.mlp is None else _scores(layer.mlp, moments).cpu())
         if not torch.isfinite(found).all():
             raise CheckpointError(
                 "the gradient of the calibration loss is NaN or infinite here",
                 module=layer.name,
                 fix="check the source model's weights; fp16 models can overflow",
             )
-        costs.append(found)
         if progress is not None:
             progress(2 * len(layers) - index, 2 * len(layers))
-    return costs[::-1]
+    return known
 
 
 def _loss_gradients(source: SourceModel, inputs: LayerInputs, windows: torch.Tensor) -> torch.Tensor:
@@ -185,3 +220,9 @@ def _costs(mlp: Mlp, moments: list[_Moments]) -> torch.Tensor:
         energy = linear.weight.float().square() * moment.entering
         costs += moment.leaving * energy.masked_fill(magnitude_mask(energy), 0.0).sum(1)
     return costs
+
+
+def _scores(mlp: Mlp, moments: list[_Moments]) -> torch.Tensor:
+    *inner, last = moments
+    weights = [linear.weight.float() for linear in mlp.inner.values()]
+    return index_scores(weights, mlp.down.weight.float(), inner[0].entering, last.entering)
