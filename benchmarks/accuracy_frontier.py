@@ -7,9 +7,10 @@ fetched only when it is asked for (its licence: benchmarks/gemma_model.py).
 
 Each row is pruned for bf16 weights (so that rounding plays no part) on 64 windows of 512 tokens of the train
 split, and measured: perplexity, KL divergence and top-1 agreement with the dense model on 32 windows of 512
-tokens (Gemma: 12) of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles; a
-four-way continuation task. Tune with `--split valid`. The documents show the methods on the test split, and
-the `--ablations` (one option changed at a time) on the validation split.
+tokens (Gemma: 12) of Wikipedia text; perplexity on as many of a novel, which no calibration text resembles,
+and of speeches, which no choice was made on; a four-way continuation task. Tune with `--split valid`. The
+documents show the methods on the test split, and the `--ablations` (one option changed at a time) on the
+validation split.
 
 Finished figures, in a file per model in benchmarks/results, are kept: run it again to go on, start it twice
 to share the work, `--again` to measure once more. A row takes 8 to 20 minutes of one core per seed; with
@@ -38,7 +39,8 @@ import torch
 
 from benchmarks.accuracy_smollm2 import environment, report
 from benchmarks.frontier_cost import cost
-from benchmarks.frontier_report import write_documents, write_second_model
+from benchmarks.frontier_goals import side_by_side
+from benchmarks.frontier_report import write_documents, write_goals, write_second_model
 from benchmarks.gemma_model import fetch_gemma
 from benchmarks.results_file import ROOT, provenance, read, write
 from benchmarks.speeches_text import fetch_speeches
@@ -342,6 +344,7 @@ def main() -> None:
     figures = {name: current(read(path), SUBJECTS[name].known()) for name, path in files.items()}
     write_documents(figures["smollm2"], [*ROWS, *BEFORE], TUNING)
     write_second_model(figures["gemma-3-270m"], GEMMA_ROWS)
+    write_goals(side_by_side(figures))
 
 
 def current(results: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:

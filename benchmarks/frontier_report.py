@@ -94,20 +94,25 @@ class Figures:
     """All figures of a results file on one split."""
 
     def __init__(self, results: dict[str, Any], split: str) -> None:
-        self.runs: dict[str, list[Run]] = {}
+        self.runs: dict[str, dict[int, Run]] = {}
         for key, entry in results.get("runs", {}).items():
             run = {
                 name.removeprefix(f"{split}/"): figures
                 for name, figures in entry.items()
                 if name == "cost" or name.startswith(f"{split}/")
             }
-            self.runs.setdefault(key.rpartition("/")[0], []).append(run)
-        self.dense = next(iter(self.runs.get("dense", [])), {})
+            row, _, seed = key.rpartition("/")
+            self.runs.setdefault(row, {})[int(seed)] = run
+        self.dense = next(iter(self.by_seed("dense").values()), {})
+
+    def by_seed(self, row: str) -> dict[int, Run]:
+        """All runs of a row."""
+        return self.runs.get(row, {})
 
     def get(self, row: str, column: str) -> Figure | None:
         """None when no run of the row has what the column needs."""
         values = []
-        for run in self.runs.get(row, []):
+        for run in self.by_seed(row).values():
             try:
                 values.append(COLUMNS[column].value(run, self.dense))
             except KeyError:  # not measured yet, or not at all (the dense model's pruning)
@@ -144,6 +149,13 @@ def write_second_model(results: dict[str, Any], rows: Sequence[Line]) -> None:
     table = Figures(results, "test").table(rows, GEMMA_COLUMNS)
     print(f"\n{table}")
     insert(DOCUMENT, "second-model", table)
+
+
+def write_goals(table: str) -> None:
+    """Print the table of both models and put it into docs/ and README."""
+    print(f"\n{table}")
+    for path in (DOCUMENT, README):
+        insert(path, "goals", table)
 
 
 def insert(path: Path, name: str, block: str) -> None:
