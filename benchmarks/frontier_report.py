@@ -1,4 +1,4 @@
-"""docs/accuracy.md, README and the plot, from benchmarks/results/accuracy_frontier*.json."""
+"""docs/accuracy.md and the plot, from benchmarks/results/accuracy_frontier*.json."""
 
 from __future__ import annotations
 
@@ -87,7 +87,6 @@ GEMMA_COLUMNS = (
     *("without_bos", "seconds"),
 )
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
-README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "kl", "top1", "continuation")
 
 
 class Figures:
@@ -133,13 +132,12 @@ class Figures:
 
 def write_documents(results: dict[str, Any], rows: Sequence[Line], ablations: Sequence[Line]) -> None:
     """Print the tables, of rows on the test split and of ablations on the validation split, put them into
-    docs/ and README and draw the plot."""
+    docs/ and draw the plot."""
     figures, tuning = Figures(results, "test"), Figures(results, "valid")
     tables = figures.table(rows), tuning.table(ablations, ABLATION_COLUMNS)
     print(*tables, sep="\n\n")
     insert(DOCUMENT, "frontier", tables[0])
     insert(DOCUMENT, "ablations", tables[1])
-    insert(README, "frontier", figures.table(rows, README_COLUMNS))
     if any(figures.get(row.key, "loss") for row in rows):
         write_plot(figures, rows)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, silu
 
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, joint, layer, prune
-from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly, stride
+from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly, output_losses, split, stride
 from vllm_spense.pruning.refit import conjugate_gradients
 
 T, R, K = 300, 6, 16
@@ -136,34 +136,52 @@ def test_at_most_so_many_tokens() -> None:
 
 def test_the_tokens_are_evenly_spaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = make_family("llama", tmp_path / "model"), write_text(tmp_path / "text.txt")
-    seen: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
+    fitted: list[torch.Tensor] = []
+    judges: list[torch.Tensor] = []
+
+    def see_split(x: torch.Tensor, every: int) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(x.float().cpu())
+        return split(x, every)
 
     def see(*args: object) -> list[torch.Tensor]:
-        seen.append(args[4])
+        fitted.append(args[4])
         return fit_jointly(*args)
 
+    def judge(*args: object) -> list[float]:
+        judges.append(args[5])
+        return output_losses(*args)
+
+    monkeypatch.setattr(layer, "split", see_split)
     monkeypatch.setattr(layer, "fit_jointly", see)
+    monkeypatch.setattr(layer, "output_losses", judge)
     config = PruneConfig(calibration=str(text), num_samples=8, seq_len=48, alignment=8, restart=True)
     for per_feature in (1 << 20, 2):
         monkeypatch.setattr(joint, "TOKENS_PER_FEATURE", per_feature)
         with warnings.catch_warnings(action="ignore"):
             prune(model, tmp_path / f"out{per_feature}", config)
-    whole, some = seen[0], seen[len(seen) // 2]
-    every = stride(8, 48, whole.shape[1])
+    whole = torch.stack(given[:8])
+    assert whole.shape[:2] == (8, 48)
+    kept_back = torch.arange(48) % 16 == 15
+    assert torch.equal(fitted[0], whole[:, ~kept_back].flatten(0, 1))
+    assert torch.equal(judges[0], whole[:, kept_back].flatten(0, 1))
+    whole = torch.stack(given[len(given) // 2 :][:8])
+    every = stride(8, 48, whole.shape[2])
     assert every > 1
-    assert torch.equal(some, whole.view(8, 48, -1)[:, ::every].flatten(0, 1))
+    assert torch.equal(fitted[len(fitted) // 2], whole[:, ::every].flatten(0, 1))
+    assert torch.equal(judges[len(judges) // 2], whole[:, every // 2 :: 16 * every].flatten(0, 1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
     """Other weights than without, 2:4 as before, and the dense rows exactly the same."""
-    model, text = make_family(kind, tmp_path / "model"), write_text(tmp_path / "text.txt")
+    model, text = make_family(kind, tmp_path / "model"), write_text(tmp_path / "text.txt", 8000)
     found = []
     for iterations in (0, 2):
         out = tmp_path / f"out{iterations}"
         config = PruneConfig(
             calibration=str(text),
-            num_samples=8,
+            num_samples=64,
             seq_len=48,
             alignment=8,
             weight_dtype="bf16",
@@ -180,3 +198,48 @@ def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
     assert torch.equal(plain["dense_weight"], fitted["dense_weight"])
     assert not torch.equal(plain["sparse_values"], fitted["sparse_values"])
     assert torch.equal(plain["sparse_meta"], fitted["sparse_meta"])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_output_losses_are_those_of_the_mlp(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "CHUNK", 64)
+    monkeypatch.setattr(joint, "ROWS", 4)
+    x, gate, up = inputs()
+    dense = [gate, up] if gated else [gate]
+    pruned = [two_of_four(weight) for weight in dense]
+    biases = [torch.randn(R), None][: len(dense)]
+    down = torch.randn(5, R)
+
+    def output(weights: list[torch.Tensor]) -> torch.Tensor:
+        value = silu(x @ weights[0].t() + biases[0])
+        return (value * (x @ weights[1].t()) if gated else value) @ down.t()
+
+    found = output_losses(silu, [pruned, dense], dense, biases, down, x)
+    assert found == [pytest.approx(float((output(pruned) - output(dense)).square().sum()), rel=1e-4), 0.0]
+
+
+def test_a_fit_that_does_no_good_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the layer where it spoils the weights, and nowhere else; that is on record and in the card."""
+    model, text = make_family("llama", tmp_path / "model"), write_text(tmp_path / "text.txt", 8000)
+    calls: list[int] = []
+
+    def spoilt(*args: object) -> list[torch.Tensor]:
+        calls.append(1)
+        fitted = fit_jointly(*args)
+        return [2 * weight for weight in fitted] if len(calls) == 2 else fitted
+
+    monkeypatch.setattr(layer, "fit_jointly", spoilt)
+    config = PruneConfig(
+        calibration=str(text),
+        num_samples=64,
+        seq_len=48,
+        alignment=8,
+        allocation="uniform",
+        weight_dtype="bf16",
+    )
+    with warnings.catch_warnings(action="ignore"):
+        prune(model, tmp_path / "out", config)
+    provenance = Checkpoint(tmp_path / "out").config["quantization_config"]["provenance"]
+    assert "model.layers.1.mlp" in provenance["joint_left_out"]
+    assert "model.layers.0.mlp" not in provenance["joint_left_out"]
+    assert "left out in model.layers.1.mlp" in (tmp_path / "out" / "README.md").read_text()

@@ -156,6 +156,7 @@ def card(config: PruneConfig, losses: dict[str, float], damping: dict[str, float
         "calibration": {"source": "train.txt", "sha256": "0" * 64},
         "versions": {"vllm-spense": "1", "torch": "2", "transformers": "5"},
         "raised_damping": damping,
+        "joint_left_out": [],
     }
     return model_card(BaseModel("org/model"), config, 0.25, [1, 2, 4], losses, provenance)
 

@@ -92,7 +92,7 @@ vllm-spense {versions["vllm-spense"]}, torch {versions["torch"]}, transformers {
 
 ### Loss per layer
 
-Relative squared output error on the calibration inputs{_no_data(calibration)}.{_damping(provenance)}
+Relative squared output error on the calibration inputs{_no_data(calibration)}.{_exceptions(provenance)}
 
 {_loss_table(losses)}
 
@@ -150,11 +150,15 @@ def _refined(config: PruneConfig) -> str:
     return f"{then} and better pairs" if config.refine else then
 
 
-def _damping(provenance: dict[str, Any]) -> str:
-    """A sentence on the Hessians that needed more damping than configured, if there are any."""
-    raised = provenance["raised_damping"]
-    found = ", ".join(f"{name} ({value:g})" for name, value in raised.items())
-    return f"\nThese input Hessians needed more damping: {found}." if raised else ""
+def _exceptions(provenance: dict[str, Any]) -> str:
+    """Sentences on the Hessians that needed more damping than configured and on the MLPs whose joint fit was
+    left out, if there are any."""
+    raised = ", ".join(f"{name} ({value:g})" for name, value in provenance["raised_damping"].items())
+    unfitted = ", ".join(provenance["joint_left_out"])
+    text = f"\nThese input Hessians needed more damping: {raised}." if raised else ""
+    if unfitted:
+        text += f"\nThe joint fit did not lower the error on tokens kept back and is left out in {unfitted}."
+    return text
 
 
 def _named(source: str | list[str]) -> str:

@@ -23,6 +23,8 @@ CHUNK = 2048
 RIDGE = 60.0
 """Weight of staying where the rows are, relative to each weight's own curvature, times features per token: a
 gate opens for few tokens, and the fewer there are the more do rows fit what these have by chance."""
+JUDGED = 16
+"""One token for so many fitted ones is kept back, and judges whether the fit does any good."""
 SHARED_ITERATIONS = 8
 """Of conjugate gradients with the Hessian that rows would share: it has no term in tokens."""
 _TINY = 1e-30
@@ -39,6 +41,14 @@ def stride(samples: int, tokens: int, features: int) -> int:
 def tokens_used(samples: int, tokens: int, features: int) -> int:
     """How many tokens that leaves in all."""
     return samples * -(-tokens // stride(samples, tokens, features))
+
+
+def split(x: torch.Tensor, every: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a sample's inputs ``x [T, K]`` those to fit to, and some of the others, that judge the fit."""
+    if every > 1:
+        return x[::every], x[every // 2 :: every * JUDGED]
+    kept_back = torch.arange(len(x), device=x.device) % JUDGED == JUDGED - 1
+    return x[~kept_back], x[kept_back]
 
 
 def fit_jointly(
@@ -76,6 +86,33 @@ def fit_jointly(
             weights[which] = _step(weights[which], x, squares, pull, shared, iterations)
         fitted.append(weights)
     return [torch.cat(parts) for parts in zip(*fitted, strict=True)]
+
+
+def output_losses(
+    activation: Activation,
+    candidates: Sequence[Sequence[torch.Tensor]],
+    originals: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    down: torch.Tensor,
+    x: torch.Tensor,
+) -> list[float]:
+    """Summed squared error of the MLP's output on ``x [T, K]`` with each of the ``candidates`` for gate and
+    up (the one linear of a plain MLP) in place of ``originals``, all [R, K]; ``down [N, R]`` as it was."""
+    losses = [0.0] * len(candidates)
+    for chunk in x.split(CHUNK):
+        errors = [torch.zeros(len(chunk), len(down), device=x.device) for _ in candidates]
+        for start in range(0, len(originals[0]), ROWS):
+            rows = slice(start, start + ROWS)
+            offsets = [0.0 if bias is None else bias[rows] for bias in biases]
+
+            def values(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+                return _value(activation, _outputs([w[rows] for w in weights], offsets, chunk))  # noqa: B023
+
+            wanted = values(originals)
+            for error, candidate in zip(errors, candidates, strict=True):
+                error += (values(candidate) - wanted) @ down[:, rows].t()
+        losses = [loss + float(error.square().sum()) for loss, error in zip(losses, errors, strict=True)]
+    return losses
 
 
 def _outputs(weights: Sequence[torch.Tensor], offsets: Offsets, x: torch.Tensor) -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ from vllm_spense.pruning.attention import (
 )
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.hessian import output_error, squares
-from vllm_spense.pruning.joint import fit_jointly, stride
+from vllm_spense.pruning.joint import fit_jointly, output_losses, split, stride
 from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
 from vllm_spense.pruning.regroup import regroup
 from vllm_spense.pruning.selection import (
@@ -54,6 +54,7 @@ class PrunedLayer:
     ``losses`` per pruned module: relative squared output error of pruning and rounding together (of the
     weight itself where nothing was calibrated). ``row_order``: the permutation of a module's rows, to
     be applied to its bias. ``damping``: modules whose Hessian needed more damping, with the value used.
+    ``left_out``: MLPs whose joint fit did not lower the error on tokens that it had not seen.
     """
 
     weights: dict[str, torch.Tensor]
@@ -61,18 +62,20 @@ class PrunedLayer:
     losses: dict[str, float] = field(default_factory=dict)
     row_order: dict[str, torch.Tensor] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
 class _Observed:
     """What the unpruned layer showed: attention's outputs per sample (on the CPU), the moments in front
     of the inner linears, per sample some of their inputs [T, K] fp32 (on the CPU; only where they are fitted
-    jointly), and the sums of squares in front of down if indices are scored.
+    jointly) and some that judge the fit, and the sums of squares in front of down if indices are scored.
     """
 
     attention: Outputs
     entering: Moments
     tokens: list[torch.Tensor]
+    unseen: list[torch.Tensor]
     down_squares: torch.Tensor | None
 
 
@@ -146,7 +149,7 @@ class LayerPruner:
         solver = entering.solver(self.config, " and ".join(mlp.inner))
         if seen is not None and seen.tokens:
             assert entering.h is not None
-            self._solve_jointly(mlp, result, solver, torch.cat(seen.tokens), entering.h)
+            self._solve_jointly(mlp, result, solver, seen, entering.h)
         else:
             for name, linear in mlp.inner.items():
                 self._solve(result, solver, name, linear)
@@ -196,11 +199,13 @@ class LayerPruner:
         samples, length = self.inputs.hidden.shape[:2]
         every = stride(samples, length, mlp.reader.in_features)
         tokens: list[torch.Tensor] = []
+        unseen: list[torch.Tensor] = []
 
         def see_inner(x: torch.Tensor) -> None:
             entering.add(x)
             if fitted:
-                tokens.append(x.flatten(0, -2)[::every].float().cpu())
+                for part, found in zip(split(x.flatten(0, -2), every), (tokens, unseen), strict=True):
+                    found.append(part.float().cpu())
             if not scored:
                 raise Stop
 
@@ -219,7 +224,7 @@ class LayerPruner:
                 "the calibration inputs of this layer hold NaN or infinity", module=mlp.down_name
             )
         moments = entering.moments(next(iter(mlp.inner)))
-        return _Observed(attention, moments, tokens, sums if scored else None)
+        return _Observed(attention, moments, tokens, unseen, sums if scored else None)
 
     def _observe_down(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed
@@ -281,9 +286,10 @@ class LayerPruner:
         return order
 
     def _solve_jointly(
-        self, mlp: Mlp, result: PrunedLayer, solver: Solver, tokens: torch.Tensor, h: torch.Tensor
+        self, mlp: Mlp, result: PrunedLayer, solver: Solver, seen: _Observed, h: torch.Tensor
     ) -> None:
-        """Prune the inner linears, then fit their 2:4 rows to the dense intermediate values of ``tokens``.
+        """Prune the inner linears, then fit their 2:4 rows to the dense intermediate values of some tokens,
+        unless that does not lower the error of the MLP's output on others.
 
         ``h [K, K]`` is the Hessian of all inputs."""
         if mlp.activation is None:
@@ -293,15 +299,18 @@ class LayerPruner:
         originals = {k: v.weight.to(torch.float32, copy=True) for k, v in mlp.inner.items()}
         pruned = {name: solver.prune(w, result.layouts[name]) for name, w in originals.items()}
         rows = slice(result.layouts[mlp.down_name].sparse)
-        fitted = fit_jointly(
-            mlp.activation,
-            [weight[rows] for weight in pruned.values()],
-            [weight[rows] for weight in originals.values()],
-            [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()],
-            tokens.to(mlp.down.weight.device),
-            h,
-            self.config.joint,
-        )
+        device = mlp.down.weight.device
+        dense = [weight[rows] for weight in originals.values()]
+        unfitted = [weight[rows] for weight in pruned.values()]
+        biases = [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()]
+        tokens, unseen = torch.cat(seen.tokens).to(device), torch.cat(seen.unseen).to(device)
+        fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, h, self.config.joint)
+        if len(unseen):
+            down = mlp.down.weight[:, rows].float()
+            before, after = output_losses(mlp.activation, [unfitted, fitted], dense, biases, down, unseen)
+            if not after < before:
+                fitted = unfitted
+                result.left_out.append(mlp.name)
         for (name, linear), weight in zip(mlp.inner.items(), fitted, strict=True):
             whole = torch.cat([weight, pruned[name][rows.stop :]])
             self._finish(result, solver, name, linear, originals[name], whole)

@@ -121,7 +121,7 @@ def rehearse(source: SourceModel, config: PruneConfig, base: BaseModel, text: Te
     pruner = LayerPruner(config, None)
     layouts = {n: x for i, layer in enumerate(source.layers) for n, x in pruner.layouts(i, layer).items()}
     modules = {name: ModuleSpec.of(layout, bias=False) for name, layout in layouts.items()}
-    record = LayerRecord(modules, dict.fromkeys(modules, 0.0), {}, 0.0)
+    record = LayerRecord(modules, dict.fromkeys(modules, 0.0), {}, [], 0.0)
     description, card = describe(source, config, base, text, [record])
     json.dumps(description)
     storable(card).encode()
@@ -220,4 +220,5 @@ def _provenance(
         "versions": versions("vllm-spense", "torch", "transformers"),
         "losses": {name: float(f"{loss:.6g}") for name, loss in losses.items()},
         "raised_damping": damping,
+        "joint_left_out": [name for record in records for name in record.left_out],
     }

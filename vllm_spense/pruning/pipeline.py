@@ -226,7 +226,8 @@ class _LayerLoop:
         with self.source.resident(layer.module):
             pruned = self.pruner.prune(index, layer)
         tensors, modules = pack_layer(pruned, layer, self.source, self.config)
-        record = LayerRecord(modules, pruned.losses, pruned.damping, round(time.monotonic() - began, 3))
+        seconds = round(time.monotonic() - began, 3)
+        record = LayerRecord(modules, pruned.losses, pruned.damping, pruned.left_out, seconds)
         self.work.save_layer(index, tensors, record)
         return record
 

@@ -26,7 +26,7 @@ from vllm_spense.pruning.pilot import Verdict
 from vllm_spense.pruning.selection import DenseChoice
 
 _STATE, _LOCK, _CHOICE, _VERDICT = "state.json", "lock", "choice.safetensors", "verdict.json"
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _OURS = re.compile(
     r"lock|token|checkpoint|activations-.*"
     r"|(partial-)?(state|verdict|layer-\d+)\.json|(layer-\d+|costs|choice|partial)\.safetensors"
@@ -39,11 +39,13 @@ class ResumeError(RuntimeError):
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What is known of a finished layer besides its tensors; losses and damping by module name."""
+    """What is known of a finished layer besides its tensors: losses and damping by module name, MLPs whose
+    joint fit was left out, seconds."""
 
     modules: dict[str, ModuleSpec]
     losses: dict[str, float]
     damping: dict[str, float]
+    left_out: list[str]
     seconds: float
 
 
