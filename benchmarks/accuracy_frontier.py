@@ -40,7 +40,7 @@ import torch
 from benchmarks.accuracy_smollm2 import environment, report
 from benchmarks.frontier_cost import cost
 from benchmarks.frontier_goals import side_by_side
-from benchmarks.frontier_report import write_documents, write_goals, write_second_model
+from benchmarks.frontier_report import write_documents, write_goals, write_second_model, write_tries
 from benchmarks.gemma_model import fetch_gemma
 from benchmarks.results_file import ROOT, provenance, read, write
 from benchmarks.speeches_text import fetch_speeches
@@ -177,6 +177,33 @@ ABLATIONS = [
 """One option of ``BASE`` changed at a time; measured on the validation split with ``--ablations``."""
 TUNING = [ROWS[-1], BEFORE[1], BASE, *ABLATIONS]
 
+ATTENTION = {"targets": "mlp+attention", "attention_dense_ratio": 0.5}
+TRIES = [
+    ROWS[-1],
+    Row("t-fisher", "Fisher's ranks", {"selection": "fisher"}, ROWS[-1]),
+    Row("t-uniform", "the same dense ratio in every layer", {"allocation": "uniform"}, ROWS[-1]),
+    Row("t-no-joint", "without the joint fit", {"joint": 0}, ROWS[-1]),
+    Row("t-samples128", "128 calibration windows", {"num_samples": 128}, ROWS[-1]),
+    Row("t-samples256", "256 calibration windows", {"num_samples": 256}, ROWS[-1]),
+    Row("t-seq2048", "16 calibration windows of 2048 tokens", {"num_samples": 16, "seq_len": 2048}, ROWS[-1]),
+    Row(
+        "t-attention",
+        "attention pruned, too, and more of the MLPs dense",
+        ATTENTION | {"dense_ratio": 0.6},
+        ROWS[-1],
+    ),
+    Row("t-recovered", "recovered: 100 windows, distilled", {}, ROWS[-1], {}),
+    Row("t-both", "… distilled and trained on their tokens", {}, ROWS[-1], {"objective": "both"}),
+    Row(
+        "t-control",
+        "control: the dense model trained the same way",
+        {"dense_ratio": 1.0},
+        ROWS[-1],
+        {"objective": "both"},
+    ),
+]
+"""One option of the default changed at a time; on both models, validation split, with ``--tries``."""
+
 WITHOUT_BOS = {"bos": "never"}
 """Windows as they were before they started with BOS; evaluated with BOS all the same."""
 
@@ -206,7 +233,7 @@ class Subject:
 
     def known(self) -> dict[str, Row]:
         """All rows that can be measured on it, by key."""
-        return {row.key: row for row in [*ROWS, BASE, *ABLATIONS, *self.rows]}
+        return {row.key: row for row in [*ROWS, BASE, *ABLATIONS, *TRIES, *self.rows]}
 
 
 SUBJECTS = {
@@ -311,6 +338,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: those of the model's table")
     parser.add_argument("--ablations", action="store_true", help="these, on the validation split")
+    parser.add_argument("--tries", action="store_true", help="rows near the default, on the validation split")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the calibration windows")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--metrics", nargs="+", choices=METRICS)
@@ -330,8 +358,9 @@ def main() -> None:
     arguments.metrics = arguments.metrics or subject.metrics
     arguments.work = arguments.work or ROOT / ".cache" / "frontier" / arguments.model
     arguments.results = arguments.results or RESULTS / subject.results
-    if arguments.ablations:
-        arguments.split, arguments.rows = "valid", [row.key for row in TUNING]
+    if arguments.ablations or arguments.tries:
+        shown = TUNING if arguments.ablations else TRIES
+        arguments.split, arguments.rows = "valid", [row.key for row in shown]
         arguments.metrics = ["wikipedia", "fiction"]
     if not arguments.plot_only:
         bench = Bench(subject, arguments.assets, arguments.split)
@@ -345,6 +374,7 @@ def main() -> None:
     write_documents(figures["smollm2"], [*ROWS, *BEFORE], TUNING)
     write_second_model(figures["gemma-3-270m"], GEMMA_ROWS)
     write_goals(side_by_side(figures))
+    write_tries(figures, TRIES)
 
 
 def current(results: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:

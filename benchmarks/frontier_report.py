@@ -86,6 +86,7 @@ GEMMA_COLUMNS = (
     *("sparsity", "bytes", "perplexity", "loss", "fiction", "speeches", "kl", "top1"),
     *("without_bos", "seconds"),
 )
+TRY_COLUMNS = ("bytes", "loss", "fiction", "kl", "top1", "seconds")
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 
 
@@ -147,6 +148,14 @@ def write_second_model(results: dict[str, Any], rows: Sequence[Line]) -> None:
     table = Figures(results, "test").table(rows, GEMMA_COLUMNS)
     print(f"\n{table}")
     insert(DOCUMENT, "second-model", table)
+
+
+def write_tries(results: dict[str, dict[str, Any]], rows: Sequence[Line]) -> None:
+    """Put a table per model, on the validation split, into docs/."""
+    parts = []
+    for model, of_model in results.items():
+        parts.append(f"**{model}**\n\n{Figures(of_model, 'valid').table(rows, TRY_COLUMNS)}")
+    insert(DOCUMENT, "tries", "\n\n".join(parts))
 
 
 def write_goals(table: str) -> None:
