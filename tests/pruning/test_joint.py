@@ -124,14 +124,14 @@ def test_rows_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_at_most_so_many_tokens() -> None:
-    """16 per feature, 65536 in all: SmolLM2's and Qwen3-32B's calibration, and one that is small enough."""
-    assert stride(64, 512, 576) == 4
+    """32 per feature, 65536 in all: SmolLM2's and Qwen3-32B's calibration, and one that is small enough."""
+    assert stride(64, 512, 576) == 2
     assert stride(128, 16384, 5120) == 32
-    assert stride(8, 32, 16) == 1
-    assert stride(8, 33, 16) == 2
+    assert stride(8, 64, 16) == 1
+    assert stride(8, 65, 16) == 2
     for samples, tokens, features in ((64, 512, 576), (3, 1000, 20), (7, 33, 5)):
         every = stride(samples, tokens, features)
-        assert samples * (tokens // every) <= 16 * features < samples * tokens
+        assert samples * (tokens // every) <= 32 * features < samples * tokens
 
 
 def test_the_tokens_are_evenly_spaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,17 +90,22 @@ def _drop_two(four: torch.Tensor, energies: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi"])
-def test_divergences_are_those_of_pruned_models(kind: str, model: Callable[[str], Path]) -> None:
+def test_divergences_are_those_of_pruned_models(
+    kind: str, model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(1)
     some = [torch.randperm(INTERMEDIATE, generator=generator)[:n].sort().values for n in (40, 104, 200)]
     variants = [[some[0], None, None], [None, some[1], None], [None, None, None], some]
     source = SourceModel(model(kind), CPU)
+    monkeypatch.setattr(pilot, "PILOT_EVERY", 1)
     found = Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants)
     for value, variant in zip(found, variants, strict=True):
         sparse = {i: s.tolist() for i, s in enumerate(variant) if s is not None}
         assert value == pytest.approx(reference(kind, model(kind), sparse), rel=1e-3, abs=1e-7)
     assert found[2] == 0.0
     assert len(set(found)) == 4
+    monkeypatch.setattr(pilot, "PILOT_EVERY", 2)
+    assert Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants) != found
 
 
 def test_what_a_layer_costs_falls_to_nothing() -> None:

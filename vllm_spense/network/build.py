@@ -48,13 +48,13 @@ def language_head(network: Any) -> Any:
     return head
 
 
-def scored_positions(network: Any, length: int, limit: int) -> torch.Tensor:
-    """Evenly spaced positions [at most ``length``] of a window, as many as have ``limit`` logits together.
+def scored_positions(network: Any, length: int, limit: int, every: int = 1) -> torch.Tensor:
+    """Positions of a window, each ``every``-th or fewer: as many as have ``limit`` logits together.
 
     All of them for most vocabularies; with 262,144 tokens the head is dearer than all layers.
     """
     vocabulary = language_head(network).get_parameter("weight").shape[0]
-    return torch.arange(0, length, math.ceil(length * vocabulary / limit))
+    return torch.arange(0, length, max(every, math.ceil(length * vocabulary / limit)))
 
 
 def logits_at(network: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from vllm_spense.pruning.refit import conjugate_gradients
 from vllm_spense.pruning.rows import ROWS
 
-JOINT_TOKENS, TOKENS_PER_FEATURE = 65536, 16
+JOINT_TOKENS, TOKENS_PER_FEATURE = 65536, 32
 """Most tokens used, in all and per feature: there is a term of tokens x rows x features per iteration."""
 CHUNK = 2048
 """Tokens at a time: what lies between two matrix products stays in a CPU's cache, and is small on a GPU."""

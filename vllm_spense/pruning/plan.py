@@ -21,7 +21,7 @@ from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
-from vllm_spense.pruning.pilot import PILOT_LOGITS, PILOT_TOKENS
+from vllm_spense.pruning.pilot import PILOT_EVERY, PILOT_LOGITS, PILOT_TOKENS
 from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
 from vllm_spense.pruning.rounding import BLOCKS, ITERATIONS
 from vllm_spense.pruning.rows import ROWS
@@ -235,7 +235,7 @@ class _Sizes:
         if config.needs_pilot:  # a stream per layer from there on, then four and the dense one from the start
             seen = min(config.pilot_samples, config.num_samples) * min(seq, PILOT_TOKENS)
             passes = (len(layers) + 1) / 2 + 1 + 5
-            scored = min(1.0, PILOT_LOGITS / (min(seq, PILOT_TOKENS) * vocabulary))
+            scored = min(1 / PILOT_EVERY, PILOT_LOGITS / (min(seq, PILOT_TOKENS) * vocabulary))
             flop += seen * (
                 passes * forwards / tokens + (len(layers) + 6) * scored * 2.0 * width * vocabulary
             )
