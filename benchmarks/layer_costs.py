@@ -27,6 +27,7 @@ from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.activations import LayerInputs
 from vllm_spense.pruning.pilot import PILOT_TOKENS, Pilot, cheaper_half
+from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
 from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.text import calibrate, find_sources
@@ -48,8 +49,8 @@ def measure(model: Path, text: Path) -> dict[str, list[float]]:
         with source.resident(*source.embedding()):
             return LayerInputs(source.network, tokens, source.device, dtype=torch.float32)
 
-    some = windows[: config.gradient_samples]
-    costs = index_costs(source, embed(some), some)
+    some = windows[: config.gradient_samples, :GRADIENT_TOKENS]
+    costs = index_costs(source, embed(some), some).fisher
     halves = [cheaper_half(cost, config.alignment) for cost in costs]
     measured = windows[-config.pilot_samples :, :PILOT_TOKENS]
     found = Pilot(source, None).layers(embed(measured), measured, halves)

@@ -4,7 +4,8 @@ Fisher costs (:mod:`.sensitivity`) rank the indices of one layer, but not layers
 different outputs and tokens as independent and the loss as quadratic, and a massive activation rules all sums
 in which it stands. So each layer's 2:4 is tried by itself, and what it costs is the KL divergence of the
 model's answers from the dense model's. The budget that follows has to hold its own against the same dense
-ratio everywhere, and SpenseGPT+'s index scores against Fisher's, on windows that neither was made from.
+ratio everywhere, and the ranks of indices their own against SpenseGPT+'s, on windows that neither was made
+from.
 
 Crude is Wanda's choice (arXiv 2306.11695): the two least ``|w| · ‖x‖`` of four go, nothing makes up for them.
 """
