@@ -362,3 +362,13 @@ def test_a_new_disk_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     publish(out)
     assert contents(out) == NEW
     assert (out / "lost+found").is_dir()
+
+
+def test_what_a_kill_left_of_a_rehearsal_goes_with_the_next(tmp_path: Path) -> None:
+    place = tmp_path / "out[1]"
+    left, other = tmp_path / ".out[1].spense-token.4711", tmp_path / ".out1.spense-token.4711"
+    for path in (left, other):
+        path.write_text("may this be written and renamed?\n")
+    publish(place)
+    assert not left.exists()
+    assert other.exists(), "of another place"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -114,7 +115,8 @@ class Target:
                 token.write_text("may this be written and renamed?\n", encoding="utf-8")
                 _move(token, there)
         finally:
-            for path in (token, there):
+            # Those of runs that were killed right here as well; a living one does not need its own any more.
+            for path in (token, *there.parent.glob(f"{glob.escape(there.stem)}.*")):
                 with suppress(OSError):
                     path.unlink()
 
