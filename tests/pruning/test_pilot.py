@@ -90,22 +90,18 @@ def _drop_two(four: torch.Tensor, energies: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi"])
-def test_divergences_are_those_of_pruned_models(
-    kind: str, model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divergences_are_those_of_pruned_models(kind: str, model: Callable[[str], Path]) -> None:
     generator = torch.Generator().manual_seed(1)
     some = [torch.randperm(INTERMEDIATE, generator=generator)[:n].sort().values for n in (40, 104, 200)]
     variants = [[some[0], None, None], [None, some[1], None], [None, None, None], some]
     source = SourceModel(model(kind), CPU)
-    monkeypatch.setattr(pilot, "PILOT_EVERY", 1)
     found = Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants)
     for value, variant in zip(found, variants, strict=True):
         sparse = {i: s.tolist() for i, s in enumerate(variant) if s is not None}
         assert value == pytest.approx(reference(kind, model(kind), sparse), rel=1e-3, abs=1e-7)
     assert found[2] == 0.0
     assert len(set(found)) == 4
-    monkeypatch.setattr(pilot, "PILOT_EVERY", 2)
-    assert Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants) != found
+    assert Pilot(source, None).divergences(embed(source, WINDOWS), WINDOWS, variants, 2) != found
 
 
 def test_what_a_layer_costs_falls_to_nothing() -> None:
@@ -123,7 +119,7 @@ def test_the_guard_takes_what_does_better_on_each_model(model: Callable[[str], P
         allocation, selection = verdict.chosen.split(", ")
         assert allocation == wanted
         best = verdict.divergences[verdict.chosen]
-        assert best == min(verdict.divergences.values())
+        assert best <= min(verdict.divergences.values()) / (1 - pilot.MARGIN)
         assert best < 0.9 * min(v for name, v in verdict.divergences.items() if wanted not in name)
         assert (len(set(choice.counts)) == 1) == (wanted == "uniform")
         torch.testing.assert_close(choice.costs, costs.ranking(selection))
@@ -144,12 +140,28 @@ def test_a_layer_that_overflows_is_the_dearest(
     torch.testing.assert_close(last, first, msg="Llama's first layer is its dearest")
 
 
-def test_the_guard_takes_other_scores_where_they_do_better(model: Callable[[str], Path]) -> None:
-    choice, verdict, costs = chosen(model("gemma3_text"))
+def test_the_guard_takes_other_scores_where_they_do_clearly_better(
+    model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "bytes, consensus": 1.0,
+        "bytes, spensegpt+": 0.96,
+        "uniform, consensus": 2.0,
+        "uniform, +": 2.0,
+    }
+    measured = Pilot.divergences
+
+    def told(self: Pilot, *args: object) -> list[float]:
+        found = measured(self, *args)
+        return found if len(args) > 3 else list(values.values())  # trials, which ask at every token
+
+    monkeypatch.setattr(Pilot, "divergences", told)
+    assert chosen(model("llama"))[1].chosen == "bytes, consensus", "by less than the trials tell"
+    values["bytes, spensegpt+"] = 0.94
+    choice, verdict, costs = chosen(model("llama"))
     assert verdict.chosen == "bytes, spensegpt+"
     assert choice.costs is costs.scores
-    _, verdict, _ = chosen(model("qwen3"))
-    assert verdict.chosen == "bytes, consensus"
+    monkeypatch.undo()
     choice, verdict, _ = chosen(model("opt"), selection="spensegpt+", allocation="bytes")
     assert set(verdict.divergences) == {"bytes, spensegpt+", "uniform, spensegpt+"}
     assert choice.costs is None, "each layer ranks its own, on all samples"

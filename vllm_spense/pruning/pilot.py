@@ -35,7 +35,10 @@ from vllm_spense.pruning.source import SourceModel
 PILOT_TOKENS = 256
 """A window's part that is measured."""
 PILOT_EVERY, PILOT_LOGITS = 2, 1 << 24
-"""Answers are compared at every second token, at fewer where these have more logits in a window."""
+"""Layers are compared at every second token, at fewer where these have more logits in a window."""
+MARGIN = 0.05
+"""Part by which another candidate has to do better than what was asked for: crude trials of a few windows
+differ by a few percent without meaning it."""
 FALL = 1.7
 """Power of the 2:4 share in which a layer's divergence grows: 1.6 to 2 in both models of docs/accuracy.md."""
 
@@ -104,11 +107,12 @@ def choose(
     counts[config.allocation] = dense_counts(falls, shapes, config)
     rivals: list[Selection] = ["spensegpt+"] if config.selection in GRADIENT_SELECTIONS else []
     scores = {selection: costs.ranking(selection) for selection in [*rivals, config.selection]}
-    # The asked for stands first, and wins among equals.
+    # What was asked for stands first.
     names = {f"{a}, {s}": (a, s) for a in reversed(counts) for s in reversed(scores)}
     trials = [_variant(counts[a], scores[s]) for a, s in names.values()]
     values = dict(zip(names, pilot.divergences(embed(judges), judges, trials), strict=True))
-    verdict = Verdict(min(values, key=values.__getitem__), values)
+    asked, best = next(iter(values)), min(values, key=values.__getitem__)
+    verdict = Verdict(best if values[best] < (1 - MARGIN) * values[asked] else asked, values)
     allocation, selection = names[verdict.chosen]
     ranks = scores[selection] if config.selection in GRADIENT_SELECTIONS else None
     return DenseChoice(counts[allocation], ranks), verdict
@@ -152,16 +156,16 @@ class Pilot:
         """What each layer diverges by with these of its indices in 2:4, all others dense; None for None."""
         places = [i for i, half in enumerate(halves) if half is not None]
         alone: list[Variant] = [[half if i == at else None for i, half in enumerate(halves)] for at in places]
-        found = iter(self.divergences(dense, windows, alone))
+        found = iter(self.divergences(dense, windows, alone, PILOT_EVERY))
         return [None if half is None else next(found) for half in halves]
 
     @torch.no_grad()
     def divergences(
-        self, dense: LayerInputs, windows: torch.Tensor, variants: Sequence[Variant]
+        self, dense: LayerInputs, windows: torch.Tensor, variants: Sequence[Variant], every: int = 1
     ) -> list[float]:
         """Mean KL(dense ‖ variant) of the next-token distributions; ``dense`` holds ``windows`` embedded.
 
-        Infinite for a variant whose states leave their dtype.
+        At each ``every``-th token, or at fewer. Infinite for a variant whose states leave their dtype.
         """
         streams: dict[int, LayerInputs] = {}
         for index, layer in enumerate(self.source.layers):
@@ -177,14 +181,15 @@ class Pilot:
             self._done += 1
             if self._progress is not None:
                 self._progress(self._done)
-        return self._compared(dense, windows, [streams.get(v, dense) for v in range(len(variants))])
+        streamed = [streams.get(v, dense) for v in range(len(variants))]
+        return self._compared(dense, windows, streamed, every)
 
     def _compared(
-        self, dense: LayerInputs, windows: torch.Tensor, streams: Sequence[LayerInputs]
+        self, dense: LayerInputs, windows: torch.Tensor, streams: Sequence[LayerInputs], every: int
     ) -> list[float]:
         source, sums = self.source, [0.0] * len(streams)
         with source.resident(*source.embedding(), language_head(source.network)):
-            positions = scored_positions(source.network, windows.shape[1], PILOT_LOGITS, PILOT_EVERY)
+            positions = scored_positions(source.network, windows.shape[1], PILOT_LOGITS, every)
 
             def answers(stream: LayerInputs, window: int) -> torch.Tensor:
                 with stream.standing_in(source.network, window):
