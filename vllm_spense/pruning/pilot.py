@@ -37,8 +37,8 @@ PILOT_TOKENS = 256
 PILOT_EVERY, PILOT_LOGITS = 2, 1 << 24
 """Layers are compared at every second token, at fewer where these have more logits in a window."""
 MARGIN = 0.05
-"""Part by which another candidate has to do better than what was asked for: crude trials of a few windows
-differ by a few percent without meaning it."""
+"""Candidates so close to the best count as equal: crude trials of a few windows differ by a few percent by
+chance."""
 FALL = 1.7
 """Power of the 2:4 share in which a layer's divergence grows: 1.6 to 2 in both models of docs/accuracy.md."""
 
@@ -107,12 +107,13 @@ def choose(
     counts[config.allocation] = dense_counts(falls, shapes, config)
     rivals: list[Selection] = ["spensegpt+"] if config.selection in GRADIENT_SELECTIONS else []
     scores = {selection: costs.ranking(selection) for selection in [*rivals, config.selection]}
-    # What was asked for stands first.
+    # What was asked for stands first, and wins among equals.
     names = {f"{a}, {s}": (a, s) for a in reversed(counts) for s in reversed(scores)}
     trials = [_variant(counts[a], scores[s]) for a, s in names.values()]
     values = dict(zip(names, pilot.divergences(embed(judges), judges, trials), strict=True))
-    asked, best = next(iter(values)), min(values, key=values.__getitem__)
-    verdict = Verdict(best if values[best] < (1 - MARGIN) * values[asked] else asked, values)
+    least = min(values.values())
+    first = next(name for name, value in values.items() if value * (1 - MARGIN) <= least)
+    verdict = Verdict(first, values)
     allocation, selection = names[verdict.chosen]
     ranks = scores[selection] if config.selection in GRADIENT_SELECTIONS else None
     return DenseChoice(counts[allocation], ranks), verdict
