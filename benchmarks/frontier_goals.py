@@ -48,7 +48,8 @@ class Comparison:
         """By seed; those that are measured."""
         dense = self.figures.dense.get(text, {}).get("nll", math.nan)
         runs = self.figures.by_seed(f"{method}{self.setting.dense_ratio}")
-        return {seed: run[text]["nll"] - dense for seed, run in runs.items() if text in run}
+        found = {seed: run[text] for seed, run in runs.items() if text in run}
+        return {seed: of["nll"] - of.get("reference_nll", dense) for seed, of in found.items()}
 
     def paired(self, text: str) -> list[tuple[float, float]]:
         """(ours, theirs) of the seeds that both have."""

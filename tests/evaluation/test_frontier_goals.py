@@ -21,14 +21,14 @@ from benchmarks.frontier_report import Figures
 def run(wikipedia: float, novel: float, seconds: float = 100.0) -> dict[str, Any]:
     return {
         "cost": {"prune_seconds": seconds},
-        "test/wikipedia": {"nll": 2.0 + wikipedia, "reference_nll": 2.0},
+        "test/wikipedia": {"nll": 2.5 + wikipedia, "reference_nll": 2.5},
         "test/fiction": {"nll": 3.0 + novel},
         "valid/speeches": {"nll": 0.0},
     }
 
 
 RUNS = {
-    "dense/0": run(0, 0),
+    "dense/0": run(0.5, 0),  # as measured with other arithmetic: the reference of each run counts
     "guided0.5/0": run(0.10, 0.30, 150),
     "guided0.5/1": run(0.12, 0.20, 250),
     "guided0.5/2": run(9.0, 9.0, 200),  # nothing to hold it against
