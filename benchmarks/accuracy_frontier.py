@@ -312,8 +312,6 @@ class Bench:
         return {"nll": mean_nll(model, self.windows(self.fiction), context=self.context)}
 
     def speeches(self, model: torch.nn.Module) -> dict[str, float]:
-        if self.split != "test":
-            raise ValueError("the speeches are for the end: no choice may be made on them")
         windows = self.windows(fetch_speeches(self.assets, print))
         return {"nll": mean_nll(model, windows, context=self.context)}
 
@@ -355,7 +353,10 @@ def main() -> None:
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     arguments.rows = arguments.rows or [row.key for row in subject.rows]
     arguments.seeds = arguments.seeds or subject.seeds
-    arguments.metrics = arguments.metrics or subject.metrics
+    if arguments.split != "test" and "speeches" in (arguments.metrics or ()):
+        parser.error("the speeches are scored on the test split alone: no choice may be made on them")
+    usual = [metric for metric in subject.metrics if metric != "speeches" or arguments.split == "test"]
+    arguments.metrics = arguments.metrics or usual
     arguments.work = arguments.work or ROOT / ".cache" / "frontier" / arguments.model
     arguments.results = arguments.results or RESULTS / subject.results
     if arguments.ablations or arguments.tries:

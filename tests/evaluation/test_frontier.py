@@ -293,3 +293,22 @@ def test_documents_keep_their_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "plot.png").stat().st_size > 1000
     insert(document, "frontier", "new")
     assert document.read_text().startswith("Above\n<!-- frontier:begin -->\nnew\n<!-- frontier:end -->\nBetw")
+
+
+def test_speeches_are_for_the_test_split_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is pruned; tuning without --metrics leaves them out."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(accuracy_frontier, "Bench", lambda *_: None)
+    monkeypatch.setattr(accuracy_frontier, "measure", lambda *args: asked.append(list(args[3].metrics)))
+    for name in ("write_documents", "write_second_model", "write_goals", "write_tries"):
+        monkeypatch.setattr(accuracy_frontier, name, lambda *_: None)
+    command = ["accuracy_frontier.py", "--rows", "dense", "--split", "valid"]
+    monkeypatch.setattr(sys, "argv", [*command, "--metrics", "speeches"])
+    with pytest.raises(SystemExit):
+        accuracy_frontier.main()
+    assert "test split alone" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", command)
+    accuracy_frontier.main()
+    assert asked == [["wikipedia", "fiction", "continuation"]]

@@ -75,8 +75,9 @@ def index_costs(
 
     ``inputs`` stand in front of the first layer of the dense model and are used up; ``windows
     [samples, seq]`` are their tokens. Forward, keeping each layer's inputs, and back again: one layer is
-    in memory at a time. ``progress`` gets (steps done,
-    steps in all). Raises :class:`CheckpointError` for a gradient that is not finite.
+    in memory at a time. ``progress`` gets (steps done, steps in all).
+
+    Raises :class:`CheckpointError` for a gradient that is not finite.
     """
     layers = source.layers
     fronts = []
@@ -96,9 +97,11 @@ def index_costs(
             for i in range(len(windows)):
                 front = inputs.on_device(states[i])
                 gradients[i] = _backward(inputs, i, index, layer.module, front, gradients[i], shared)
-            found = torch.empty(0) if layer.mlp is None else _costs(layer.mlp, moments).cpu()
+            found = scores = torch.empty(0)
+            if layer.mlp is not None:
+                found, scores = _costs(layer.mlp, moments).cpu(), _scores(layer.mlp, moments).cpu()
             known.fisher.insert(0, found)
-            known.scores.insert(0, torch.empty(0) if layer.mlp is None else _scores(layer.mlp, moments).cpu())
+            known.scores.insert(0, scores)
         if not torch.isfinite(found).all():
             raise CheckpointError(
                 "the gradient of the calibration loss is NaN or infinite here",
