@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from vllm_spense.format import FP8_DTYPE
-from vllm_spense.ops import LinearSpec, available_backends, tuning
-from vllm_spense.ops.kernel_config import KernelConfig, busiest, candidates, estimate, illegal
+from vllm_spense.ops import LinearSpec, available_backends, extension, tuning
+from vllm_spense.ops.kernel_config import (
+    KernelConfig,
+    busiest,
+    candidates,
+    clusters_at_once,
+    estimate,
+    illegal,
+    shared_memory_cycles,
+    tensor_cycles,
+)
 from vllm_spense.ops.tuning import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
 
 HOPPER, BLACKWELL, ADA = (9, 0), (10, 0), (8, 9)
@@ -80,6 +89,42 @@ def test_one_processor_is_bound_by_the_bytes_it_loads() -> None:
     assert sparse / dense == pytest.approx((128 * 0.625 + 8) / (128 + 8), rel=0.01)
 
 
+def test_cycles_of_a_prefill_stage_by_hand() -> None:
+    """128 x 256 x 128 columns: two warpgroups read x, each half of A; TMA writes everything once."""
+    x, a, metadata = 256 * 128 // 128, 128 * 128 // 128, 128 * 16 // 128
+    assert shared_memory_cycles(128, 256, sparse=False) == 2 * x + a + (x + a) == 1024
+    assert shared_memory_cycles(128, 256, sparse=True) == 2 * x + a / 2 + (x + a / 2) + 2 * metadata == 928
+    assert tensor_cycles(128, 256, sparse=False) == 128 * 256 * 128 / 4096 == 1024
+    assert tensor_cycles(128, 256, sparse=True) == 512
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("tokens", [8, 64, 128, 256])
+def test_sparse_tiles_wait_for_shared_memory_whatever_their_size(rows: int, tokens: int) -> None:
+    ratio = shared_memory_cycles(rows, tokens, True) / tensor_cycles(rows, tokens, True)
+    assert ratio == pytest.approx(1 + 80 / tokens + 1 / (rows / 64))
+    assert ratio > 1.8
+
+
+def test_prefill_gains_what_shared_memory_allows() -> None:
+    """1024 cycles of a dense stage against 928 of a sparse one, alone or mixed."""
+
+    def best(sparse: int) -> float:
+        spec = LinearSpec("input", 5120, 25600, (sparse,), (25600 - sparse,), FP8_DTYPE)
+        return min(estimate(spec, 16384, c, 132) for c in candidates(spec, 16384, HOPPER, True))
+
+    assert best(0) / best(25600) == pytest.approx(1024 / 928, rel=0.01)
+    assert best(0) / best(12800) == pytest.approx(1024 / (1024 + 928) * 2, rel=0.01)
+
+
+def test_clusters_of_an_h200_by_hand() -> None:
+    """Two GPCs of 18 multiprocessors and six of 16, so four of them are in no cluster of 4 or 8."""
+    assert [clusters_at_once(132, n) for n in (1, 2, 4, 8)] == [132, 66, 2 * 4 + 6 * 4, 16]
+    config = KernelConfig("sm90", 128, 16, 4)
+    told = estimate(DOWN, 16, config, 132, clusters=19)  # 40 tiles: three turns, not two
+    assert told > estimate(DOWN, 16, config, 132) == estimate(DOWN, 16, config, 132, clusters=32)
+
+
 def test_few_tiles_want_a_split_of_k() -> None:
     """Down has 40 tiles of 128 rows for 132 multiprocessors: unsplit, most of them would idle."""
     best = min(candidates(DOWN, 16, HOPPER, False), key=lambda c: estimate(DOWN, 16, c, 132))
@@ -121,6 +166,22 @@ def test_a_measured_bucket_wins_over_the_estimate() -> None:
     unmeasured = pick(GATE_UP, 65, HOPPER, 132, entries, False)
     assert unmeasured is not None
     assert unmeasured.tile_tokens >= 128
+
+
+def test_what_the_device_says_of_its_clusters_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no cluster fits, the call runs unsplit; the extension tells refusal from failure."""
+    alone = pick(DOWN, 16, HOPPER, 132, {}, False, lambda config: 0 if config.cluster > 1 else 132)
+    assert alone is not None
+    assert alone.cluster == 1
+    assert pick(DOWN, 16, HOPPER, 132, {}, False, lambda config: 0) is None
+
+    def refuse(*shape: object) -> int:
+        raise RuntimeError(f"spense: linear_sm90 refused the call with status {2 if shape[2] == 8 else 1}")
+
+    monkeypatch.setattr(torch.ops.spense, "sm90_clusters", refuse, raising=False)
+    assert extension.sm90_clusters(128, 16, 8, False) == 0
+    with pytest.raises(RuntimeError, match="status 1"):
+        extension.sm90_clusters(128, 16, 3, False)
 
 
 def test_measured_configurations_that_cannot_run_here_are_passed_over() -> None:

@@ -51,7 +51,7 @@ def test_no_point_is_above_its_roof(ratio: float, tokens: int) -> None:
     operations = 2 * tokens * spec.in_features * spec.out_features
     needed = operations * (1 + ratio) / 2 / GPU.fp8_sheet_rate
     floor = max(needed, moved_bytes(spec, tokens) / GPU.memory_sheet_rate)
-    assert floor < seconds(spec, tokens, ratio) < 2 * floor + 1e-5
+    assert floor < seconds(spec, tokens, ratio) < 2.5 * floor + 1e-5
 
 
 def test_plots_with_and_without_measurements(tmp_path: Path) -> None:

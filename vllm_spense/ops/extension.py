@@ -36,3 +36,17 @@ def _load(stem: str, missing: str) -> str | None:
 def has_cutlass() -> bool:
     """Whether the CUTLASS instances were compiled in."""
     return why_not_loaded() is None and hasattr(torch.ops.spense, "linear_cutlass")
+
+
+def sm90_clusters(rows: int, tokens: int, cluster: int, multicast: bool) -> int:
+    """How many clusters of this instance of the Hopper kernel the current CUDA device runs at once.
+
+    0 where it cannot hold a single one (a slice of a GPU may have too few multiprocessors in a row).
+    ``RuntimeError`` for an instance that is not compiled, and with what CUDA says where it fails.
+    """
+    try:
+        return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast))
+    except RuntimeError as error:
+        if "status 2" in str(error):  # kUnsupported of kernels/spense_linear.h
+            return 0
+        raise

@@ -1,7 +1,8 @@
 """Which configurations of the CUDA kernels are legal for a layer, and what they should cost.
 
-The estimate stands in until ``spense tune`` has measured a device: it knows bytes, operations and how evenly
-tiles fall on the multiprocessors, nothing else. Its constants are an H200's from data sheets, not fits.
+The estimate stands in until ``spense tune`` has measured a device: it knows bytes, operations, shared memory
+and how evenly tiles fall on the multiprocessors, nothing else. Its constants are an H200's from data sheets,
+not fits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ SM_LOAD_RATE = 50e9  # bytes/s that one multiprocessor takes in, from L2 or memo
 SM_DENSE_RATE = (
     10e12  # FP8 operations/s of one multiprocessor, two thirds of the data sheet's; 2:4 twice that
 )
+CYCLE = 8192 / SM_DENSE_RATE  # s; the tensor cores of one multiprocessor do 4096 FP8 multiply-adds per cycle
+SHARED_RATE = 128  # bytes per cycle of one multiprocessor's shared memory, reads and writes together
+STAGE = 128  # columns of W that the cycles below are counted for
+SPARSE_BYTES = 0.625  # per 2:4 weight: half a value and an eighth of metadata
 LAUNCH = 3e-6
 CLUSTER_SYNC = 1e-6
 
@@ -105,19 +110,58 @@ CUTLASS_TILES: dict[tuple[int, int], tuple[tuple[int, int] | None, tuple[int, in
 """(rows, tokens) of the small and the large CUTLASS tile per compute capability."""
 
 
-def estimate(spec: LinearSpec, tokens: int, config: KernelConfig, processors: int) -> float:
-    """Predicted seconds of one call on a device with ``processors`` multiprocessors (whole clusters only)."""
+def tensor_cycles(rows: int, tokens: int, sparse: bool) -> float:
+    """Cycles that the tensor cores take for 128 columns of a tile; 2:4 halves them."""
+    return 2 * rows * tokens * STAGE * (0.5 if sparse else 1) / 8192
+
+
+def shared_memory_cycles(rows: int, tokens: int, sparse: bool) -> float:
+    """Cycles that shared memory takes for 128 columns of a tile of the Hopper kernels, ours or CUTLASS's.
+
+    TMA writes weights (with metadata) and x once. Each warpgroup of 64 rows reads its weights once and all of
+    x: wgmma takes x from nowhere else, and 2:4 needs every column of it, to pick among them. So 2:4 takes
+    work off the tensor cores but no bytes of x off shared memory. Its time by theirs is
+    ``1 + 80 / tokens + 64 / rows`` for 2:4 tiles (1.81 at 128 x 256) and half of
+    ``1 + 128 / tokens + 64 / rows`` for dense ones (1.0). That reads and writes share the rate is assumed.
+    """
+    weights = 2 * rows * (SPARSE_BYTES if sparse else 1)
+    return STAGE * (weights + tokens * (1 + rows / 64)) / SHARED_RATE
+
+
+def clusters_at_once(processors: int, cluster: int) -> int:
+    """How many clusters of so many CTAs, one per multiprocessor, a device should run at once.
+
+    A cluster lies within one GPC. Assumed, where no device was asked: 8 GPCs that share pairs of
+    multiprocessors evenly, so two of 18 and six of 16 on an H100 or H200 SXM with 132. Chips differ.
+    """
+    if cluster == 1:
+        return processors
+    pairs, late = divmod(processors // 2, 8)
+    return sum(2 * (pairs + (gpc < late)) // cluster for gpc in range(8))
+
+
+def estimate(
+    spec: LinearSpec, tokens: int, config: KernelConfig, processors: int, clusters: int | None = None
+) -> float:
+    """Predicted seconds of one call on a device with ``processors`` multiprocessors.
+
+    ``clusters``: how many of the configuration's clusters the device runs at once, where it has told, else
+    :func:`clusters_at_once`. A stage takes as long as the slowest of loads, tensor cores and shared memory. A
+    B200 feeds its tensor cores in another way: of its configurations only the order means anything.
+    """
     rows, wide = config.tile_rows, config.tile_tokens
     group = config.cluster if config.multicast else 1
     parts = 1 if config.multicast else config.cluster
-    clusters = max(1, processors // config.cluster)
+    clusters = max(1, clusters_at_once(processors, config.cluster) if clusters is None else clusters)
     token_tiles = -(-tokens // wide)
 
+    def column(sparse: bool) -> float:
+        load = rows * (SPARSE_BYTES if sparse else 1) + wide / group
+        cycles = max(tensor_cycles(rows, wide, sparse), shared_memory_cycles(rows, wide, sparse)) / STAGE
+        return max(load / SM_LOAD_RATE, cycles * CYCLE) / parts
+
     def unit(sparse_columns: int, dense_columns: int) -> float:
-        columns = sparse_columns + dense_columns
-        load = rows * (0.625 * sparse_columns + dense_columns) + wide * columns / group
-        work = 2 * rows * wide * (sparse_columns / 2 + dense_columns)
-        return max(load / SM_LOAD_RATE, work / SM_DENSE_RATE) / parts
+        return sparse_columns * column(sparse=True) + dense_columns * column(sparse=False)
 
     def groups(extents: tuple[int, ...]) -> int:
         return sum(math.ceil(math.ceil(extent / rows) / group) for extent in extents)

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -122,8 +123,12 @@ def pick(
     processors: int,
     entries: dict[int, TuningEntry],
     cutlass: bool,
+    clusters: Callable[[KernelConfig], int | None] = lambda config: None,
 ) -> KernelConfig | None:
-    """The measured configuration of the bucket, else the legal one with the lowest estimate, else None."""
+    """The measured configuration of the bucket, else the legal one with the lowest estimate, else None.
+
+    ``clusters``: how many of a configuration's clusters the device runs at once; None where it was not asked.
+    """
     entry = entries.get(bucket(tokens))
     if (
         entry
@@ -131,8 +136,18 @@ def pick(
         and (cutlass or entry.kernel == "sm90")
     ):
         return entry.config
-    legal = candidates(spec, bucket(tokens), capability, cutlass)
-    return min(legal, key=lambda c: (estimate(spec, tokens, c, processors), c), default=None)
+    fitting = {c: clusters(c) for c in candidates(spec, bucket(tokens), capability, cutlass)}
+    legal = [c for c, count in fitting.items() if count != 0]
+    return min(legal, key=lambda c: (estimate(spec, tokens, c, processors, fitting[c]), c), default=None)
+
+
+@functools.cache
+def _clusters(config: KernelConfig, index: int) -> int | None:
+    """What CUDA device ``index`` says of a configuration of ours; None for CUTLASS, which plans by itself."""
+    if config.kernel != "sm90":
+        return None
+    with torch.cuda.device(index):
+        return extension.sm90_clusters(config.tile_rows, config.tile_tokens, config.cluster, config.multicast)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,7 +156,8 @@ def _choose(spec: LinearSpec, tokens: int, index: int) -> KernelConfig:
     entries = measured(properties.name).get(shape_of(spec), {})
     capability = (properties.major, properties.minor)
     config = pick(
-        *(spec, tokens, capability, properties.multi_processor_count, entries, extension.has_cutlass())
+        *(spec, tokens, capability, properties.multi_processor_count, entries, extension.has_cutlass()),
+        clusters=lambda config: _clusters(config, index),
     )
     if config is None:
         raise RuntimeError(f"no compiled kernel runs {spec} on compute capability {capability}")
