@@ -45,7 +45,8 @@ def test_tables_notes_and_verdict() -> None:
         "kernel times are estimates: nothing has been measured",
     ):
         assert fact in text
-    assert text.splitlines()[-1] == found.verdict
+    assert text.splitlines()[-2:] == [found.verdict, found.advice]
+    assert "W4A8" in text
     assert "* 128" in text  # 128 x 4096 tokens do not fit
     assert "* 32 " not in text
 

@@ -53,9 +53,13 @@ def show_prediction(
         return
     console.print(_summary(found))
     console.print(_batches(found))
+    console.print(_alternatives(found))
+    for row in found.alternatives[1:]:
+        say(console, f"- {row.name}: {row.speed_source}")
     for line in (found.source, *found.notes):
         say(console, f"- {line}")
     say(console, (found.verdict, "bold"))
+    say(console, (found.advice, "bold"))
     if compared is not None:
         _show_comparison(compared, console)
 
@@ -162,6 +166,25 @@ def _batches(found: Prediction) -> Table:
             f"{kv:.0%}",
             f"{1 - p.mlp_share - kv:.0%}",
         )
+    return table
+
+
+def _alternatives(found: Prediction) -> Table:
+    table = Table(title="other formats that vLLM serves on this GPU, all linear layers in them (predicted)")
+    for column in (
+        "format",
+        "decode ms",
+        "gain",
+        "prefill ms",
+        "gain",
+        "weights GB",
+        "quality, as published",
+    ):
+        table.add_column(column, justify="left" if column in ("format", "quality, as published") else "right")
+    for row in found.alternatives:
+        decode = f"{row.decode_seconds * 1e3:.2f}", f"{row.decode_speedup:.2f}x"
+        prefill = f"{row.prefill_seconds * 1e3:.1f}", f"{row.prefill_speedup:.2f}x"
+        table.add_row(row.name, *decode, *prefill, f"{row.weight_bytes / 1e9:.2f}", row.quality)
     return table
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spense.ops.kernel_config import MEMORY_RATE
+from vllm_spense.planning.alternatives import Alternative, advice, alternatives
 from vllm_spense.planning.gpus import ATTAINABLE, TENSOR_SHARE, Gpu, find_gpu
 from vllm_spense.planning.shapes import ModelShape, read_model
 from vllm_spense.planning.step import (
     KV_BYTES,
+    PAYS,
     SMALL_KERNEL_SECONDS,
     STEP_SECONDS,
     KvDtype,
@@ -22,8 +24,6 @@ from vllm_spense.planning.step import (
 )
 
 BATCHES = (1, 8, 32, 128, 256)
-PAYS = 1.05
-"""Least predicted speed-up that is called a gain: below it the model's own error decides."""
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's default (0.32)."""
 MAX_CONTEXT = 1 << 20
@@ -63,6 +63,7 @@ class Prediction:
     prefill: Phase
     memory: Memory
     batches: dict[int, Phase]
+    alternatives: tuple[Alternative, ...]
     pays_up_to: int | None
     notes: tuple[str, ...]
 
@@ -96,6 +97,11 @@ class Prediction:
             limit = ""
         return f"Spense {pays}: {gains} at batch {self.batch}, context {self.context}{limit}"
 
+    @property
+    def advice(self) -> str:
+        """One sentence: Spense or another format, at decode and at prefill."""
+        return advice(self.alternatives)
+
     def _phases(self) -> tuple[tuple[str, Phase], ...]:
         return ("decode", self.decode), ("prefill", self.prefill)
 
@@ -114,10 +120,12 @@ class Prediction:
             "prefill": _phase_dict(self.prefill),
             "memory": memory,
             "batches": {str(batch): _phase_dict(phase) for batch, phase in self.batches.items()},
+            "alternatives": [asdict(row) for row in self.alternatives],
             "pays_up_to_context": self.pays_up_to,
             "source": self.source,
             "notes": list(self.notes),
             "verdict": self.verdict,
+            "advice": self.advice,
         }
 
 
@@ -156,6 +164,7 @@ def plan(
     contexts = [1 << i for i in range(MAX_CONTEXT.bit_length())]
     pays = [c for c in contexts if pays_off(phase(batch, c))]
     memory = memory_of(shape, found, size, kv_dtype)
+    step, chunk = phase(batch, context), prefill(shape, found, size, prefill_tokens)
     return Prediction(
         model=shape,
         gpu=found,
@@ -163,10 +172,13 @@ def plan(
         batch=batch,
         context=context,
         kv_dtype=kv_dtype,
-        decode=phase(batch, context),
-        prefill=prefill(shape, found, size, prefill_tokens),
+        decode=step,
+        prefill=chunk,
         memory=memory,
         batches={b: phase(b, context) for b in sorted({*batches, batch})},
+        alternatives=alternatives(
+            *(shape, found, size, step, chunk, memory.dense_bytes, memory.spense_bytes)
+        ),
         pays_up_to=max(pays, default=None),
         notes=(*shape.notes, *_notes(shape, found, size, memory, batch * context)),
     )
@@ -214,6 +226,11 @@ def _notes(model: ModelShape, gpu: Gpu, size: int, memory: Memory, wanted: int) 
         notes.append(
             f"{left_dense} linear layers with a 2:4 region run as dense FP8 (their columns do not fit the "
             "kernels, or dense was measured faster)"
+        )
+    if model.experts is not None:
+        notes.append(
+            "routed experts count as bf16 in every format, as they are in Spense; the others quantise them "
+            "too, so for this model they gain more than is shown"
         )
     for name, tokens in (("dense FP8", memory.dense_kv_tokens), ("Spense", memory.spense_kv_tokens)):
         if tokens < 0:

@@ -21,6 +21,8 @@ from vllm_spense.planning.shapes import ModelShape, RankLinear
 KvDtype = Literal["bf16", "fp8"]
 KV_BYTES: dict[str, int] = {"bf16": 2, "fp8": 1}
 
+PAYS = 1.05
+"""Least predicted speed-up that is called a gain: below it the model's own error decides."""
 SMALL_KERNELS = 7
 """Per layer beside the linears: two norms, RoPE with the write to the KV cache, attention and its reduction,
 quantisation for o, activation with quantisation for down."""
