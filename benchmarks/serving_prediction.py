@@ -27,7 +27,7 @@ POINTS = ((1, 512), (32, 512), (32, 4096), (8, 32768))
 
 def tables() -> dict[str, str]:
     """Markdown by the name of its markers."""
-    return {"models": _models(), "gpus": _gpus(), "batches": _batches()}
+    return {"models": _models(), "gpus": _gpus(), "formats": _formats(), "batches": _batches()}
 
 
 def filled(text: str) -> str:
@@ -70,6 +70,31 @@ def _gpus() -> str:
             )
             speeds = (one.decode.speedup, many.decode.speedup, one.prefill.speedup)
             rows.append([f"{size} × {gpu}", f"{ratio:g}", *(f"{speed:.2f}×" for speed in speeds)])
+    return table(head, rows)
+
+
+def _formats() -> str:
+    """Each row of the plan at dense ratio 0.5, Spense at 0.25 behind it; speed-ups over dense FP8."""
+    points = POINTS[::2]
+    head = ["GPU", "format", *(f"batch {b}, context {c}" for b, c in points), "prefill 8192", "weights GB"]
+    rows = []
+    for gpu in ("H200", "B200"):
+        half, quarter = (
+            [plan(MODELS[0], gpu, dense_ratio=r, batch=b, context=c, batches=()) for b, c in points]
+            for r in RATIOS
+        )
+        for i, first in enumerate(half[0].alternatives):
+            if i == 0:
+                shown = [
+                    (f"Spense, dense ratio {r:g}", p) for r, p in zip(RATIOS, (half, quarter), strict=True)
+                ]
+            else:
+                shown = [(first.name, half)]
+            for name, plans in shown:
+                found = [p.alternatives[i] for p in plans]
+                speeds = [*(f.decode_speedup for f in found), found[0].prefill_speedup]
+                cells = [f"{s:.2f}×" for s in speeds]
+                rows.append([gpu, name, *cells, f"{found[0].weight_bytes / 1e9:.1f}"])
     return table(head, rows)
 
 

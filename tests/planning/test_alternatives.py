@@ -102,6 +102,12 @@ def test_the_advice(spense: tuple[float, float], four: tuple[float, float], word
     assert text.endswith(").")
 
 
+def test_without_a_faster_4_bit_format_nothing_is_said_of_its_loss() -> None:
+    text = advice([row("Spense", 1.3, 1.0, True), row("FP8", 1, 1, True), row("W4", 1.1, 1.0)])
+    assert "at decode Spense is the better choice (1.30x against 1.10x for W4)" in text
+    assert "lose too much" not in text
+
+
 def test_the_advice_depends_on_gpu_batch_and_context() -> None:
     few, long, blackwell = (
         plan("Qwen3-32B", gpu, batch=batch, context=context).advice

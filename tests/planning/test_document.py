@@ -70,6 +70,8 @@ def test_the_readme_quotes_the_prediction() -> None:
     speeds = f"{one.decode.speedup:.2f}× decode at batch 1 and {many.decode.speedup:.2f}× at 32 × 4096 tokens"
     assert speeds in text
     assert f"{many.prefill.speedup:.2f}× prefill (**predicted**)" in text
+    four_bit = max(row.decode_speedup for row in many.alternatives)
+    assert f"at decode on Hopper INT4 ({four_bit:.2f}× at 32 × 4096 tokens)" in text
 
 
 def test_the_bytes_that_the_document_argues_with() -> None:
