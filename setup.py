@@ -4,8 +4,9 @@ torch is needed for its headers only, a CPU build will do, and the result loads 
 with and without CUDA (libtorch stable ABI). Without nvcc, torch or the CUTLASS headers the CUDA extension is
 left out with a message; the CPU one (5 s) without g++ or torch, or on other machines than x86-64.
 
-Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100a"; empty: no CUDA extension), ``SPENSE_CUTLASS`` (0 leaves out
-the CUTLASS instances, most of the build time; ``check`` compiles one of them per architecture as a test),
+Environment: ``SPENSE_CUDA_ARCHS`` ("90a;100f", before CUDA 12.9 "90a;100a"; empty: no CUDA extension),
+``SPENSE_CUTLASS`` (0 leaves out the CUTLASS instances, most of the build time; ``check`` compiles one of them
+per architecture as a test),
 ``SPENSE_TRAP`` (1: kernels stop with a message where they would hang, for first runs on new hardware),
 ``SPENSE_CPU`` (0: no CPU extension, 1: an error if it does not compile), ``MAX_JOBS`` (2; a CUTLASS instance
 takes 5 GB), ``NVCC`` or ``CUDA_HOME``, ``CUTLASS_HOME``.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,6 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 KERNELS = ROOT / "kernels"
-ARCHS = [a for a in os.environ.get("SPENSE_CUDA_ARCHS", "90a;100a").split(";") if a]
 CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
 NO_TORCH = "torch is not importable in the build environment (use --no-build-isolation)"
 TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
@@ -41,7 +42,8 @@ CPU_UNITS = {  # instruction sets are chosen when the kernels run
     "_avx512": AVX512,
     "_bf16": (*AVX512, "-mavx512bw", "-mavx512vbmi", "-mavx512bf16"),
 }
-CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12)}  # see spense_linear_cutlass.h
+CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # spense_linear_cutlass.h
+MACROS = {"90a": ("SM90",), "100a": ("SM100",), "100f": ("SM100", "SM100_FAMILY")}
 
 
 def find_nvcc() -> Path | None:
@@ -54,6 +56,25 @@ def find_nvcc() -> Path | None:
         "/usr/local/cuda/bin/nvcc",
     ]
     return next((Path(p).resolve() for p in places if p and Path(p).exists()), None)
+
+
+def architectures() -> list[str]:
+    """What to compile for; code for the family 100f runs on B300 (10.3) as well as on B200."""
+    if (asked := os.environ.get("SPENSE_CUDA_ARCHS")) is None:
+        nvcc = find_nvcc()
+        told = (
+            subprocess.run([str(nvcc), "--version"], stdout=subprocess.PIPE, text=True).stdout if nvcc else ""
+        )
+        release = re.search(r"release (\d+)\.(\d+)", told)
+        family = release is None or tuple(map(int, release.groups())) >= (12, 9)
+        asked = "90a;100f" if family else "90a;100a"
+    archs = [arch for arch in asked.split(";") if arch]
+    if unknown := set(archs) - set(CUTLASS_INSTANCES):
+        raise SystemExit(
+            f"SPENSE_CUDA_ARCHS: there are no kernels for {', '.join(sorted(unknown))}; "
+            f"known are {', '.join(CUTLASS_INSTANCES)}"
+        )
+    return archs
 
 
 def toolkit_of(nvcc: Path) -> Path:
@@ -174,10 +195,10 @@ class Build(build_ext):
                 unit(
                     name, "spense_linear_cutlass.cu", *device, gencode(arch), f"-DSPENSE_CUTLASS_INSTANCE={n}"
                 )
-        with_archs = [f"-DSPENSE_WITH_SM{arch.rstrip('a')}=1" for arch in built]
+        with_archs = [f"-DSPENSE_WITH_{macro}=1" for arch in built for macro in MACROS[arch]]
         if built:
             unit("spense_linear_cutlass_host", "spense_linear_cutlass_host.cpp", *host, *with_archs)
-        unit("bindings", "bindings.cpp", *host, *(["-DSPENSE_WITH_CUTLASS=1"] if built else []))
+        unit("bindings", "bindings.cpp", *host, *(["-DSPENSE_WITH_CUTLASS=1", *with_archs] if built else []))
 
         compile_units(objects, commands)
         linked = [name for name in commands if built or not name.startswith("spense_linear_cutlass")]
@@ -223,6 +244,7 @@ def compile_unit(objects: Path, name: str, command: list[str]) -> None:
     print(f"compiled {name} in {time.monotonic() - start:.0f} s", flush=True)
 
 
+ARCHS = architectures()
 CPU_EXTENSION = "vllm_spense._cpu"
 REASONS = {"vllm_spense._C": why_not(), CPU_EXTENSION: why_not_cpu()}
 for name, reason in REASONS.items():

@@ -119,7 +119,7 @@ def why_not_loaded() -> str | None:
 
 
 def has_cutlass() -> bool:
-    code = "from vllm_spense.ops import extension; print(extension.has_cutlass())"
+    code = "from vllm_spense.ops import extension; print(bool(extension.cutlass_capabilities()))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return ran.stdout.strip() == "True"
 

@@ -170,7 +170,12 @@ class Device:
     @classmethod
     def here(cls) -> Device:
         if not torch.cuda.is_available():
-            return cls(cutlass=extension.has_cutlass())
+            return cls(cutlass=bool(extension.cutlass_capabilities()))
         properties = torch.cuda.get_device_properties(0)
         capability = (properties.major, properties.minor)
-        return cls(properties.name, capability, properties.multi_processor_count, extension.has_cutlass())
+        return cls(
+            properties.name,
+            capability,
+            properties.multi_processor_count,
+            capability in extension.cutlass_capabilities(),
+        )

@@ -106,8 +106,12 @@ spense::LinearArgs check_args(Tensor const& x, Tensor const& x_scale, Tensor con
   }
   int64_t in_sparse = 0, in_dense = 0;
   for (int i = 0; i < a.shards; ++i) { in_sparse += a.sparse[i]; in_dense += a.dense[i]; }
-  for (Tensor const* t : {&x_scale, &weight_scale, &y, values.numel() ? &values : &x, dense.numel() ? &dense : &x})
-    STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "spense: all tensors must be on the device of x");
+  std::vector<Tensor> others{x_scale, weight_scale, y};
+  if (values.numel()) others.insert(others.end(), {values, metadata});
+  if (dense.numel()) others.push_back(dense);
+  if (bias) others.push_back(*bias);
+  for (Tensor const& t : others)
+    STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), "spense: all tensors must be on the device of x");
   STD_TORCH_CHECK((in_sparse == 0 || a.values) && (in_dense == 0 || a.dense_weight), "spense: a region of non-zero size has no tensor");
   return a;
 }
@@ -145,10 +149,14 @@ void linear_silu_mul_sm90(Tensor x, Tensor x_scale, Tensor values, Tensor metada
   check_status(spense::linear_sm90(args, config, stream_of(x)), "linear_silu_mul_sm90");
 }
 
-// How many clusters of this shape the current device runs at once.
-int64_t sm90_clusters(int64_t tile_rows, int64_t tile_tokens, int64_t cluster, bool multicast) {
+// How many clusters of this shape the current device runs at once; `paired`: of the kernel with silu(gate) * up. Loads
+// the kernel and raises its limit of shared memory, so that a first launch under graph capture has nothing left to do.
+int64_t sm90_clusters(int64_t tile_rows, int64_t tile_tokens, int64_t cluster, bool multicast, bool paired) {
   int n = 0;
-  check_status(spense::linear_sm90({}, {int(tile_rows), int(tile_tokens), int(cluster), multicast, false}, nullptr, &n), "linear_sm90");
+  float none = 0;
+  spense::LinearArgs args{};
+  args.amax = paired ? &none : nullptr;
+  check_status(spense::linear_sm90(args, {int(tile_rows), int(tile_tokens), int(cluster), multicast, false}, nullptr, &n), "linear_sm90");
   return n;
 }
 
@@ -188,6 +196,23 @@ void linear_cutlass(Tensor x, Tensor x_scale, Tensor values, Tensor metadata, Te
 }
 #endif
 
+#ifdef SPENSE_WITH_CUTLASS
+// Compute capabilities, times ten, that have CUTLASS instances.
+Ints cutlass_capabilities() {
+  Ints found;
+#if SPENSE_WITH_SM90
+  found.push_back(90);
+#endif
+#if SPENSE_WITH_SM100
+  found.push_back(100);
+#endif
+#if SPENSE_WITH_SM100_FAMILY
+  found.push_back(103);
+#endif
+  return found;
+}
+#endif
+
 #define SPENSE_LAYER \
   "Tensor x, Tensor x_scale, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, Tensor weight_scale, " \
   "Tensor? bias, int[] sparse_sizes, int[] dense_sizes, bool output_split, "
@@ -197,11 +222,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
   m.def("linear_silu_mul_sm90(Tensor x, Tensor x_scale, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, "
         "Tensor weight_scale, Tensor? bias, int[] sparse_sizes, int[] dense_sizes, int tile_tokens, int cluster, bool multicast, "
         "bool overlap, Tensor(a!) y, Tensor(b!) amax) -> ()");
-  m.def("sm90_clusters(int tile_rows, int tile_tokens, int cluster, bool multicast) -> int");
+  m.def("sm90_clusters(int tile_rows, int tile_tokens, int cluster, bool multicast, bool paired=False) -> int");
   m.def("tile_plan(int tokens, int out_features, int in_features, int[] sparse_sizes, int[] dense_sizes, bool output_split, "
         "int tile_rows, int tile_tokens, int group, int sparse_k, int lead, int clusters, bool paired=False) -> Tensor");
 #ifdef SPENSE_WITH_CUTLASS
   m.def("linear_cutlass(" SPENSE_LAYER "int arch, int tile, bool overlap, Tensor(a!) y) -> ()");
+  m.def("cutlass_capabilities() -> int[]");
 #endif
 }
 STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) {
@@ -214,6 +240,9 @@ STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(spense, CompositeExplicitAutograd, m) {
   m.impl("sm90_clusters", TORCH_BOX(&sm90_clusters));
   m.impl("tile_plan", TORCH_BOX(&tile_plan));
+#ifdef SPENSE_WITH_CUTLASS
+  m.impl("cutlass_capabilities", TORCH_BOX(&cutlass_capabilities));
+#endif
 }
 
 }  // namespace

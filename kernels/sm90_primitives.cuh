@@ -30,16 +30,33 @@ __device__ __forceinline__ void bulk_copy(void* dst, void const* src, uint32_t b
       :: "r"(smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy) : "memory");
 }
 
-// Waits for the phase of this parity to complete. With -DSPENSE_TRAP a wait that takes seconds says which and aborts
-// the kernel, where it would hang the device otherwise.
-template <class B>
-__device__ __forceinline__ void wait(B* barrier, uint32_t phase, [[maybe_unused]] char const* what) {
 #ifdef SPENSE_TRAP
-  for (uint32_t polls = 0; !barrier->try_wait(phase); ++polls)
-    if (polls > (1u << 24)) {
+// Polls until `done` or, by the wall clock, until a wait has lasted as long as no launch does: then it says which, and
+// stops the kernel, where it would hang the device otherwise. One try_wait may be suspended for as long as the hardware
+// likes, so that counting polls would bound nothing.
+constexpr uint64_t kLongestWait = 2'000'000'000;   // ns
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+template <class Poll>
+__device__ __forceinline__ void wait_or_trap(Poll done, uint32_t phase, char const* what) {
+  uint64_t const start = nanoseconds();
+  while (!done())
+    if (nanoseconds() - start > kLongestWait) {
       printf("spense: block %d thread %d waits for %s, phase %u\n", blockIdx.x, threadIdx.x, what, phase);
       __trap();
     }
+}
+#endif
+
+// Waits for the phase of this parity to complete; with -DSPENSE_TRAP not for ever.
+template <class B>
+__device__ __forceinline__ void wait(B* barrier, uint32_t phase, [[maybe_unused]] char const* what) {
+#ifdef SPENSE_TRAP
+  wait_or_trap([&] { return barrier->try_wait(phase); }, phase, what);
 #else
   barrier->wait(phase);
 #endif
@@ -53,12 +70,24 @@ __device__ __forceinline__ void arrive_release_cluster(Barrier* barrier, uint32_
       "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}"
       :: "r"(smem_address(barrier)), "r"(cta) : "memory");
 }
-__device__ __forceinline__ void wait_acquire_cluster(Barrier* barrier, uint32_t phase) {
+__device__ __forceinline__ void wait_acquire_cluster(Barrier* barrier, uint32_t phase, [[maybe_unused]] char const* what) {
+#ifdef SPENSE_TRAP
+  auto const poll = [&] {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(smem_address(barrier)), "r"(phase) : "memory");
+    return done != 0;
+  };
+  wait_or_trap(poll, phase, what);
+#else
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@done bra READY;\nbra WAIT;\nREADY:\n}"
       :: "r"(smem_address(barrier)), "r"(phase) : "memory");
+#endif
 }
 __device__ __forceinline__ float4 load_cluster(float const* local, uint32_t cta) {
   uint32_t remote;

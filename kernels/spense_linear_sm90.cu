@@ -1,4 +1,5 @@
 // Instances of the Hopper kernel and their launch.
+#include <atomic>
 #include "spense_linear_sm90.cuh"
 #include "spense_linear_sm90.h"
 
@@ -52,12 +53,12 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
 
   // How many clusters run at once: 132 SMs are not always covered by clusters of 4 or 8. Asked once per device.
   constexpr int kDevices = 64, kClusters = 9;
-  static int fits[kDevices][kClusters];
+  static std::atomic<int> fits[kDevices][kClusters];   // threads that ask at once get the same answer
   int device = 0;
   SPENSE_CUDA(cudaGetDevice(&device));
   if (device >= kDevices) return kUnsupported;
-  if (!fits[device][config.cluster]) {
-    int n = 0;
+  int n = fits[device][config.cluster];
+  if (!n) {
     launch.gridDim = dim3(config.cluster);
     SPENSE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmemBytes));
     SPENSE_CUDA(cudaOccupancyMaxActiveClusters(&n, kernel, &launch));
@@ -65,7 +66,7 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
     fits[device][config.cluster] = n;
   }
   if (clusters_out) {
-    *clusters_out = fits[device][config.cluster];
+    *clusters_out = n;
     return kOk;
   }
 
@@ -76,7 +77,7 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
   int64_t const units = p.plan.units();
   if (units == 0) return kOk;
   if (units > (1 << 30)) return kUnsupported;
-  int const clusters = units < fits[device][config.cluster] ? int(units) : fits[device][config.cluster];
+  int const clusters = units < n ? int(units) : n;
   p.plan.schedule(clusters, S::kMulticast ? 2 : 1);   // a heavy unit takes 2 light ones by operations, 1.6 by bytes
 
   if (!encode_tiled()) return kNoDriver;

@@ -351,7 +351,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
       constexpr int kStep = S::kPaired ? 32 : 16;              // tokens at a time
 #pragma unroll
       for (int chunk = 0; chunk < S::kTokens; chunk += S::kChunk, ++round) {
-        if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1);   // my last sums were read
+        if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1, "sums to be read");   // my last sums were read
         int const r = wg * 64 + (warp & 3) * 16 + (lane >> 2);
 #pragma unroll
         for (int j = 0; j < S::kChunk / 8; ++j)
@@ -366,7 +366,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         join();
         if (parts > 1) {
           if (uint32_t(t) < ctas) arrive_release_cluster(sums_full, t);
-          wait_acquire_cluster(sums_full, round & 1);
+          wait_acquire_cluster(sums_full, round & 1, "sums of its peers");
         }
 #pragma unroll 1
         for (int n = part + parts * (join_thread >> 3); n < S::kChunk; n += parts * kStep) {   // dealt out to the parts

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from .launcher import Emulator, Instance, host_source
-from .translate import translate
+from .translate import strings, translate
 
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
@@ -91,14 +91,16 @@ def build_machine() -> Path:
     return target
 
 
-def build(instances: tuple[Instance, ...], kernels: Path = KERNELS) -> Emulator:
-    """The emulator for these instances of the kernel sources in `kernels`."""
+def build(
+    instances: tuple[Instance, ...], kernels: Path = KERNELS, defines: tuple[str, ...] = ()
+) -> Emulator:
+    """The emulator for these instances of the kernel sources in `kernels`, compiled with `defines`."""
     nvcc, cutlass = find_nvcc(), find_cutlass()
     if not nvcc or not cutlass:
         raise RuntimeError(why_not())
     files = [p for p in (*kernels.iterdir(), *HERE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
     files += [HERE / name for name in ("build.py", "launcher.py", "translate.py")]
-    folder = OUTPUT / digest(*files, extra=f"{instances} {nvcc} {cutlass}")
+    folder = OUTPUT / digest(*files, extra=f"{instances} {defines} {nvcc} {cutlass}")
     if folder.exists():
         return Emulator(folder)
     machine = build_machine()
@@ -116,14 +118,16 @@ def build(instances: tuple[Instance, ...], kernels: Path = KERNELS) -> Emulator:
             "-DNDEBUG",
             "--expt-relaxed-constexpr",
             "-DCUTLASS_ENABLE_GDC_FOR_SM90=1",
+            *(f"-D{define}" for define in defines),
         ),
         *("-gencode=arch=compute_90a,code=compute_90a", "-shared", "-Xcompiler=-fPIC"),
         *("--keep", f"--keep-dir={partial}", f"-I{HERE}", f"-I{kernels}", f"-I{cutlass / 'include'}"),
         *(source, "-o", partial / "launcher.so"),
     )
-    translated = translate((partial / "launcher.ptx").read_text())
+    ptx = (partial / "launcher.ptx").read_text()
+    translated = translate(ptx)
     names = sorted(translated)
-    code = ['#include "device.h"', *(translated[name] for name in names)]
+    code = ['#include "device.h"', strings(ptx), *(translated[name] for name in names)]
     entries = "".join(f'{{"{name}", {name}}}, ' for name in names)
     code.append(f"extern KernelEntry const kernel_table[] = {{{entries}{{nullptr, nullptr}}}};\n")
     (partial / "kernels.cpp").write_text("\n".join(code))

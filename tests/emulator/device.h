@@ -58,6 +58,9 @@ void copy_bulk(Thread&, uint32_t to, uint64_t from, uint32_t bytes, uint32_t bar
 void start_wgmma(Thread&, int columns, bool sparse, float** sums, uint64_t a, uint64_t b, uint32_t metadata, bool add);
 void commit_wgmma(Thread&);
 void wait_wgmma(Thread&, int groups);
+uint64_t nanoseconds(Thread&);
+void print(Thread&, uint64_t format, uint64_t arguments);
+[[noreturn]] void trap(Thread&);
 
 template <class T>
 inline T load(void const* p) {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "device.h"
 
@@ -102,6 +103,10 @@ struct Machine {
   uint64_t random_state = 1;
   uint32_t preempt = 0;  // 0, or one in so many memory accesses lets other threads run first
   uint64_t copied = 0, multiplied = 0;
+  // Kernels that look at the clock: instead of a deadlock, waits give up and an hour has passed.
+  uint64_t clock = 1;
+  bool timed = false, late = false;
+  std::string printed;
 
   uint64_t random() {  // xorshift
     random_state ^= random_state << 13;
@@ -320,9 +325,29 @@ bool wait_mbarrier(Thread& T, uint32_t address, uint32_t parity) {
   Mbarrier& barrier = mbarrier_at(T, T.cta, address);
   if (!barrier.init) fail(T, "wait on mbarrier %x, which is not initialised", address);
   maybe_yield();
-  block(T, "mbarrier", address, [&] { return (barrier.phase & 1) != parity; });
-  return true;
+  block(T, "mbarrier", address, [&] { return (barrier.phase & 1) != parity || machine.late; });
+  return (barrier.phase & 1) != parity;
 }
+
+// ---- the clock, printf and trap ----
+
+uint64_t nanoseconds(Thread&) {
+  machine.timed = true;
+  return machine.clock;
+}
+
+// printf with %d, %u and %s, whose arguments lie one behind the other at multiples of their size.
+void print(Thread&, uint64_t format, uint64_t arguments) {
+  uint64_t at = arguments;
+  auto const next = [&](uint64_t bytes) { return reinterpret_cast<uint8_t*>(std::exchange(at = (at + bytes - 1) / bytes * bytes, at + bytes)); };
+  for (auto const* p = reinterpret_cast<char const*>(format); *p; ++p) {
+    if (*p != '%') machine.printed += *p;
+    else if (*++p == 's') machine.printed += load<char const*>(next(8));
+    else machine.printed += *p == 'd' ? std::to_string(load<int>(next(4))) : std::to_string(load<uint32_t>(next(4)));
+  }
+}
+
+void trap(Thread& T) { fail(T, "trap: %s", machine.printed.c_str()); }
 
 // ---- copies ----
 

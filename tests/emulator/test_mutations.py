@@ -51,7 +51,7 @@ MUTATIONS = {
         "deadlock|in flight|expects bytes",
     ),
     "sums replaced before the cluster has read them": Mutation(
-        "if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1);",
+        'if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1, "sums to be read");',
         "",
         MANY_TILES,
         "results are wrong|depend on timing",
@@ -59,15 +59,21 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_defect_is_seen(name: str, tmp_path: Path) -> None:
-    mutation = MUTATIONS[name]
-    kernels = tmp_path / "kernels"
+def mutated(old: str, new: str, folder: Path) -> Path:
+    """A copy of the kernels with this change."""
+    kernels = folder / "kernels"
     shutil.copytree(KERNELS, kernels)
     source = kernels / "spense_linear_sm90.cuh"
     text = source.read_text()
-    assert text.count(mutation.old) == 1, "the kernel has changed: adapt the mutation"
-    source.write_text(text.replace(mutation.old, mutation.new))
+    assert text.count(old) == 1, "the kernel has changed: adapt the mutation"
+    source.write_text(text.replace(old, new))
+    return kernels
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_defect_is_seen(name: str, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    kernels = mutated(mutation.old, mutation.new, tmp_path)
     report = failure_of(build((mutation.case.instance,), kernels), mutation.case)
     assert report, "the emulator does not see this defect"
     assert any(part in report for part in mutation.seen.split("|")), report

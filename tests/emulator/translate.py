@@ -21,6 +21,7 @@ SPECIAL = {
     "%cluster_nctaid.x": "T.cluster_ctas",
     "%cluster_nctaid.y": "1u",
     "%cluster_nctaid.z": "1u",
+    "%globaltimer": "nanoseconds(T)",
 }
 PARAMETER_PITCH = 128  # three tensor maps of 128 bytes, then KernelParams
 # No effect that the machine models: memory is sequentially consistent, and registers are not shared out.
@@ -71,6 +72,7 @@ class Kernel:
     parameters: list[str]
     types: dict[str, str] = field(default_factory=dict)  # of registers
     used: set[str] = field(default_factory=set)
+    local_bytes: int = 0  # of its local memory, which only the arguments of printf lie in
 
     # ---- names ----
     def register(self, name: str, blocks: list[Block]) -> str:
@@ -114,6 +116,10 @@ class Kernel:
                 at = end + 1
                 if text.startswith(".reg"):
                     self.declare(text, blocks)
+                elif found := re.match(r"\.local .* __local_depot\d+\[(\d+)\]$", text):
+                    self.local_bytes = int(found[1])
+                elif text.startswith(".param"):
+                    pass  # of a call: run_call names them
                 elif text and not text.startswith(".pragma"):
                     statements.append(Statement(text, list(blocks)))
         return statements
@@ -139,6 +145,10 @@ class Kernel:
                 raise NotImplementedError(f"PTX not understood: {statement.text} ({error!r})") from error
         names = sorted(self.used)
         declared = [f"{C_TYPES[self.types[n]]} {variable(n)}{{{initial(self.types[n])}}};" for n in names]
+        if self.local_bytes:
+            declared.append(
+                f"alignas(8) uint8_t local_depot[{self.local_bytes}]; uint64_t param0 = 0, param1 = 0;"
+            )
         return "\n".join([f"void {self.name}(Thread& T) {{", *declared, *lines, "}"]) + "\n"
 
 
@@ -191,6 +201,10 @@ class Instruction:
             return SPECIAL[name]
         if name.endswith("3rawE"):  # the kernel's extern __shared__ array
             return "shared_base"
+        if name.startswith("__local_depot"):
+            return "uint64_t(local_depot)"
+        if name.startswith("$str"):
+            return f"uint64_t({string(name)})"
         if name in self.kernel.parameters:
             return f"(parameters + {PARAMETER_PITCH * self.kernel.parameters.index(name)})"
         if found := re.fullmatch(r"0f([0-9A-Fa-f]{8})", name):
@@ -236,7 +250,10 @@ class Instruction:
     def control(self) -> str | None:
         if self.parts[0] == "bra":
             return f"goto {self.kernel.label(self.operands[0], self.blocks)};"
-        return "return;" if self.parts[0] == "ret" else None
+        if self.parts[0] == "call":
+            assert self.operands[1:] == ["vprintf", "( param0, param1 )"], self.operands
+            return "print(T, param0, param1);"
+        return {"ret": "return;", "trap": "trap(T);"}.get(self.parts[0])
 
     def synchronise(self) -> str | None:
         op = self.op
@@ -337,7 +354,11 @@ class Instruction:
         kind = "f32" if self.type == "f32" else self.unsigned
         c_type = "float" if kind == "f32" else UNSIGNED[kind]
         where = 0 if store else 1
-        if self.parts[1] == "param":
+        if found := re.match(r"\[(param[01]|retval0)\+0\]$", self.operands[where]):
+            return f"{found[1]} = {self.value(registers[0], 'u64')};" if store else self.result("0u", "u32")
+        if self.parts[1] == "local":
+            pointer = f"(uint8_t*)({self.address(where, 'u64')})"
+        elif self.parts[1] == "param":
             pointer = f"(uint8_t*)({self.address(where, 'u64')})"
             c_type = SIGNED[self.bits] if self.type[0] == "s" else c_type
         else:
@@ -426,6 +447,17 @@ class Instruction:
 def kernel_name(warpgroups: int, tokens: int, multicast: bool, promote: int, paired: bool) -> str:
     """C++ name of the kernel with these template arguments."""
     return f"kernel_{warpgroups}_{tokens}_{int(multicast)}_{promote}_{int(paired)}"
+
+
+def string(name: str) -> str:
+    """C++ name of a string that printf is given."""
+    return name.replace("$", "s_")
+
+
+def strings(ptx: str) -> str:
+    """C++ of the strings of a PTX module."""
+    found = re.findall(r"\.global \.align 1 \.b8 (\$str\S*?)\[\d+\] = \{([^}]*)\};", ptx)
+    return "".join(f"static char const {string(name)}[] = {{{values}}};\n" for name, values in found)
 
 
 def translate(ptx: str) -> dict[str, str]:

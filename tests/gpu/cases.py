@@ -35,7 +35,7 @@ def input_layer(rows: int, sparse: int, dense: int) -> LinearSpec:
 
 def configs(spec: LinearSpec, tokens: int) -> list[KernelConfig]:
     """Every configuration that is legal for the layer on this device (an H200's where there is none)."""
-    return candidates(spec, tokens, CAPABILITY, extension.has_cutlass())
+    return candidates(spec, tokens, CAPABILITY, CAPABILITY in extension.cutlass_capabilities())
 
 
 def grid(

@@ -439,12 +439,14 @@ def test_calls_that_make_no_sense_are_refused(cuda: torch.device, kernels: None)
         ("y must be", {"y": y[:3]}),
         ("bf16, fp16 or fp32", {"y": y.double()}),
         ("sparse_meta must be contiguous with 3", {"meta": layer.checkpoint["sparse_meta"].to(cuda)}),
+        ("sparse_meta must be a CUDA tensor", {"meta": meta.cpu()}),
         ("block layout", {"meta": meta[:4].contiguous()}),
         ("sparse_values must be", {"values": values[:64].contiguous()}),
         ("dense_weight must be", {"dense": dense[:64].contiguous()}),
         ("region sizes sum", {"sparse": [400, 408]}),
         ("fused shards", {"sparse": [160] * 5, "dense_sizes": [80] * 5}),
         ("bias must be", {"bias": layer.bias(torch.float32)}),
+        ("bias must be", {"bias": layer.bias(torch.bfloat16).cpu()}),
         ("no tensor", {"dense": dense[:0]}),
     ]
     for message, change in wrong_calls:

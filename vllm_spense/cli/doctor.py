@@ -137,7 +137,7 @@ def _backends() -> Iterator[Finding]:
 
     yield Finding("back ends", "ok", ", ".join(b.name for b in available_backends()))
     reason = extension.why_not_loaded()
-    text = f"built{', with CUTLASS' if extension.has_cutlass() else ''}"
+    text = f"built{', with CUTLASS' if extension.cutlass_capabilities() else ''}"
     fix = "without them GPUs run Triton or vLLM's dense FP8 kernels"
     yield Finding("CUDA kernels", "note" if reason else "ok", reason or text, fix if reason else "")
     reason = cpu_linear.why_not_here()

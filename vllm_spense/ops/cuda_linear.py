@@ -38,9 +38,9 @@ def run(
         shape = (config.tile_rows, config.tile_tokens, config.cluster, config.multicast)
         torch.ops.spense.linear_sm90(*layer, *sizes, *shape, overlap, y)
     else:
-        major, minor = torch.cuda.get_device_capability(x.device)
+        major, _ = torch.cuda.get_device_capability(x.device)
         large = int(config.tile_rows * config.tile_tokens >= 128 * 256)
-        torch.ops.spense.linear_cutlass(*layer, *sizes, 10 * major + minor, large, overlap, y)
+        torch.ops.spense.linear_cutlass(*layer, *sizes, 10 * major, large, overlap, y)
 
 
 @linear.register_kernel("cuda")

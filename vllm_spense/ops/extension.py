@@ -33,19 +33,23 @@ def _load(stem: str, missing: str) -> str | None:
     return None
 
 
-def has_cutlass() -> bool:
-    """Whether the CUTLASS instances were compiled in."""
-    return why_not_loaded() is None and hasattr(torch.ops.spense, "linear_cutlass")
+@functools.cache
+def cutlass_capabilities() -> frozenset[tuple[int, int]]:
+    """Compute capabilities that the CUTLASS instances were compiled for; empty without them."""
+    if why_not_loaded() or not hasattr(torch.ops.spense, "linear_cutlass"):
+        return frozenset()
+    return frozenset(divmod(code, 10) for code in torch.ops.spense.cutlass_capabilities())
 
 
-def sm90_clusters(rows: int, tokens: int, cluster: int, multicast: bool) -> int:
+def sm90_clusters(rows: int, tokens: int, cluster: int, multicast: bool, paired: bool = False) -> int:
     """How many clusters of this instance of the Hopper kernel the current CUDA device runs at once.
 
-    0 where it cannot hold a single one (a slice of a GPU may have too few multiprocessors in a row).
+    ``paired``: of the one with SiLU·mul. 0 where not a single one fits (a slice of a GPU may have too few
+    multiprocessors in a row).
     ``RuntimeError`` for an instance that is not compiled, and with what CUDA says where it fails.
     """
     try:
-        return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast))
+        return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast, paired))
     except RuntimeError as error:
         if "status 2" in str(error):  # kUnsupported of kernels/spense_linear.h
             return 0

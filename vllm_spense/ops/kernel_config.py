@@ -76,13 +76,24 @@ def illegal(spec: LinearSpec, tokens: int, config: KernelConfig, capability: tup
         if config.cluster not in ((1, 2, 4) if config.multicast else (1, 2, 4, 8)):
             return f"clusters of {config.cluster} are not legal here"
         return None
-    if capability not in ((9, 0), (10, 0)):
-        return "CUTLASS instances exist for compute capability 9.0 and 10.0"
+    if capability[0] not in CUTLASS_TILES:
+        return "CUTLASS instances exist for compute capability 9.0 and 10.x"
     if spec.split == "input" and all((*spec.sparse_sizes, *spec.dense_sizes)) and spec.sparse_sizes[0] % 16:
         return "TMA cannot start reading x inside 16 bytes: the sparse columns must be a multiple of 16"
     if spec.out_features % 8 or any(size % 8 for size in spec.row_extents):
         return "the CUTLASS epilogue stores 16 bytes at a time: every region's rows must be a multiple of 8"
     return None
+
+
+def sm90_configs() -> list[KernelConfig]:
+    """Every configuration of the Hopper kernel that is compiled."""
+    tokens = (*DECODE_TOKENS, *PREFILL_TOKENS)
+    return sorted({config for count in tokens for config in _all(count, (9, 0), cutlass=False)})
+
+
+def pairs(config: KernelConfig) -> bool:
+    """Whether the configuration is compiled for pairs of gate and up, too (``spense::linear_silu_mul``)."""
+    return config.tile_rows == 128 and config.tile_tokens <= (128 if config.multicast else 64)
 
 
 def _all(tokens: int, capability: tuple[int, int], cutlass: bool) -> Iterator[KernelConfig]:
@@ -96,18 +107,18 @@ def _all(tokens: int, capability: tuple[int, int], cutlass: bool) -> Iterator[Ke
                 for cluster in (1, 2, 4):
                     yield KernelConfig("sm90", 128, tile_tokens, cluster, multicast=True)
     if cutlass:
-        small, large = CUTLASS_TILES.get(capability, (None, None))
+        small, large = CUTLASS_TILES.get(capability[0], (None, None))
         if large and (tokens > 64 or not small):
             yield KernelConfig("cutlass", *large)
         if small and tokens <= 512:
             yield KernelConfig("cutlass", *small)
 
 
-CUTLASS_TILES: dict[tuple[int, int], tuple[tuple[int, int] | None, tuple[int, int]]] = {
-    (9, 0): (None, (128, 256)),
-    (10, 0): ((128, 64), (256, 128)),
+CUTLASS_TILES: dict[int, tuple[tuple[int, int] | None, tuple[int, int]]] = {
+    9: (None, (128, 256)),
+    10: ((128, 64), (256, 128)),
 }
-"""(rows, tokens) of the small and the large CUTLASS tile per compute capability."""
+"""(rows, tokens) of the small and the large CUTLASS tile by the major number of the compute capability."""
 
 
 def tensor_cycles(rows: int, tokens: int, sparse: bool) -> float:

@@ -12,7 +12,7 @@ import functools
 import torch
 
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
+from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, pairs
 from vllm_spense.ops.linear import OUT_DTYPES, linear, reference_linear
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import bucket
@@ -104,11 +104,7 @@ def _(
 @functools.lru_cache(maxsize=4096)
 def paired_config(spec: LinearSpec, tokens: int, processors: int) -> KernelConfig:
     """The configuration with the lowest estimate among those that are compiled for pairs of gate and up."""
-    legal = [
-        c
-        for c in candidates(spec, bucket(tokens), (9, 0), cutlass=False)
-        if c.tile_rows == 128 and c.tile_tokens <= (128 if c.multicast else 64)
-    ]
+    legal = [c for c in candidates(spec, bucket(tokens), (9, 0), cutlass=False) if pairs(c)]
     return min(legal, key=lambda c: (estimate(spec, tokens, c, processors), c))
 
 

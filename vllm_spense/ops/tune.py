@@ -109,7 +109,7 @@ def measure_layer(
     for count in tokens:
         times = {
             config: time_graph(layer.calls(config, count), 10)
-            for config in candidates(spec, count, capability, extension.has_cutlass())
+            for config in candidates(spec, count, capability, capability in extension.cutlass_capabilities())
             if not skip(spec, config)
         }
         if not times:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_spense.ops import extension
+from vllm_spense.ops import cuda_device, extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, illegal
 from vllm_spense.ops.spec import LinearSpec
 
@@ -141,23 +141,15 @@ def pick(
     return min(legal, key=lambda c: (estimate(spec, tokens, c, processors, fitting[c]), c), default=None)
 
 
-@functools.cache
-def _clusters(config: KernelConfig, index: int) -> int | None:
-    """What CUDA device ``index`` says of a configuration of ours; None for CUTLASS, which plans by itself."""
-    if config.kernel != "sm90":
-        return None
-    with torch.cuda.device(index):
-        return extension.sm90_clusters(config.tile_rows, config.tile_tokens, config.cluster, config.multicast)
-
-
 @functools.lru_cache(maxsize=4096)
 def _choose(spec: LinearSpec, tokens: int, index: int) -> KernelConfig:
     properties = torch.cuda.get_device_properties(index)
     entries = measured(properties.name).get(shape_of(spec), {})
     capability = (properties.major, properties.minor)
     config = pick(
-        *(spec, tokens, capability, properties.multi_processor_count, entries, extension.has_cutlass()),
-        clusters=lambda config: _clusters(config, index),
+        *(spec, tokens, capability, properties.multi_processor_count, entries),
+        capability in extension.cutlass_capabilities(),
+        lambda config: cuda_device.clusters(config, index),
     )
     if config is None:
         raise RuntimeError(f"no compiled kernel runs {spec} on compute capability {capability}")
@@ -175,9 +167,13 @@ def usable(spec: LinearSpec, device: torch.device) -> str | None:
     index = device.index if device.index is not None else torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
-    if not candidates(spec, 1, capability, extension.has_cutlass()):
+    if not candidates(spec, 1, capability, capability in extension.cutlass_capabilities()):
         return f"no kernel is compiled for compute capability {capability[0]}.{capability[1]}"
+    if reason := cuda_device.why_not(index):
+        return reason
     ratio = dense_ratio(measured(properties.name).get(shape_of(spec), {}))
     if ratio is not None and ratio > 1:
         return f"dense FP8 was measured faster for this shape: our time is {ratio:.2f} of its"
+    if ratio is None and capability[0] == 10:
+        return "separate GEMMs are predicted to be no faster than dense FP8 here; `spense tune` measures it"
     return None
