@@ -17,12 +17,13 @@ GPU_BUDGET ?= 1440
 GPU_STAGE_BUDGET ?= 520
 GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
 
-.PHONY: help setup kernels kernels-check test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan \
+.PHONY: help setup kernels kernels-check wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan \
 	gpu-report $(GPU_STAGES)
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
 	@echo "make kernels    the CUDA extension with all CUTLASS instances (needs nvcc; 10 minutes)"
+	@echo "make wheels     one wheel per CUDA toolkit (CUDA_HOMES='/usr/local/cuda-12.8 /usr/local/cuda-13.0'), into dist/"
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
 	@echo "make fuzz       6000 damaged checkpoints, 3000 damaged source models (minutes; FUZZ='--seed 7 --cases 20000')"
@@ -66,6 +67,15 @@ kernels: $(VENV)/.ready
 
 kernels-check: $(VENV)/.ready
 	SPENSE_CPU=1 SPENSE_CUTLASS=check $(PY) setup.py -q build_ext --inplace
+
+# One wheel per CUDA toolkit. Its runtime is linked in, so a wheel runs under drivers of its toolkit's major version.
+CUDA_HOMES ?= /usr/local/cuda-12.8 /usr/local/cuda-13.0
+wheels: $(VENV)/.ready
+	@for home in $(CUDA_HOMES); do \
+		release=$$($$home/bin/nvcc --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/cu\1\2/p'); \
+		test -n "$$release" || { echo "no nvcc in $$home: CUDA_HOMES=\"TOOLKIT …\" names the toolkits" >&2; exit 2; }; \
+		NVCC= CUDA_HOME=$$home $(PY) setup.py -q egg_info --tag-build=+$$release bdist_wheel --dist-dir dist || exit 1; \
+	done; ls -l dist
 
 test: setup $(EXTENSION)
 	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest

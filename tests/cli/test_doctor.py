@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 
 from vllm_spense.cli import app
 from vllm_spense.cli import doctor as module
 from vllm_spense.cli.doctor import Finding, doctor, explain_version, supported
+from vllm_spense.ops import cuda_device, extension
 from vllm_spense.serving import plugin
 
 RANGE = "the tested range 0.24 … 0.33"
@@ -147,3 +149,16 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     findings = topics(doctor())
     assert findings["gpu"] == Finding("gpu", "error", "TypeError: what")
     assert findings["plugin"].status == "ok"
+
+
+def test_a_driver_that_cannot_run_the_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(extension, "why_not_loaded", lambda: None)
+    monkeypatch.setattr(cuda_device, "why_not", lambda index: "driver too old" if index else None)
+    good, bad = module._gpu()
+    assert (good.status, good.text) == ("ok", "A GPU (sm_90)")
+    assert (bad.status, bad.text) == ("note", "A GPU (sm_90): driver too old")
+    assert "driver" in bad.fix

@@ -150,9 +150,16 @@ def _backends() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
+    from vllm_spense.ops import cuda_device, extension
+
     if not torch.cuda.is_available():
         yield Finding("GPU", "note", "none: CPU serving works, for trying and testing")
         return
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        yield Finding("GPU", "ok", f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+        name = f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+        reason = None if extension.why_not_loaded() else cuda_device.why_not(i)
+        fix = "update the driver, or install a wheel of its CUDA version"
+        yield Finding(
+            "GPU", "note" if reason else "ok", f"{name}: {reason}" if reason else name, fix if reason else ""
+        )
