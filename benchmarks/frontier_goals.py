@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.frontier_report import Figures
+from benchmarks.frontier_report import Figure, Figures
 
 OURS, THEIRS = "guided", "spensegpt+"
 TEXTS = {"wikipedia": "Wikipedia", "fiction": "novel", "speeches": "speeches"}
@@ -81,7 +81,8 @@ class Comparison:
         pairs = self.paired("wikipedia")
         cells = [self.setting.title, str(len(pairs))]
         for column in range(2):
-            cells.append(_mean([pair[1 - column] for pair in pairs], ".3f"))
+            values = [pair[1 - column] for pair in pairs]
+            cells.append(Figure.of(values).text(".3f") if values else "–")
         for text in TEXTS:
             ratio = self.ratio(text)
             goal = self.setting.goal if text == "wikipedia" else 1.0
@@ -105,13 +106,6 @@ def goals_table(figures: Callable[[str], Figures]) -> str:
 def side_by_side(results: dict[str, dict[str, Any]]) -> str:
     """:func:`goals_table` of results files' contents by model."""
     return goals_table(lambda model: Figures(results[model], "test"))
-
-
-def _mean(values: list[float], form: str) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
 
 
 def _verdict(value: float, goal: float) -> str:

@@ -235,10 +235,9 @@ class _Sizes:
         if config.needs_pilot:  # a stream per layer from there on, then four and the dense one from the start
             seen = min(config.pilot_samples, config.num_samples) * min(seq, PILOT_TOKENS)
             passes = (len(layers) + 1) / 2 + 1 + 5
-            scored = min(1 / PILOT_EVERY, PILOT_LOGITS / (min(seq, PILOT_TOKENS) * vocabulary))
-            flop += seen * (
-                passes * forwards / tokens + (len(layers) + 6) * scored * 2.0 * width * vocabulary
-            )
+            most = PILOT_LOGITS / (min(seq, PILOT_TOKENS) * vocabulary)
+            scored = (len(layers) + 1) * min(1 / PILOT_EVERY, most) + 5 * min(1.0, most)
+            flop += seen * (passes * forwards / tokens + scored * 2.0 * width * vocabulary)
             kept = max(kept, seen * ((len(layers) + 1) * hidden * 4 + self.arguments(layers)))
         return GradientPlan(max(device), kept, flop, flop / self.rates.flop)
 
