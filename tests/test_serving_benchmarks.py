@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from tiny import LINEARS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -215,9 +216,34 @@ def test_an_engine_that_ends_is_told_from_a_slow_one(tmp_path: Path, monkeypatch
     engine.stop()
     program.write_text("raise SystemExit('no GPU')")
     engine = Engine(tmp_path, tmp_path / "ended.log")
-    with pytest.raises(RuntimeError, match=r"the engine has ended; end of .*\nno GPU"):
+    with pytest.raises(RuntimeError, match=r"the engine has ended; end of .*\nno GPU") as ended:
         engine.wait(60)
+    assert not isinstance(ended.value, NoAnswer)
     engine.stop()
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_vllm_is_asked_for(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    """A cache of a given size; on a GPU so small a share of it that the other engine may have the rest."""
+    asked: dict[str, Any] = {}
+
+    class Stop(Exception):
+        pass
+
+    def engine(model: str, **options: Any) -> None:
+        asked.update(options)
+        raise Stop
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, SamplingParams=None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    limits = ["--cache", "700", "--sequences", "32", "--capture-sizes", "1", "8"]
+    monkeypatch.setattr(sys, "argv", ["serving_engine.py", "DIR", *limits])
+    with pytest.raises(Stop):
+        serving_engine.main()
+    assert asked["kv_cache_memory_bytes"] == 700 << 20
+    assert asked["max_num_seqs"] == 32
+    assert asked["compilation_config"] == {"cudagraph_capture_sizes": [1, 8]}
+    assert asked.get("gpu_memory_utilization") == (0.1 if cuda else None)
 
 
 def test_known_points_are_kept_and_other_sources_are_not(
