@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from benchmarks.decode_stack import (
     Step,
     check,
     definition,
+    in_turn,
     main,
     relative_error,
     unit_layer,
@@ -122,8 +124,11 @@ def test_a_wrong_layer_is_not_timed(stacks: dict[str, Stack]) -> None:
         with pytest.raises(ArithmeticError, match="step has a relative error of"):
             check("dense", dense, step, 4, right)
         scale.div_(1.3)
-    dense.layers[0]["gate_up"]["weight_scale"].mul_(1.02)
+    spense.layers[0]["gate_up"]["weight_scale"].mul_(1.02)
     with pytest.raises(ArithmeticError, match=r"gate_up has a relative error of 2\.0.e-02"):
+        check("spense", spense, spense.step(None), 4, right)
+    dense.layers[0]["o"]["weight_scale"].mul_(1.06)
+    with pytest.raises(ArithmeticError, match=r"o has a relative error of 6\.0.e-02"):
         check("dense", dense, step, 4, right)
 
 
@@ -162,6 +167,20 @@ def test_results_hold_what_a_report_needs(tmp_path: Path, capsys: pytest.Capture
     assert entry["backends"]["dense"]["down"] == "scaled_mm" != entry["backends"]["spense"]["down"]
     assert (entry["layers"], entry["tokens"], entry["cuda_graph"]) == (2, 3, False)
     assert {"command", "commit", "date", "versions", "device"} <= set(entry["made"])
+
+
+def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A takes 2 s, B 3 s, each the first time 10 s more."""
+    clock, order = [0.0], []
+
+    def call(name: str, seconds: float) -> None:
+        clock[0] += seconds + 10 * (name not in order)
+        order.append(name)
+
+    monkeypatch.setattr(decode_stack.time, "perf_counter", lambda: clock[0])
+    calls = {"a": partial(call, "a", 2.0), "b": partial(call, "b", 3.0)}
+    assert in_turn(calls, 2, on_gpu=False) == {"a": [2e6, 2e6], "b": [3e6, 3e6]}
+    assert order == ["a", "b"] * 3
 
 
 def test_the_table() -> None:
