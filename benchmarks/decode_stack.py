@@ -366,8 +366,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while left and time.monotonic() + longest < end:
         if not stacks:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            stacks["dense"] = Stack.make(model, 1.0, options.layers, device)
-            stacks["spense"] = Stack.make(model, RATIO, options.layers, device, beside=stacks["dense"])
+            try:
+                stacks["dense"] = Stack.make(model, 1.0, options.layers, device)
+                stacks["spense"] = Stack.make(model, RATIO, options.layers, device, beside=stacks["dense"])
+            except ValueError as error:
+                raise SystemExit(f"nothing to time: {error}") from None
         began, tokens = time.monotonic(), left.pop(0)
         try:
             entry = measure(stacks, tokens, options.repeats, compiler)

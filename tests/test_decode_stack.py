@@ -27,6 +27,7 @@ from benchmarks.decode_stack import (
 )
 from benchmarks.kernel_shapes import layer_spec
 from benchmarks.results_file import read
+from vllm_spense.ops import select_backend
 from vllm_spense.ops.backend import Tensors, decompressed
 
 CPU = torch.device("cpu")
@@ -209,6 +210,16 @@ def test_a_wrong_stack_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit, match="wrong result, nothing is timed: dense, 1 tokens: "):
         main(["--rehearse", "--layers", "1", "--repeats", "1", "--results", str(results)])
     assert not results.exists()
+
+
+def test_a_device_without_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        decode_stack, "select_backend", lambda spec, device, name: select_backend(spec, CPU, "cuda")
+    )
+    with pytest.raises(
+        SystemExit, match="nothing to time: back end 'cuda' cannot run this layer: runs on CUDA"
+    ):
+        main(["--rehearse", "--results", str(tmp_path / "stack.json")])
 
 
 @pytest.mark.parametrize(
