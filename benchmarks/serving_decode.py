@@ -1,15 +1,17 @@
 """Tokens per second of real vLLM: Spense against dense FP8, CUDA graphs and torch.compile on for both.
 
 usage: python benchmarks/serving_decode.py [--models Qwen3-32B …] [--ratios 0.5 0.25] [--budget S] [--dry-run]
+in five minutes, with 16 of its layers: … --models Qwen3-32B --layers 16 --ratios 0.5 --repeats 2 --budget 280
+                                        --points 32x128+128 1x8192+1 1x128+128 --capture-sizes 1 8 32
 
 Weights are random (`--load-format dummy`). For each model and dense ratio two engines stay on the GPU, dense
-FP8 (A) and Spense (B); each point is measured A B A B …, and medians are compared. Decode: seconds of
-``--output`` tokens less those of one token, after prompts of 128 or 4096 tokens. Prefill: prompts of 8192
-tokens with one token each. Also time to first token, bytes of the weights and start-up. Then the kernels of
-a decode step and of a prefill are profiled (benchmarks/serving_profile.py). What is in the results with the
-same sources is kept, so the command goes on where it stopped. `--models tiny --eager` runs anywhere, CPUs
-included, and its numbers mean nothing. Writes benchmarks/results/gpu/serving_decode.json;
-`python benchmarks/serving_report.py` makes tables and plot of it.
+FP8 (A) and Spense (B), started one after the other; each point is measured A B A B …, and medians are
+compared. Decode: seconds of ``--output`` tokens less those of one token, after prompts of 128 or 4096 tokens.
+Prefill: prompts of 8192 tokens with one token each. Also time to first token, bytes of the weights and
+start-up. Then the kernels of a decode step and of a prefill are profiled (benchmarks/serving_profile.py).
+Each point is written at once, and what is in the results with the same sources is kept, so the command goes
+on where it stopped. `--models tiny --eager` runs anywhere, CPUs included; its numbers mean nothing. Writes
+benchmarks/results/gpu/serving_decode.json; `python benchmarks/serving_report.py` makes tables and plot of it.
 """
 
 from __future__ import annotations
@@ -28,20 +30,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import RESULTS, ROOT, entry_of, fingerprint, kernel_sources, save_entry
-from benchmarks.serving_engine import Engine, Point, ProfileError
+from benchmarks.serving_engine import Engine, NoAnswer, Point, ProfileError
 from benchmarks.serving_models import DENSE, MODELS, ServedModel
 from benchmarks.serving_profile import chosen, profile
 
 START = 300.0
-"""Most seconds until both engines are ready."""
+"""Most seconds until an engine is ready."""
 LOADED = 150.0
-"""Seconds that the plan takes for that."""
+"""Seconds that the plan takes for both."""
+CACHE = 26 << 30
+"""Most bytes of one engine's KV cache: two fit beside two sets of weights of the largest model on 141 GB."""
 PROFILED = 4.0
 """Seconds that the plan takes for reading one profile."""
 
 
 def points(output: int, length: int) -> list[Point]:
-    """Most wanted first."""
+    """All of them, most wanted first."""
     decode = [Point(batch, 128, output) for batch in (32, 1, 8, 128, 256)]
     prefill = [Point(1, 8192, 1), Point(1, 128, 1), Point(4, 8192, 1)]
     long = [Point(batch, 4096, output) for batch in (8, 32, 1)]
@@ -55,17 +59,28 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[m for m in MODELS if m != "tiny"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25], help="of the MLPs")
+    parser.add_argument("--layers", type=int, help="only the first ones of each model")
+    parser.add_argument("--points", nargs="+", metavar="BATCHxINPUT+OUTPUT", help="instead of all")
     parser.add_argument("--output", type=int, default=128, help="tokens to decode")
     parser.add_argument("--length", type=int, default=8200, help="longest prompt and answer together")
     parser.add_argument("--repeats", type=int, default=3, help="of A B")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    parser.add_argument("--capture-sizes", nargs="+", metavar="N", help="of CUDA graphs (default: vLLM's)")
     parser.add_argument("--no-onednn", action="store_true", help="for rehearsals on CPUs (serving_engine.py)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving_decode.json")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serving")
     parser.add_argument("--dry-run", action="store_true", help="only print what would run")
     options = parser.parse_args(arguments)
-    pairs = [(MODELS[name], f"{ratio:g}") for name in options.models for ratio in options.ratios]
+    try:
+        models = [
+            MODELS[n] if options.layers is None else MODELS[n].cut(options.layers) for n in options.models
+        ]
+        for model in models:
+            wanted(model, options)
+    except ValueError as error:
+        parser.error(str(error))
+    pairs = [(model, f"{ratio:g}") for model in models for ratio in options.ratios]
     if options.dry_run:
         for line in plan(pairs, options):
             print(line)
@@ -73,8 +88,13 @@ def main(arguments: list[str] | None = None) -> None:
     end = time.monotonic() + options.budget
     for model, ratio in pairs:
         if any(missing(model, ratio, options)) and end - time.monotonic() > LOADED:
-            with ExitStack() as stack:
-                compare(model, ratio, options, end, stack)
+            try:
+                with ExitStack() as stack:
+                    compare(model, ratio, options, end, stack)
+            except NoAnswer as error:
+                if time.monotonic() < end:
+                    raise
+                print(f"{model.name}, {ratio}: the {options.budget:.0f} s are over; {error}", flush=True)
     left = [len(part) for pair in pairs for part in missing(*pair, options)]
     print(f"{sum(left)} points left, profiles among them")
 
@@ -85,13 +105,33 @@ def sources() -> str:
     return f"{fingerprint([package / 'ops', package / 'serving'])}/{kernel_sources()}"
 
 
+def wanted(model: ServedModel, options: argparse.Namespace) -> list[Point]:
+    """Those asked for, or all that fit; ``ValueError`` for one that does not."""
+    if options.points is None:
+        return [p for p in points(options.output, options.length) if cache(model, p) <= CACHE]
+    found = [Point.of(key) for key in options.points]
+    for point in found:
+        if point.input + point.output > options.length:
+            raise ValueError(f"point {point.key} is longer than --length {options.length}")
+        if cache(model, point) > CACHE:
+            raise ValueError(
+                f"point {point.key} needs more than {CACHE >> 30} GiB of KV cache in {model.name}"
+            )
+    return found
+
+
+def cache(model: ServedModel, point: Point) -> int:
+    """Bytes of KV cache that a point takes: sequences fill up blocks of up to 64 tokens, vLLM keeps some."""
+    return model.cache_bytes(point.batch * (point.input + point.output + 64) + 1024)
+
+
 def missing(model: ServedModel, ratio: str, options: argparse.Namespace) -> tuple[list[Point], list[Point]]:
     """The points that are not timed, and those that are not profiled."""
     known = entry_of(options.results, "pairs", f"{model.name}/{ratio}", sources())
-    wanted = points(options.output, options.length)
+    every = wanted(model, options)
     return (
-        [p for p in wanted if p.key not in known.get("points", {})],
-        [p for p in chosen(wanted) if p.key not in known.get("profiles", {})],
+        [p for p in every if p.key not in known.get("points", {})],
+        [p for p in chosen(every) if p.key not in known.get("profiles", {})],
     )
 
 
@@ -101,32 +141,47 @@ def compare(
     """Start both engines, time the points and profile some of them, saving after each."""
     untimed, unprofiled = missing(model, ratio, options)
     work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    engines = {}
+    key, new = f"{model.name}/{ratio}", {"sources": sources(), "points": {}}
+    entry = entry_of(options.results, "pairs", key, sources()) or new
+    entry["engines"], engines = {}, {}
     for variant in (DENSE, ratio):
         directory = model.write(work / variant, variant)
         log = options.logs / f"{model.name}-{variant}.log"
-        how = [f"--{flag}" for flag in ("eager", "no-onednn") if getattr(options, flag.replace("-", "_"))]
-        engines[variant] = Engine(directory, log, "--length", str(options.length), *how)
+        engines[variant] = Engine(directory, log, *limits(model, options))
         stack.callback(engines[variant].stop)
-    key, new = f"{model.name}/{ratio}", {"sources": sources(), "points": {}}
-    entry = entry_of(options.results, "pairs", key, sources()) or new
-    entry["engines"] = {
-        variant: engine.wait(min(START, end - time.monotonic())) for variant, engine in engines.items()
-    }
-    print(f"{model.name}, dense ratio {ratio}: ready, {entry['engines']}", flush=True)
+        entry["engines"][variant] = engines[variant].wait(min(START, end - time.monotonic()))
+        print(f"{model.name}, {variant}: ready, {entry['engines'][variant]}", flush=True)
+    save_entry(options.results, "pairs", key, entry)
     for point in untimed:
-        if time.monotonic() > end:
-            return
+        if time.monotonic() + turns(options) * guess(model, point) > end:
+            continue
         times: dict[str, list[float]] = {variant: [] for variant in engines}
         for turn in range(options.repeats + 1):
             for variant, engine in engines.items():
-                seconds = elapsed(engine, point, end - time.monotonic() + 60)
+                seconds = elapsed(engine, point, end)
                 if turn:  # the first round warms up
                     times[variant].append(seconds)
         entry["points"][point.key] = figures(point, times[DENSE], times[ratio])
         save_entry(options.results, "pairs", key, entry)
         print(f"{model.name}, {ratio}, {point.key}: {entry['points'][point.key]['speed_up']:.3f}", flush=True)
     profile_points(unprofiled, engines, entry, end, partial(save_entry, options.results, "pairs", key, entry))
+
+
+def limits(model: ServedModel, options: argparse.Namespace) -> list[str]:
+    """Options of both engines: room for the largest point and the longest sequence, and no more."""
+    every = [*wanted(model, options), Point(1, options.length, 0)]
+    flags = [f"--{flag}" for flag in ("eager", "no-onednn") if getattr(options, flag.replace("-", "_"))]
+    return [
+        *("--length", str(options.length), "--sequences", str(max(point.batch for point in every))),
+        *("--cache", str(-(-max(cache(model, point) for point in every) >> 20))),
+        *(["--capture-sizes", *options.capture_sizes] if options.capture_sizes else []),
+        *flags,
+    ]
+
+
+def turns(options: argparse.Namespace) -> int:
+    """Measurements of one point: A and B, once to warm up."""
+    return 2 * (options.repeats + 1)
 
 
 def profile_points(
@@ -143,7 +198,9 @@ def profile_points(
         if left < 0:
             return
         try:
-            profiles[point.key] = {v: profile(engine, point, left + 60) for v, engine in engines.items()}
+            profiles[point.key] = {v: profile(engine, point, left) for v, engine in engines.items()}
+        except NoAnswer:
+            raise
         except RuntimeError as error:
             failed = error
             profiles[point.key] = {"error": str(error).splitlines()[-1][:300]}
@@ -153,10 +210,13 @@ def profile_points(
             return  # an engine is gone; the next call profiles the other points
 
 
-def elapsed(engine: Engine, point: Point, timeout: float) -> float:
+def elapsed(engine: Engine, point: Point, end: float) -> float:
     """Seconds of the point's decoding (or prefill)."""
-    whole = engine.time(point.batch, point.input, point.output, timeout)
-    return whole - engine.time(point.batch, point.input, 1, timeout) if point.output > 1 else whole
+    whole, *first = (
+        engine.time(point.batch, point.input, output, end - time.monotonic())
+        for output in ([point.output, 1] if point.output > 1 else [1])
+    )
+    return whole - sum(first)
 
 
 def figures(point: Point, dense: list[float], spense: list[float]) -> dict[str, Any]:
@@ -178,7 +238,7 @@ def plan(pairs: list[tuple[ServedModel, str]], options: argparse.Namespace) -> I
     for model, ratio in pairs:
         untimed, unprofiled = missing(model, ratio, options)
         gigabytes = [model.linear_bytes(variant) / 1e9 for variant in (DENSE, ratio)]
-        seconds = sum(guess(model, point) for point in untimed) * 2 * (options.repeats + 1)
+        seconds = sum(guess(model, point) for point in untimed) * turns(options)
         seconds += sum(guess(model, point) + 2 * PROFILED for point in unprofiled) * 2
         seconds += LOADED if untimed or unprofiled else 0
         total += seconds
@@ -192,11 +252,10 @@ def plan(pairs: list[tuple[ServedModel, str]], options: argparse.Namespace) -> I
 
 def guess(model: ServedModel, point: Point) -> float:
     """Seconds of one measurement: weights and cache at 3 TB/s per step, prompts at 600 TFLOP/s."""
-    s = model.shape
     weights = model.linear_bytes(DENSE)
-    cache = 4 * model.layers * s.kv_heads * s.head_size * point.input * point.batch
+    read = model.cache_bytes(point.input * point.batch)
     prefill = 2 * weights * point.batch * point.input / 6e14
-    return (2 if point.output > 1 else 1) * prefill + point.output * ((weights + cache) / 3e12 + 2e-3)
+    return (2 if point.output > 1 else 1) * prefill + point.output * ((weights + read) / 3e12 + 2e-3)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ usage: python benchmarks/serving_engine.py DIR [--length 4608]   (DIR: config.js
 Reads one JSON object a line from standard input, ``{"batch": n, "input": tokens, "output": tokens}``, and
 answers with a line ``RESULT {…}``; the first such line says that the engine is ready. ``"profile": true``
 runs the same under torch.profiler in the worker. :class:`Engine` is the other side. Two engines may stay on
-one GPU: only one is asked at a time, so A and B can be taken in turn.
+one GPU: only one is asked at a time, so A and B can be taken in turn. The KV cache has a given size, for vLLM
+would take memory that the other engine grows by for its own; start the second when the first is ready.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from benchmarks.supervise import end_group
 MARK = "RESULT "
 LONGEST = 3600.0
 """Seconds that any answer may take."""
+SHARE = 0.1
+"""Of the GPU's memory, free at the start: what vLLM checks even where the size of its cache is given."""
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -45,6 +48,10 @@ Kernels = dict[str, list[float]]
 
 class ProfileError(RuntimeError):
     """There is no profile, and the engine goes on."""
+
+
+class NoAnswer(RuntimeError):
+    """The engine runs, but its answer did not come in time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,11 @@ class Point:
 
     @classmethod
     def of(cls, key: str) -> Point:
-        return cls(*map(int, re.split("[x+]", key)))
+        """From its key; ``ValueError`` if it is none."""
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", key)
+        if found is None:
+            raise ValueError(f"a point is BATCHxINPUT+OUTPUT, like 32x128+128, not {key}")
+        return cls(*map(int, found.groups()))
 
     def tokens(self) -> int:
         """Decoded tokens, or those of the prompts in a point of prefill."""
@@ -98,15 +109,21 @@ class Engine:
         self.answers.put(None)
 
     def wait(self, timeout: float) -> dict[str, Any]:
-        """The next answer; ``RuntimeError`` with the end of the log if ``timeout`` seconds bring none."""
+        """The next answer; :class:`NoAnswer` if ``timeout`` seconds bring none, ``RuntimeError`` if the
+        engine has ended. Both show the end of the log.
+        """
+        seconds = min(max(timeout, 0.1), LONGEST)
         try:
-            answer = self.answers.get(timeout=min(max(timeout, 0.1), LONGEST))
+            answer = self.answers.get(timeout=seconds)
         except queue.Empty:
-            answer = None
+            raise NoAnswer(f"no answer from the engine in {seconds:.0f} s; {self._tail()}") from None
         if answer is None:
-            tail = "\n".join(self.log.read_text().splitlines()[-15:])
-            raise RuntimeError(f"no answer from the engine; end of {self.log}:\n{tail}")
+            raise RuntimeError(f"the engine has ended; {self._tail()}")
         return answer
+
+    def _tail(self) -> str:
+        lines = self.log.read_text().splitlines()[-15:]
+        return "\n".join([f"end of {self.log}:", *lines])
 
     def time(self, batch: int, input: int, output: int, timeout: float) -> float:
         """Seconds from ``batch`` prompts of ``input`` tokens to ``output`` tokens each."""
@@ -177,10 +194,11 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--length", type=int, default=4608, help="longest prompt and answer together")
-    parser.add_argument("--memory", type=float, default=0.45, help="share of the GPU's memory")
+    parser.add_argument("--cache", type=int, default=256, help="MiB of the KV cache")
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=8192, help="most tokens of one step")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--capture-sizes", type=int, nargs="+", help="of CUDA graphs (default: vLLM's 50)")
     parser.add_argument(
         "--no-onednn",
         action="store_true",
@@ -191,8 +209,9 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     began = time.perf_counter()
-    cuda = torch.cuda.is_available()
-    space = {"gpu_memory_utilization": arguments.memory} if cuda else {"kv_cache_memory_bytes": 256 << 20}
+    more: dict[str, Any] = {"gpu_memory_utilization": SHARE} if torch.cuda.is_available() else {}
+    if arguments.capture_sizes:
+        more["compilation_config"] = {"cudagraph_capture_sizes": arguments.capture_sizes}
     if arguments.no_onednn:
         torch.backends.mkldnn.set_flags(False)
     llm = LLM(
@@ -202,10 +221,11 @@ def main() -> None:
         max_model_len=arguments.length,
         max_num_seqs=arguments.sequences,
         max_num_batched_tokens=arguments.chunk,
+        kv_cache_memory_bytes=arguments.cache << 20,
         enable_prefix_caching=False,
         enforce_eager=arguments.eager,
         seed=0,
-        **space,
+        **more,
     )
     say({"start_seconds": time.perf_counter() - began, "memory": llm.collective_rpc(memory)})
     vocab = llm.llm_engine.model_config.get_vocab_size()

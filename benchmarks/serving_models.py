@@ -7,7 +7,7 @@ layers with legal metadata and random values on the device, so no weight file of
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,18 @@ class ServedModel:
         """Of all linear layers as stored, scales left out."""
         layouts = self.modules(1.0 if variant == DENSE else float(variant)).values()
         return sum(LinearSpec.of([layout], TORCH_DTYPE["float8_e4m3fn"]).weight_bytes for layout in layouts)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Of keys and values in bf16."""
+        return 4 * self.layers * self.shape.kv_heads * self.shape.head_size * tokens
+
+    def cut(self, layers: int) -> ServedModel:
+        """The same with its first ``layers`` alone, under a name that says so."""
+        if not 1 <= layers <= self.layers:
+            raise ValueError(f"{self.name} has {self.layers} layers, not {layers}")
+        if layers == self.layers:
+            return self
+        return replace(self, layers=layers, shape=replace(self.shape, name=f"{self.name}-{layers}-layers"))
 
     def write(self, out: Path, variant: str) -> Path:
         """A directory that vLLM can start on with dummy weights; returns ``out``."""

@@ -95,7 +95,7 @@ def serving_lines(pairs: Pairs) -> list[str]:
         "",
         table(head, speeds),
         "",
-        "Dense → Spense; the weights are all that the model holds, and both engines start at the same time:",
+        "Dense → Spense; the weights are all that the model holds, the engines start one after the other:",
         "",
         table(["model", "dense ratio", "weights, GB", "start-up, s"], sizes),
     ]

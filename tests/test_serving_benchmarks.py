@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -11,14 +12,15 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from tiny import LINEARS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import serving_decode, serving_openai
+from benchmarks import serving_decode, serving_engine, serving_openai
 from benchmarks.results_file import read, write
 from benchmarks.serving_decode import figures, points
-from benchmarks.serving_engine import Point, ProfileError
+from benchmarks.serving_engine import Engine, NoAnswer, Point, ProfileError
 from benchmarks.serving_models import DENSE, MODELS
 from benchmarks.serving_profile import category
 from vllm_spense.format import parse_config
@@ -67,12 +69,15 @@ class FakeEngine:
     asked: ClassVar[list[tuple[str, int, int, int]]] = []
     profiled: ClassVar[list[tuple[str, int, int, int]]] = []
     running: ClassVar[list[str]] = []
+    starts: ClassVar[list[tuple[str, ...]]] = []
 
     def __init__(self, model: Path, log: Path, *options: str) -> None:
         self.variant = model.name
         self.running.append(self.variant)
+        self.starts.append(("started", self.variant, *options))
 
     def wait(self, timeout: float) -> dict[str, Any]:
+        self.starts.append(("ready", self.variant))
         return {"start_seconds": 1.0}
 
     def time(self, batch: int, input: int, output: int, timeout: float) -> float:
@@ -95,14 +100,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(FakeEngine, "asked", [])
     monkeypatch.setattr(FakeEngine, "profiled", [])
     monkeypatch.setattr(FakeEngine, "running", [])
+    monkeypatch.setattr(FakeEngine, "starts", [])
     monkeypatch.setattr(serving_decode, "Engine", FakeEngine)
     return FakeEngine
 
 
-def run(tmp_path: Path, *more: str) -> dict[str, Any]:
+def run(tmp_path: Path, *more: str, key: str = "tiny/0.5") -> dict[str, Any]:
     common = ["--models", "tiny", "--ratios", "0.5", "--repeats", "2", "--length", "300"]
     serving_decode.main([*common, "--results", str(tmp_path / "results.json"), *more])
-    return read(tmp_path / "results.json").get("pairs", {}).get("tiny/0.5", {})
+    return read(tmp_path / "results.json").get("pairs", {}).get(key, {})
 
 
 def test_engines_take_turns_and_decoding_is_told_from_prefill(tmp_path: Path, fake: type[FakeEngine]) -> None:
@@ -115,6 +121,129 @@ def test_engines_take_turns_and_decoding_is_told_from_prefill(tmp_path: Path, fa
     assert fake.asked[:12] == first * 3  # a round to warm up and two that count
     assert order.count("dense") == order.count("0.5")
     assert fake.running == []
+
+
+def test_engines_start_one_after_the_other(tmp_path: Path, fake: type[FakeEngine]) -> None:
+    """vLLM takes memory that another engine grows by for its own, and refuses to start."""
+    run(tmp_path)
+    assert [step[:2] for step in fake.starts] == [
+        (step, variant) for variant in (DENSE, "0.5") for step in ("started", "ready")
+    ]
+
+
+def test_a_short_run(tmp_path: Path, fake: type[FakeEngine]) -> None:
+    """Fewer layers, points and graphs; caches of the size that the points take."""
+    chosen = ["32x128+128", "1x290+1", "1x128+128"]
+    short = ["--layers", "1", "--points", *chosen, "--capture-sizes", "1", "8", "32", "--budget", "280"]
+    entry = run(tmp_path, *short, key="tiny-1-layers/0.5")
+    assert list(entry["points"]) == chosen
+    assert len(entry["points"]["1x290+1"]["dense_seconds"]) == 2
+    kv = 2 * 2 * 2 * 64  # bytes of a token in the one layer: keys and values in bf16, 2 heads of 64
+    mib = -(-kv * (32 * (128 + 128 + 64) + 1024) >> 20)
+    limits = ("--length", "300", "--sequences", "32", "--cache", str(mib), "--capture-sizes", "1", "8", "32")
+    assert [step[2:] for step in fake.starts if step[0] == "started"] == [limits, limits]
+
+
+def test_points_that_fit_the_cache() -> None:
+    """32 x 4096 tokens of Qwen3-32B are 34 GB, too much for two engines beside the weights of both."""
+    qwen, llama = MODELS["Qwen3-32B"], MODELS["Llama-3.1-8B"]
+    assert qwen.cache_bytes(1) == 64 * 2 * 8 * 128 * 2
+    options = argparse.Namespace(points=None, output=128, length=8200)
+    keys = {model.name: [p.key for p in serving_decode.wanted(model, options)] for model in (qwen, llama)}
+    assert set(keys[llama.name]) - set(keys[qwen.name]) == {"32x4096+128"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--points", "32x128"], "a point is BATCHxINPUT+OUTPUT, like 32x128+128, not 32x128"),
+        (["--points", "1x299+2"], "point 1x299+2 is longer than --length 300"),
+        (["--points", "999999x200+8"], "point 999999x200+8 needs more than 26 GiB of KV cache in tiny"),
+        (["--layers", "3"], "tiny has 2 layers, not 3"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture, more: list[str], message: str, fake: type[FakeEngine]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, *more)
+    assert message in capsys.readouterr().err
+    assert fake.starts == []
+
+
+def test_what_was_timed_before_the_end_stays(
+    tmp_path: Path,
+    fake: type[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The second point takes longer than the budget: it is given up, without an error."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(serving_decode, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    works = fake.time
+
+    def slow(engine: FakeEngine, batch: int, *more: Any) -> float:
+        if batch == 1:
+            clock.now = 281
+            raise NoAnswer("no answer from the engine in 200 s")
+        return works(engine, batch, *more)
+
+    monkeypatch.setattr(fake, "time", slow)
+    entry = run(tmp_path, "--budget", "280")
+    assert list(entry["points"]) == ["32x128+128"]
+    out = capsys.readouterr().out
+    assert "the 280 s are over; no answer from the engine in 200 s" in out
+    assert out.splitlines()[-1] == "8 points left, profiles among them"
+    assert fake.running == []
+
+
+def test_points_that_do_not_fit_the_time_are_left_out(
+    tmp_path: Path, fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_decode, "guess", lambda model, point: 100.0 if point.batch == 32 else 1.0)
+    entry = run(tmp_path, "--budget", "280")
+    assert "32x128+128" not in entry["points"]
+    assert "8x128+128" in entry["points"]
+
+
+def test_an_engine_that_ends_is_told_from_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "engine.py"
+    monkeypatch.setattr(serving_engine, "__file__", str(program))
+    program.write_text("import time; print('loading', flush=True); time.sleep(60)")
+    engine = Engine(tmp_path, tmp_path / "slow.log")
+    with pytest.raises(NoAnswer, match="no answer from the engine in 3 s"):
+        engine.wait(3)
+    engine.stop()
+    program.write_text("raise SystemExit('no GPU')")
+    engine = Engine(tmp_path, tmp_path / "ended.log")
+    with pytest.raises(RuntimeError, match=r"the engine has ended; end of .*\nno GPU") as ended:
+        engine.wait(60)
+    assert not isinstance(ended.value, NoAnswer)
+    engine.stop()
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_vllm_is_asked_for(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    """A cache of a given size; on a GPU so small a share of it that the other engine may have the rest."""
+    asked: dict[str, Any] = {}
+
+    class Stop(Exception):
+        pass
+
+    def engine(model: str, **options: Any) -> None:
+        asked.update(options)
+        raise Stop
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, SamplingParams=None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    limits = ["--cache", "700", "--sequences", "32", "--capture-sizes", "1", "8"]
+    monkeypatch.setattr(sys, "argv", ["serving_engine.py", "DIR", *limits])
+    with pytest.raises(Stop):
+        serving_engine.main()
+    assert asked["kv_cache_memory_bytes"] == 700 << 20
+    assert asked["max_num_seqs"] == 32
+    assert asked["compilation_config"] == {"cudagraph_capture_sizes": [1, 8]}
+    assert asked.get("gpu_memory_utilization") == (0.1 if cuda else None)
 
 
 def test_known_points_are_kept_and_other_sources_are_not(
@@ -199,7 +328,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     serving_decode.main(["--dry-run", "--results", str(tmp_path / "none.json")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
-    assert "Qwen3-32B, dense ratio 0.5: 31.2 and 26.5 GB of linear weights, 11 points" in lines[0]
+    assert "Qwen3-32B, dense ratio 0.5: 31.2 and 26.5 GB of linear weights, 10 points" in lines[0]
     assert "3 profiles (32x128+128, 1x128+128, 1x8192+1), about" in lines[0]
 
 

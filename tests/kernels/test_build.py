@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from sass import LIBRARY, disassembly, tool
 
 import vllm_spense
-
-LIBRARY = next(Path(vllm_spense.__file__).parent.glob("_C*.so"), None)
-
-
-def tool(name: str) -> str:
-    """A CUDA binary tool: from PATH, or the one that Triton carries."""
-    spec = importlib.util.find_spec("triton")
-    bundled = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else Path()
-    found = shutil.which(name) or shutil.which(name, path=str(bundled))
-    if not found:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-@functools.cache
-def disassembly() -> dict[str, str]:
-    """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion, pair."""
-    path = str(Path(tool("nvdisasm")).parent)
-    run = subprocess.run(
-        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PATH": f"{path}:/usr/bin:/bin"},
-    )
-    functions = re.split(r"\n\s+Function : ", run.stdout)[1:]
-    kernels = {}
-    for text in functions:
-        name = re.match(r"_ZN6spense4sm9013linear_kernelINS0_5ShapeI(\w+?)EEEE", text)
-        if name:
-            kernels[name[1]] = text
-    return kernels
 
 
 def test_every_configuration_is_compiled() -> None:
