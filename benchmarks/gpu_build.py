@@ -1,4 +1,4 @@
-"""The compiled extension and the Python packages of a GPU machine: carried there, found there, or compiled."""
+"""The compiled extension and the Python packages of a GPU machine: carried there, found, or compiled."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def missing_packages() -> list[str]:
 
 
 def install_wheels(bundle: Path = BUNDLE, target: Path = ROOT / "build" / "gpu-site") -> str | None:
-    """Install the carried wheels beside the checkout, for this process and its children; None, or what failed.
+    """If packages are missing, install the carried wheels beside the checkout; None, or what failed.
 
-    Nothing is installed where no package is missing.
+    They are found by this process and its children.
     """
     wheels = sorted((bundle / "wheels").glob("*.whl"))
     if not wheels or not missing_packages():

@@ -26,7 +26,7 @@ made = functools.cache(provenance)  # asking git and nvidia-smi each time would 
 
 
 class Run:
-    """Results, time and children of one call; a rehearsal passes its own clock and children."""
+    """Results, time and children of one call; a rehearsal passes its own clock, children and test groups."""
 
     def __init__(
         self,
@@ -38,9 +38,10 @@ class Run:
         only: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         child: Callable[..., Ended] = supervise,
+        group: Callable[..., dict[str, Any]] | None = None,
     ) -> None:
         self.results, self.budget, self.fresh, self.jobs = results, budget, fresh, jobs
-        self.only, self.clock, self.child = only, clock, child
+        self.only, self.clock, self.child, self.group = only, clock, child, group
         self.start = clock()
 
     def seconds(self) -> float:
@@ -61,9 +62,7 @@ class Run:
         return self.results / name
 
     def state(self, stage: str) -> dict[str, Any]:
-        """What an earlier call left."""
-        if self.fresh:
-            return {}
+        """What an earlier call, or this one, left."""
         if stage in OWN_FILE:
             return read(self.file(f"{stage}.json"))
         return read(self.file("state.json")).get(stage, {})
@@ -83,3 +82,11 @@ class Run:
         for file in known.iterdir() if self.results != known and known.is_dir() else ():
             if file.suffix in (".json", ".jsonl") and not self.file(file.name).exists():
                 shutil.copy(file, self.file(file.name))
+
+    def forget(self, stages: Sequence[str]) -> None:
+        """Drop what earlier calls left of these stages."""
+        state = read(self.file("state.json"))
+        write(self.file("state.json"), {name: entry for name, entry in state.items() if name not in stages})
+        for stage, name in (("test", "test.json"), ("tests", "test.json"), ("first", "first_light.jsonl")):
+            if stage in stages:
+                self.file(name).unlink(missing_ok=True)
