@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
@@ -37,6 +38,8 @@ SILENT = 12.0
 """Seconds without an event after which a case hangs: none takes one."""
 STARTING = 40.0
 """Seconds that a child may take for CUDA and the library."""
+SHOWN = 4
+"""Cases of a family whose fault is printed: the file has all."""
 CORE_IS_WRONG = 3
 NO_TIME = "no time left"
 CONTEXT_LOST = 86
@@ -262,13 +265,16 @@ def main(arguments: list[str] | None = None) -> int:
     faults = dict(fault.partition("=")[::2] for fault in options.fault)
     if any(family not in FAMILIES or fault not in FAULTS for family, fault in faults.items()):
         parser.error(f"--fault takes one of {', '.join(FAMILIES)}, = and one of {', '.join(FAULTS)}")
-    start = time.monotonic()
+    start, shown = time.monotonic(), Counter[str]()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with options.results.open("w", buffering=1) as file:
 
         def record(entry: Result) -> None:
             file.write(json.dumps(entry) + "\n")
-            if entry["state"] not in ("right", "banned"):
+            if entry["state"] in ("right", "banned"):
+                return
+            shown[entry["family"]] += 1
+            if shown[entry["family"]] <= SHOWN:
                 print(f"FAIL {entry['key']}: {entry['state']}: {entry['message']}", flush=True)
 
         make = STAND_INS[options.stand_in] if options.stand_in else partial(Gpu, options.library)

@@ -36,8 +36,17 @@ class Stage:
     """A package without which it is skipped."""
 
 
-class CoreIsWrong(Exception):
-    """Nothing that follows would mean anything."""
+class Stop(Exception):
+    """Nothing that follows would mean anything; with the command's exit code."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+CORE_IS_WRONG, DEVICE_IS_STUCK = 3, 4
+FIRST = ("build", "first")
+"""Nothing goes before them."""
 
 
 def limit_of(stage: Stage, run: Run) -> float:
@@ -47,9 +56,13 @@ def limit_of(stage: Stage, run: Run) -> float:
 
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> int:
-    """Run them in order while there is time; the exit code of the command."""
+    """Run them in order while there is time, those that hung last time last; the command's exit code."""
     good = True
-    for stage in stages:
+
+    def hung(stage: Stage) -> bool:
+        return stage.name not in FIRST and run.state(stage.name).get("state") == "hung"
+
+    for stage in sorted(stages, key=hung):
         if run.left() < stage.least:
             run.say(f"SKIP {stage.name}: {run.left():.0f} s left; the same command goes on from here")
             good = False
@@ -60,9 +73,9 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> int:
         run.say(f"=== {stage.name}: {stage.about} ({run.left():.0f} s left)")
         try:
             good = stage.action(run, limit_of(stage, run)) and good
-        except CoreIsWrong as error:
-            run.say(f"STOP {stage.name}: {error}; nothing else is run")
-            return 3
+        except Stop as stop:
+            run.say(f"STOP {stage.name}: {stop}; nothing else is run")
+            return stop.code
         if stage.name == "build" and not good:
             break
     run.say(f"{'all done' if good else 'not all done'} after {run.seconds():.0f} s; results in {run.results}")
@@ -95,11 +108,24 @@ def finish(
     run: Run, stage: str, start: float, ended: Ended, tail: list[str], complete: bool, **content: Any
 ) -> bool:
     """Record and say how a child ended."""
-    out_of_time = ended.ok or "over its limit" in ended.reason
-    state = "done" if complete else "partial" if out_of_time else "failed"
+    # Every child ends by itself when its budget is over.
+    hung = "over its limit" in ended.reason or "silent for" in ended.reason
+    state = "done" if complete else "partial" if ended.ok else "hung" if hung else "failed"
     run.save(stage, state, start, reason=ended.reason, tail=tail, **content)
-    run.say(f"{'FAIL' if state == 'failed' else 'PASS'} {stage}: {state} {ended.reason}".rstrip())
+    good = state in ("done", "partial")
+    run.say(f"{'PASS' if good else 'FAIL'} {stage}: {state} {ended.reason}".rstrip())
+    if "does not die" in ended.reason:
+        raise Stop(DEVICE_IS_STUCK, "a process is stuck in the driver")
     return complete
+
+
+def kept(run: Run, stage: str) -> bool:
+    """Whether an earlier call has done all of it, on the same kernels."""
+    old = run.state(stage)
+    if old.get("state") != "done" or old.get("kernels") != kernel_sources():
+        return False
+    run.say(f"PASS {stage}: kept what was measured on {old['date']}")
+    return True
 
 
 # --- is it right? -------------------------------------------------------------------------------------------
@@ -129,7 +155,7 @@ def stage_first(run: Run, limit: float) -> bool:
     state = verdict.get("state", "failed")
     finish(run, "first", start, ended, tail, state != "failed", kernels=kernel_sources(), verdict=state)
     if state == "failed":
-        raise CoreIsWrong(verdict.get("reason") or ended.reason or "it said nothing")
+        raise Stop(CORE_IS_WRONG, verdict.get("reason") or ended.reason or "it said nothing")
     return state == "passed"
 
 
@@ -186,6 +212,8 @@ def stage_speed(run: Run, limit: float, core: bool = True) -> bool:
     if not run.state("test"):
         run.save("test", "not run", run.clock(), groups=first_light_entry(first_light_verdict(run)))
     name, path, start = "speed" if core else "kernels", run.file("kernels.json"), run.clock()
+    if kept(run, name):
+        return True
     options = ["--results", str(path), "--tests", str(run.file("test.json"))]
     options += ["--core"] if core else []
     options += [*(["--fresh"] if run.fresh else []), *(["--only", *run.only] if run.only else [])]
@@ -193,7 +221,8 @@ def stage_speed(run: Run, limit: float, core: bool = True) -> bool:
     rows = read(path).get("rows", [])
     for line in best_and_worst(rows):
         run.say(line)
-    return finish(run, name, start, ended, tail, ended.ok and "all rows" in tail[-1], rows=len(rows))
+    complete = ended.ok and "all rows" in tail[-1]
+    return finish(run, name, start, ended, tail, complete, kernels=kernel_sources(), rows=len(rows))
 
 
 def best_and_worst(rows: list[dict[str, Any]]) -> list[str]:
@@ -208,9 +237,8 @@ def best_and_worst(rows: list[dict[str, Any]]) -> list[str]:
 def stage_counters(run: Run, limit: float) -> bool:
     from benchmarks.counters import find_ncu
 
-    sources, start = kernel_sources(), run.clock()
-    if (old := run.state("counters")).get("state") == "done" and old.get("kernels") == sources:
-        run.say("PASS counters: kept what an earlier call read")
+    start = run.clock()
+    if kept(run, "counters"):
         return True
     if not find_ncu():
         run.say("SKIP counters: Nsight Compute (ncu) is not installed")
@@ -220,11 +248,13 @@ def stage_counters(run: Run, limit: float) -> bool:
     read_out = read(path)
     path.unlink(missing_ok=True)
     found = read_out.get("kernels", {})
-    return finish(run, "counters", start, ended, tail, bool(found), kernels=sources, counters=found)
+    return finish(run, "counters", start, ended, tail, bool(found), kernels=kernel_sources(), counters=found)
 
 
 def stage_tune(run: Run, limit: float) -> bool:
     start, sources = run.clock(), kernel_sources()
+    if kept(run, "tune"):
+        return True
     if run.state("tune").get("kernels") != sources:
         for table in run.results.glob("NVIDIA_*.json"):
             table.unlink()  # of other kernels
