@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu_build
 from benchmarks.gpu_build import HEADERS, LIBRARY, NEEDED, WANTED, missing_packages
 from benchmarks.gpu_run import FILES, Run
-from benchmarks.gpu_stages import STAGES, Stage, limit_of, run_stages
+from benchmarks.gpu_stages import ALL_LAYERS, STAGES, Stage, limit_of, run_stages
 from benchmarks.results_file import RESULTS, ROOT, read
 
 BUDGET = 210.0
@@ -56,9 +56,8 @@ def to_bring() -> str:
 
 def show_plan(run: Run, stages: list[Stage]) -> None:
     """What would run, with limits, without touching a GPU."""
-    from benchmarks.counters import find_ncu
-
     from benchmarks import kernel_spense_linear as kernels
+    from benchmarks.counters import find_ncu
     from benchmarks.gpu_tests import GROUPS, find_sanitizer
     from benchmarks.tune_layers import planned
 
@@ -69,13 +68,13 @@ def show_plan(run: Run, stages: list[Stage]) -> None:
     print(f"compute-sanitizer: {find_sanitizer() or 'none'}")
     for stage in stages:
         state = run.state(stage.name).get("state", "not run yet")
-        print(f"\n{stage.name}: up to {limit_of(stage, run):.0f} s, {state}; {stage.about}")
+        print(f"\n{stage.name}: up to {limit_of(stage, run, stages):.0f} s, {state}; {stage.about}")
         if stage.name in ("test", "tests"):
             for group in (g for g in GROUPS if g.core or stage.name == "tests"):
                 needs = f", needs {', '.join(group.needs)}" if group.needs else ""
                 print(f"  {group.name:14s} {group.limit:4.0f} s  {', '.join(group.tests)}{needs}")
         if stage.name == "tune":
-            print(f"  {planned(core=run.budget < 1200)}")
+            print(f"  {planned(core=limit_of(stage, run, stages) < ALL_LAYERS)}")
         if stage.name in ("speed", "kernels"):
             kernels.dry_run(kernels.select(run.only, stage.name == "speed"), kernels.Device.here())
 

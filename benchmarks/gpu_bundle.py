@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.gpu_build import BUNDLE, library_digest
 from benchmarks.results_file import ROOT, commit, kernel_sources, write
 
-WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")
+WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions")
 GLIBC = (17, 24, 27, 28)
 """pip matches manylinux_2_N exactly."""
 MOST = 12e6

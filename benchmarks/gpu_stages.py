@@ -18,6 +18,8 @@ from benchmarks.gpu_run import Run
 from benchmarks.results_file import ROOT, fingerprint, kernel_sources, read
 from benchmarks.supervise import Ended
 
+ALL_LAYERS = 300.0
+"""Seconds from which on all layers of the benchmark are tuned, not only four."""
 TAIL = 30
 """Last lines of a child that its record keeps."""
 
@@ -49,9 +51,9 @@ FIRST = ("build", "first")
 """Nothing goes before them."""
 
 
-def limit_of(stage: Stage, run: Run) -> float:
-    """Seconds that the stage may take now: longer calls stretch all of them."""
-    usual = sum(stage.most for stage in STAGES if stage.default)
+def limit_of(stage: Stage, run: Run, stages: Sequence[Stage]) -> float:
+    """Seconds that the stage may take now: a call with time for all its stages stretches them."""
+    usual = sum(stage.most for stage in stages)
     return min(stage.most * max(1.0, run.budget / usual), run.left())
 
 
@@ -72,7 +74,7 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> int:
             continue
         run.say(f"=== {stage.name}: {stage.about} ({run.left():.0f} s left)")
         try:
-            good = stage.action(run, limit_of(stage, run)) and good
+            good = stage.action(run, limit_of(stage, run, stages)) and good
         except Stop as stop:
             run.say(f"STOP {stage.name}: {stop}; nothing else is run")
             return stop.code
@@ -259,7 +261,7 @@ def stage_tune(run: Run, limit: float) -> bool:
         for table in run.results.glob("NVIDIA_*.json"):
             table.unlink()  # of other kernels
     options = ["--directory", str(run.results), "--tests", str(run.file("test.json"))]
-    if run.budget < 1200:
+    if limit < ALL_LAYERS:
         options.append("--core")
     ended, tail = child(run, limit, "tune_layers.py", *options, margin=10.0, idle=45.0)
     complete = ended.ok and any(line.startswith("0 of them left") for line in tail[-3:])

@@ -60,11 +60,13 @@ def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_limits_follow_the_time_that_is_left_and_stretch_with_the_budget(tmp_path: Path) -> None:
     now = [0.0]
     run = Run(tmp_path, 210, clock=lambda: now[0])
-    assert limit_of(STAGE["speed"], run) == STAGE["speed"].most
+    default, speed = [stage for stage in STAGES if stage.default], STAGE["speed"]
+    assert limit_of(speed, run, default) == speed.most
     now[0] = 150
-    assert limit_of(STAGE["speed"], run) == pytest.approx(run.left())
+    assert limit_of(speed, run, default) == pytest.approx(run.left())
     assert 50 < run.left() < 60
-    assert limit_of(STAGE["speed"], Run(tmp_path, 3000, clock=lambda: 0.0)) > 2 * STAGE["speed"].most
+    assert limit_of(speed, Run(tmp_path, 3000, clock=lambda: 0.0), default) > 2 * speed.most
+    assert limit_of(speed, Run(tmp_path, 300, clock=lambda: 0.0), [speed]) == pytest.approx(292)
 
 
 def stage(name: str, action: Any) -> Any:
