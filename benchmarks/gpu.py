@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_build
+from benchmarks import gpu_build, gpu_bundle_vllm
 from benchmarks.gpu_build import HEADERS, LIBRARY, NEEDED, WANTED, missing_packages
 from benchmarks.gpu_run import FILES, Run
 from benchmarks.gpu_stages import ALL_LAYERS, STAGES, Stage, limit_of, run_stages
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     if problem := gpu_build.install_wheels():
         run.say(f"FAIL the wheels of .gpu/wheels cannot be installed: {problem}")
         return 2
+    gpu_bundle_vllm.unpack()
     if missing := missing_packages():
         run.say(f"FAIL missing Python packages: {', '.join(missing)}; to bring: {to_bring()}")
         return 2

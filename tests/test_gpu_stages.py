@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -16,7 +17,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import counters, gpu, gpu_build, gpu_bundle, gpu_stages, kernel_shapes, results_file
+from benchmarks import (
+    counters,
+    gpu,
+    gpu_build,
+    gpu_bundle,
+    gpu_bundle_vllm,
+    gpu_stages,
+    kernel_shapes,
+    results_file,
+)
 from benchmarks.first_light_cases import CORE, FAMILIES, cases, difference
 from benchmarks.gpu_run import Run
 from benchmarks.gpu_stages import STAGES, limit_of, run_stages
@@ -371,3 +381,49 @@ def test_results_are_json_lines_of_cases_and_a_summary(tmp_path: Path) -> None:
     with run.file("first_light.jsonl").open("a") as file:
         file.write('{"key": "F1/one')
     assert gpu_stages.first_light_verdict(run) == {}, "ended while it wrote"
+
+
+# --- vLLM to carry ------------------------------------------------------------------------------------------
+
+
+def test_only_code_for_hopper_stays_in_a_library(tmp_path: Path) -> None:
+    nvcc = gpu_build.find_nvcc()
+    if not nvcc:
+        pytest.skip("needs nvcc")
+    source, library = tmp_path / "two.cu", tmp_path / "two.so"
+    source.write_text("__global__ void twice(int* x) { x[threadIdx.x] *= 2; }\n")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
+    codes.append("-gencode=arch=compute_80,code=compute_80")
+    command = [nvcc, "-shared", "-Xcompiler=-fPIC", "-cudart=none", *codes, str(source), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True)
+    before = bytearray(library.read_bytes())
+    fats = [fat for fat in gpu_bundle_vllm.images(before) if fat]
+    kinds = {(kind, arch) for fat in fats for kind, arch, _, _ in fat}
+    assert kinds == {(gpu_bundle_vllm.CUBIN, 80), (gpu_bundle_vllm.CUBIN, 90), (gpu_bundle_vllm.PTX, 80)}
+    zeroed = gpu_bundle_vllm.keep_hopper(library)
+    after = bytearray(library.read_bytes())
+    assert len(after) == len(before)
+    for kind, arch, place, size in (image for fat in fats for image in fat):
+        same = after[place : place + size] == before[place : place + size]
+        assert same == ((kind, arch) == (gpu_bundle_vllm.CUBIN, 90))
+    assert zeroed == sum(size for fat in fats for _, arch, _, size in fat if arch == 80)
+
+
+def test_a_carried_vllm_is_unpacked_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "made" / "site"
+    site.mkdir(parents=True)
+    (site / "carried_probe.py").write_text("ANSWER = 42\n")
+    with tarfile.open(tmp_path / "vllm.tar.xz", "w:xz") as archive:
+        archive.add(site, "site")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    bundle, target = tmp_path / "vllm.tar.xz", tmp_path / "there"
+    monkeypatch.setattr(gpu_bundle_vllm, "find_spec", lambda name: object())
+    assert gpu_bundle_vllm.unpack(bundle, target) is None, "it is installed"
+    monkeypatch.setattr(gpu_bundle_vllm, "find_spec", lambda name: None)
+    assert gpu_bundle_vllm.unpack(tmp_path / "none.tar.xz", target) is None
+    assert gpu_bundle_vllm.unpack(bundle, target) == target / "site"
+    code = "import carried_probe; print(carried_probe.ANSWER)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "42\n"
