@@ -156,13 +156,15 @@ class Layer:
     """float64 ``[N, K]``, without the scale."""
 
     def inputs(self, tokens: int, integers: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.weight.device
-        generator = torch.Generator(device=device).manual_seed(seed)
+        """Made on the CPU, as the weights are: what is compared is the kernel alone."""
+        generator = torch.Generator().manual_seed(seed)
         shape = (tokens, self.spec.in_features)
-        if not integers:
-            return quantize_per_token(torch.randn(shape, generator=generator, device=device).bfloat16())
-        x = torch.randint(-1, 2, shape, generator=generator, device=device).to(FP8_DTYPE)
-        return x, torch.exp2(torch.arange(tokens, device=device) % 3 - 1.0)[:, None]
+        if integers:
+            x = torch.randint(-1, 2, shape, generator=generator).to(FP8_DTYPE)
+            scale = torch.exp2(torch.arange(tokens) % 3 - 1.0)[:, None]
+        else:
+            x, scale = quantize_per_token(torch.randn(shape, generator=generator).bfloat16())
+        return x.to(self.weight.device), scale.to(self.weight.device)
 
     def run(
         self, machine: Machine, config: KernelConfig, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor
@@ -179,31 +181,31 @@ class Layer:
         return torch.full(shape, float("nan"), dtype=dtype, device=self.weight.device)
 
     def expected(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (x.double() @ self.weight.T) * scale.double() * self.tensors["weight_scale"].double()
+        return (x.float().double() @ self.weight.T) * scale.double() * self.tensors["weight_scale"].double()
 
 
 @functools.lru_cache(maxsize=32)
 def make_layer(spec: LinearSpec, device: torch.device, integers: bool, seed: int = 0) -> Layer:
     (sparse_rows, sparse_columns), dense = spec.sparse_shape, spec.dense_shape
     tensors = {
-        "sparse_values": torch.empty(sparse_rows, sparse_columns // 2, dtype=FP8_DTYPE, device=device),
-        "sparse_meta": torch.empty(sparse_rows, sparse_columns // 8, dtype=torch.uint8, device=device),
-        "dense_weight": torch.empty(dense, dtype=FP8_DTYPE, device=device),
+        "sparse_values": torch.empty(sparse_rows, sparse_columns // 2, dtype=FP8_DTYPE),
+        "sparse_meta": torch.empty(sparse_rows, sparse_columns // 8, dtype=torch.uint8),
+        "dense_weight": torch.empty(dense, dtype=FP8_DTYPE),
     }
     fill_random(tensors, None, seed)
     if integers:
-        generator = torch.Generator(device=device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         for name in ("sparse_values", "dense_weight"):
-            shape = tuple(tensors[name].shape)
-            tensors[name].copy_(torch.randint(-2, 3, shape, generator=generator, device=device))
-    exponents = torch.arange(spec.out_features, device=device) % 4 - 2.0
+            tensors[name].copy_(torch.randint(-2, 3, tuple(tensors[name].shape), generator=generator))
+    exponents = torch.arange(spec.out_features) % 4 - 2.0
     prepared = {
         "sparse_values": pad_pitch(tensors["sparse_values"]),
         "sparse_meta": block_metadata(tensors["sparse_meta"]),
         "dense_weight": pad_pitch(tensors["dense_weight"]),
         "weight_scale": torch.exp2(exponents) * (1.0 if integers else 1e-3),
     }
-    layer = Layer(spec, prepared, decompressed(spec, tensors).double())
+    prepared = {name: tensor.to(device) for name, tensor in prepared.items()}
+    layer = Layer(spec, prepared, decompressed(spec, tensors).float().to(device).double())
     if device.type == "cuda":
         torch.cuda.synchronize()  # a kernel may read weights before the kernel in front of it has ended
     return layer

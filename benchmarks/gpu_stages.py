@@ -173,7 +173,8 @@ def stage_test(run: Run, limit: float, core: bool = True) -> bool:
 
     start, sources = run.clock(), test_sources(run)
     end, old = start + limit, run.state("test")
-    done = old.get("groups", {}) if old.get("sources") == sources else {}
+    done = dict(old.get("groups", {})) if old.get("sources") == sources else {}
+    done.pop("first_light", None)
     first = first_light_entry(first_light_verdict(run))
     wanted = [group for group in GROUPS if group.core or not core]
 
@@ -211,8 +212,9 @@ def stage_speed(run: Run, limit: float, core: bool = True) -> bool:
     """The rows that matter most beside torch's dense product, or all rows beside everything."""
     from benchmarks.gpu_tests import first_light_entry
 
-    if not run.state("test"):
-        run.save("test", "not run", run.clock(), groups=first_light_entry(first_light_verdict(run)))
+    if run.state("test").get("sources") != test_sources(run):
+        first = first_light_entry(first_light_verdict(run))
+        run.save("test", "not run", run.clock(), sources=test_sources(run), groups=first)
     name, path, start = "speed" if core else "kernels", run.file("kernels.json"), run.clock()
     if kept(run, name):
         return True
