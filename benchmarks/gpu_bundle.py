@@ -30,6 +30,8 @@ from benchmarks.results_file import ROOT, commit, kernel_sources, write
 WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions")
 GLIBC = (17, 24, 27, 28)
 """pip matches manylinux_2_N exactly."""
+VLLM = ROOT / ".gpu-vllm"
+"""What benchmarks/gpu_bundle_vllm.py makes."""
 MOST = 12e6
 """Bytes of everything that one has to take along: a small upload is a fast start."""
 
@@ -92,8 +94,12 @@ def sizes(bundle: Path = BUNDLE) -> int:
     parts = {"checkout": tree(), **{p.name: bytes_of([p, *p.rglob("*")]) for p in sorted(bundle.iterdir())}}
     for name, size in parts.items():
         print(f"{size / 1e6:7.2f} MB  {name}")
-    total = sum(parts.values())
-    print(f"{total / 1e6:7.2f} MB  to take along, in every call the same ({total / 2**20:.1f} MiB)")
+    total, vllm = sum(parts.values()), bytes_of(VLLM.glob("*"))
+    print(f"{total / 1e6:7.2f} MB  to take along in every call ({total / 2**20:.1f} MiB)")
+    if vllm:
+        print(
+            f"{(total + vllm) / 1e6:7.2f} MB  with vLLM, in the last one ({(total + vllm) / 2**20:.1f} MiB)"
+        )
     return total
 
 
