@@ -13,12 +13,13 @@ EXTENSION = vllm_spense/_C.abi3.so
 # GPU machines bring their own Python with a CUDA build of torch; elsewhere (gpu-plan) the virtual environment does.
 HAS_CUDA = python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 GPU_PY ?= $(shell $(HAS_CUDA) && echo python3 || echo $(PY))
-GPU_BUDGET ?= 1440
+GPU_BUDGET ?= 210
 GPU_STAGE_BUDGET ?= 520
-GPU_STAGES = gpu-build gpu-test gpu-tune gpu-pruning gpu-kernels gpu-serving gpu-cutlass
+GPU_OUT ?= benchmarks/results/gpu
+GPU_STAGES = $(addprefix gpu-,build first speed test counters tune stack serving tests kernels pruning cutlass)
 
-.PHONY: help setup kernels kernels-check wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan \
-	gpu-report $(GPU_STAGES)
+.PHONY: help setup kernels kernels-check wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan gpu-bundle \
+	gpu-rehearsal gpu-report $(GPU_STAGES)
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
@@ -36,9 +37,12 @@ help:
 	@echo "make second-model  fetch Gemma 3 270M (Gemma terms; never part of setup or test) and measure pruning on it (hours)"
 	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (8 GB, 20 minutes)"
 	@echo "make report     every table and plot again, from the committed results"
-	@echo "make gpu        on a GPU machine: build, test, tune, time and report, in 24 minutes; run it again to go on"
+	@echo "make gpu        on an H100 or H200: is the kernel right, and how fast? 210 s; run it again to go on (docs/gpu.md)"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"
-	@echo "make gpu-build | -test | -tune | -pruning | -kernels | -serving | -cutlass | gpu-report   one stage, under 9 minutes"
+	@echo "make gpu-bundle what a GPU machine without network needs, into .gpu/ (needs nvcc; two minutes)"
+	@echo "make gpu-rehearsal  make gpu without a GPU: time limits and faults, with the emulated kernel (ten minutes)"
+	@echo "make gpu-first | -speed | -test | -counters | -tune | -stack | -serving   one stage, under 9 minutes; also"
+	@echo "    gpu-build, gpu-tests (all), gpu-kernels (all rows), gpu-pruning, gpu-cutlass; gpu-report makes the tables"
 
 setup: $(VENV)/.ready $(ASSETS)/.ready $(TORCHVISION)/.ready
 
@@ -135,16 +139,23 @@ report: $(VENV)/.ready
 	test ! -f benchmarks/results/gpu/kernels.json || $(GPU_PY) benchmarks/kernel_spense_linear.py --report
 
 gpu:
-	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET)
+	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET) --out $(GPU_OUT)
 
 $(GPU_STAGES):
-	$(GPU_PY) benchmarks/gpu.py $(@:gpu-%=%) --budget $(GPU_STAGE_BUDGET)
+	$(GPU_PY) benchmarks/gpu.py $(@:gpu-%=%) --budget $(GPU_STAGE_BUDGET) --out $(GPU_OUT)
 
 gpu-plan:
 	$(GPU_PY) benchmarks/gpu.py --plan
 
+gpu-bundle: $(VENV)/.ready
+	$(PY) benchmarks/gpu_bundle.py
+
+gpu-rehearsal: $(VENV)/.ready
+	$(PY) benchmarks/gpu_rehearsal.py
+
 gpu-report:
 	$(GPU_PY) benchmarks/kernel_spense_linear.py --report
+	test ! -f benchmarks/results/gpu/serving_decode.json || $(GPU_PY) benchmarks/serving_report.py
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

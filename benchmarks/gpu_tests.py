@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ LINEAR, TRITON = "tests/gpu/test_spense_linear.py", "tests/gpu/test_triton_linea
 SILU_MUL, PRUNING = "tests/gpu/test_linear_silu_mul.py", "tests/gpu/test_pruning.py"
 CONTEXT_LOST = 86  # tests/gpu/conftest.py
 RESTARTS = 4
+STARTING = 45.0
+"""Seconds until the first test: several processes import torch at once."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +40,35 @@ class Group:
     after: tuple[str, ...] = ()
     file: str = LINEAR
     limit: float = 120.0
-    silent: float = 45.0
-    """Seconds without a word after which it hangs: importing torch takes 10, most tests less than one."""
+    silent: float = 15.0
+    """Seconds without a word after which it hangs, from its first test on: most take less than one."""
     sanitizer: str = ""
+    core: bool = False
+    """Decides what may be timed: run first, in every call."""
+    thin: bool = False
+    """One case per configuration is enough for the core."""
 
 
 BOTH_SPLITS = ("output_split", "input_split")
 GROUPS = (
-    Group("sparse_tile", ("test_the_library_matches_this_checkout", "test_sparse_tile")),
-    Group("dense_tile", ("test_dense_tile",), after=("sparse_tile",)),
-    Group("output_split", ("test_output_split",), needs=("sparse_tile", "dense_tile")),
-    Group("input_split", ("test_input_split",), needs=("sparse_tile", "dense_tile")),
-    Group("split_k", ("test_split_k",), needs=("sparse_tile",)),
-    Group("multicast", ("test_multicast",), after=("sparse_tile",)),
-    Group("fused_shards", ("test_fused_shards",), needs=("output_split",)),
-    Group("many_tiles", ("test_many_tiles",), needs=BOTH_SPLITS),
-    Group("ragged", ("test_ragged",), needs=BOTH_SPLITS, limit=180),
-    Group("dtypes", ("test_bias_and_output_dtypes",), needs=BOTH_SPLITS),
+    Group("sparse_tile", ("test_the_library_matches_this_checkout", "test_sparse_tile"), core=True),
+    Group("dense_tile", ("test_dense_tile",), after=("sparse_tile",), core=True),
+    Group("output_split", ("test_output_split",), needs=("sparse_tile", "dense_tile"), core=True),
+    Group("input_split", ("test_input_split",), needs=("sparse_tile", "dense_tile"), core=True),
+    Group("split_k", ("test_split_k",), needs=("sparse_tile",), core=True),
+    Group("multicast", ("test_multicast",), after=("sparse_tile",), core=True),
+    Group("fused_shards", ("test_fused_shards",), needs=("output_split",), core=True, thin=True),
+    Group("many_tiles", ("test_many_tiles",), needs=BOTH_SPLITS, core=True, thin=True),
+    Group("ragged", ("test_ragged",), needs=BOTH_SPLITS, limit=180, core=True, thin=True),
+    Group("dtypes", ("test_bias_and_output_dtypes",), needs=BOTH_SPLITS, core=True, thin=True),
     Group("memory", ("test_nothing_else_is_written",), needs=BOTH_SPLITS),
-    Group("repeats", ("test_repeated_runs_give_the_same_bits",), needs=BOTH_SPLITS),
-    Group("graphs", ("test_graph_replay", "test_side_stream"), needs=BOTH_SPLITS),
+    Group("repeats", ("test_repeated_runs_give_the_same_bits",), needs=BOTH_SPLITS, core=True),
+    Group("graphs", ("test_graph_replay", "test_side_stream"), needs=BOTH_SPLITS, core=True),
     Group(
         "overlap",
         ("test_chain_in_a_graph", "test_back_to_back_calls_into_one_output"),
         needs=BOTH_SPLITS,
+        core=True,
     ),
     Group("accuracy", ("test_no_less_accurate_than_a_dense_fp8_product",), needs=BOTH_SPLITS),
     Group(
@@ -130,12 +139,29 @@ def needed(spec: LinearSpec, config: KernelConfig) -> list[str]:
     return groups + (["fused_shards"] if len(spec.sparse_sizes) > 1 else [])
 
 
+def config_of(name: str) -> KernelConfig:
+    """The configuration that a label names."""
+    kernel, tile, cluster = name.split("-")
+    rows, tokens = map(int, tile.split("x"))
+    return KernelConfig(kernel, rows, tokens, int(cluster[1:]), cluster[0] == "m")  # type: ignore[arg-type]
+
+
+def first_light_entry(verdict: dict[str, Any]) -> dict[str, Any]:
+    """What first light found, as a group of tests of its own; empty if it has not run."""
+    if not verdict:
+        return {}
+    banned = verdict["banned"]
+    entry = {"state": verdict["state"], "broke": sorted(banned), "why": banned, "reason": verdict["reason"]}
+    return {"first_light": entry | {"seconds": verdict["seconds"]}}
+
+
 def blocked(tests: dict[str, Any], spec: LinearSpec, config: KernelConfig) -> str | None:
     """Why this configuration must not be timed on this layer after these tests, in a few words."""
     name = label(config)
     for group, entry in tests.items():
         if name in entry.get("broke", ()):
-            return f"broke the device or hung in group {group}"
+            why = entry.get("why", {}).get(name)
+            return f"first light: {why}" if why else f"broke the device or hung in group {group}"
     for group in needed(spec, config):
         entry = tests.get(group, {})
         if entry.get("state") in ("failed", "skipped"):
@@ -161,13 +187,22 @@ def run_groups(
     say: Callable[[str], None] = print,
     jobs: int = 4,
     run: Callable[..., dict[str, Any]] | None = None,
+    thin: bool = False,
+    banned: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the groups that ``done`` lacks, the first one alone; entries by name, saved as they come.
 
     Several processes share the device: right results do not depend on that, and it is half the time.
+    ``thin``: one case per configuration in the groups for which that will do; configurations whose labels are
+    ``banned`` are left out.
     """
     run = run or run_group
-    entries = {name: entry for name, entry in done.items() if entry.get("state") in ("passed", "clean")}
+    run = partial(run, thin=thin, banned=banned)
+    entries = {
+        name: entry
+        for name, entry in done.items()
+        if entry.get("state") in ("passed", "clean") and (thin or not entry.get("thin"))
+    }
     waiting = [group for group in groups if group.name not in entries]
     running: dict[Future, Group] = {}
     known = {group.name for group in waiting} | set(entries)
@@ -217,13 +252,21 @@ def verdict_line(name: str, entry: dict[str, Any]) -> str:
     return f"{state} {name}: {counts}{error}{reason} [{seconds:.0f} s]"
 
 
-def run_group(group: Group, *, left: Callable[[], float], say: Callable[[str], None]) -> dict[str, Any]:
+def run_group(
+    group: Group,
+    *,
+    left: Callable[[], float],
+    say: Callable[[str], None],
+    thin: bool = False,
+    banned: Sequence[str] = (),
+) -> dict[str, Any]:
     """Run one group; after a hang or a crash go on behind the test that did it, without its configuration."""
     if group.sanitizer:
         return run_sanitizer(group, left=left, say=say)
-    start = time.monotonic()
+    start, thin = time.monotonic(), thin and group.thin
     ends: dict[str, dict[str, Any]] = {}
     broke: list[dict[str, Any]] = []
+    left_out = [dataclasses.asdict(config_of(name)) for name in banned]
     reason, shown = "", [0]
     with tempfile.TemporaryDirectory() as folder:
         for attempt in range(RESTARTS):
@@ -233,10 +276,9 @@ def run_group(group: Group, *, left: Callable[[], float], say: Callable[[str], N
                 break
             report = Path(folder) / f"report{attempt}.jsonl"
             skip = Path(folder) / "skip.json"
-            skip.write_text(
-                json.dumps({"tests": list(ends), "configs": [e["config"] for e in broke if e["config"]]})
-            )
-            ended = run_pytest(group, report, skip, limit)
+            configs = [*left_out, *(e["config"] for e in broke if e["config"])]
+            skip.write_text(json.dumps({"tests": list(ends), "configs": configs}))
+            ended = run_pytest(group, report, skip, limit, thin=thin)
             culprit = read_report(report, ends)
             for test, entry in ends.items():
                 if entry["outcome"] == "failed" and not entry.get("shown"):
@@ -254,7 +296,8 @@ def run_group(group: Group, *, left: Callable[[], float], say: Callable[[str], N
             ends[culprit["test"]]["message"] = "\n".join(filter(None, (previous.get("message"), message)))
             broke.append(culprit)
             show_failure(group, culprit["test"], message, shown, say)
-    return summary(ends, broke, reason, time.monotonic() - start)
+    entry = summary(ends, broke, reason, time.monotonic() - start)
+    return entry | ({"thin": True} if thin else {})
 
 
 def show_failure(
@@ -266,10 +309,18 @@ def show_failure(
         say(f"FAIL {group.name} {test.split('::')[-1]}\n    " + message.strip().replace("\n", "\n    "))
 
 
-def run_pytest(group: Group, report: Path, skip: Path, limit: float, prefix: tuple[str, ...] = ()) -> Ended:
+def run_pytest(
+    group: Group,
+    report: Path,
+    skip: Path,
+    limit: float,
+    prefix: tuple[str, ...] = (),
+    thin: bool = False,
+) -> Ended:
     environment = {
         "SPENSE_TEST_REPORT": str(report),
         "SPENSE_SKIP_TESTS": str(skip),
+        "SPENSE_THIN_TESTS": str(int(thin)),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -280,7 +331,7 @@ def run_pytest(group: Group, report: Path, skip: Path, limit: float, prefix: tup
     return supervise(
         [*prefix, sys.executable, "-m", "pytest", *options, *tests],
         limit=limit,
-        idle=None if prefix else group.silent,
+        idle=None if prefix else lambda: group.silent if report.is_file() else max(STARTING, group.silent),
         env=environment,
         cwd=ROOT,
         on_line=lambda line: None,

@@ -16,6 +16,9 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
 DECODE = 64
 RATIOS = (0.5, 0.25, 0.0)
 
+ASKED = (KernelConfig("sm90", 128, 256, 2, True), KernelConfig("sm90", 128, 128, 2, True))
+"""Timed in every row of prefill."""
+
 FP8_PEAK = {"H200": 1979e12, "H100": 1979e12, "GH200": 1979e12, "B200": 4500e12}
 """Dense FP8 operations/s by data sheet, by a part of the device's name; 2:4 counts as half the operations."""
 
@@ -102,9 +105,34 @@ def _priority(row: Row) -> tuple:
     return rank, *order, row.tokens
 
 
-def layer_specs() -> Iterator[LinearSpec]:
-    """Every layer once, in the order of :func:`rows`."""
-    yield from dict.fromkeys(row.spec for row in rows())
+def core_rows() -> list[Row]:
+    """The rows that decide, most wanted first: decode of the MLP of Qwen3-32B, then whether 2:4 speeds up
+    prefill at all (gate_up all 2:4, all dense and half), then down and dense ratio 0.25."""
+
+    def some(layers: tuple[str, ...], ratios: tuple[float, ...], tokens: tuple[int, ...]) -> list[Row]:
+        model = MODELS[0]
+        return [
+            Row(model.name, layer, ratio, count, layer_spec(model, layer, ratio))
+            for layer in layers
+            for ratio in ratios
+            for count in tokens
+        ]
+
+    mlp, decode, prefill = ("gate_up", "down"), (1, 16, 32, 64), (2048, 8192)
+    return [
+        *some(mlp, (0.5,), decode),
+        *some(("gate_up",), (0.0, 1.0, 0.5), prefill),
+        *some(("down",), (0.5,), prefill),
+        *some(mlp, (0.25,), decode + prefill),
+    ]
+
+
+def layer_specs(core: bool = False) -> Iterator[LinearSpec]:
+    """Every layer once, in the order of :func:`rows`; ``core``: the MLP of the first model, pruned."""
+    found = (row for row in rows() if row.tokens == 1)
+    if core:
+        found = (r for r in core_rows() if r.tokens == 1 and 0 < r.ratio < 1)
+    yield from dict.fromkeys(row.spec for row in found)
 
 
 def configs(
@@ -115,12 +143,14 @@ def configs(
     all_up_to: int = 128,
     best: int = 3,
 ) -> list[KernelConfig]:
-    """Configurations worth timing: all for few tokens, else those with the lowest estimate."""
+    """Configurations worth timing: all for few tokens, else those with the lowest estimate, and two that show
+    what 2:4 brings where x comes from shared memory."""
     legal = candidates(row.spec, row.tokens, capability, cutlass)
     if row.tokens <= all_up_to:
         return legal
     ordered = sorted(legal, key=lambda c: (estimate(row.spec, row.tokens, c, processors), c))
-    others = [c for c in ordered[best:] if c.kernel != "sm90"]  # the estimate does not know them well
+    # The estimate does not know CUTLASS well.
+    others = [c for c in ordered[best:] if c.kernel != "sm90" or (c in ASKED and row.tokens >= 2048)]
     return ordered[:best] + others
 
 

@@ -1,6 +1,6 @@
 """How fast are the Spense kernels on this GPU, beside dense FP8 and beside the other ways to run 2:4?
 
-usage: python benchmarks/kernel_spense_linear.py [--budget SECONDS] [--only TEXT …] [--dry-run | --report]
+usage: python benchmarks/kernel_spense_linear.py [--core] [--budget S] [--only TEXT …] [--dry-run | --report]
 
 Times linear layers of four models, most wanted first, and writes one row of JSON per layer, dense ratio and
 number of tokens: ours (every legal configuration, or the likeliest for many tokens), torch's and vLLM's dense
@@ -8,6 +8,8 @@ FP8 products, the paper's way (cuSPARSELt and a dense product), 6:8 by cuSPARSEL
 copy bandwidth of this device. Weights are read from memory, not from L2: copies take turns. The median of
 CUDA graph replays counts. Whatever does not run leaves its error in its row.
 
+`--core` takes the rows that decide: decode of gate_up and down, then what 2:4 brings to prefill (2:4 alone
+against dense alone, in the two tiles that ask for it), beside torch's dense product only.
 Finished rows are kept: run it again to go on, `--fresh` to start over. `--report` makes tables, plot and the
 README's lines from the JSON and needs no GPU. `--dry-run` neither: it lists the plan with predicted times.
 """
@@ -17,13 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,161 +34,34 @@ import torch
 
 from benchmarks import kernel_shapes as shapes
 from benchmarks.gpu_tests import blocked, untested
-from benchmarks.kernel_baselines import BASELINES, DENSE, copy_bandwidth
+from benchmarks.kernel_baselines import BASELINES, DENSE
 from benchmarks.kernel_shapes import Device, Row
+from benchmarks.kernel_worker import CONTEXT_LOST, EVENT
 from benchmarks.results_file import RESULTS, ClockLog, kernel_sources, provenance, read, write
 from benchmarks.supervise import Ended, supervise
-from vllm_spense.ops import LinearSpec, cuda_linear, extension
-from vllm_spense.ops.kernel_config import KernelConfig, estimate, label
-from vllm_spense.ops.linear import reference_linear
-from vllm_spense.ops.measure import TimedLayer, time_graph
+from vllm_spense.ops import extension
+from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
 from vllm_spense.ops.tuning import read_table, shape_of, table_path
 
-EVENT = "@@ "
 SILENT = 75.0
-"""Seconds without an event after which a measurement hangs: the library's own search takes some."""
-WRONG = 1e-2
-CHECKED_TOKENS = 64
-CONTEXT_LOST = 86
+"""Seconds without an event after which it hangs: libraries take some to start and to search."""
+OURS_SILENT = 15.0
+"""The same while one of our own kernels is checked and timed."""
+CORE_BASELINES = ("scaled_mm",)
+FACTS = ("device", "kernels", "command", "commit", "date", "versions")
+"""Fields of a row that say where it comes from."""
 Parts = dict[str, KernelConfig | None]
 """What is measured for a row, by name; a configuration for ours, None for a baseline."""
 
 
-def parts_of(row: Row, device: Device, tuned: dict[tuple, KernelConfig]) -> Parts:
+def parts_of(
+    row: Row, device: Device, tuned: dict[tuple, KernelConfig], baselines: Sequence[str] = tuple(BASELINES)
+) -> Parts:
     chosen = shapes.configs(row, device.capability, device.processors, device.cutlass)
     extra = tuned.get((shape_of(row.spec), row.tokens))
     if extra and extra not in chosen:
         chosen.append(extra)
-    return {f"ours:{label(config)}": config for config in chosen} | dict.fromkeys(BASELINES)
-
-
-# --- the process that measures ------------------------------------------------------------------------------
-
-
-class Bench:
-    """Measures parts of rows on the device; keeps the weights of one layer at a time."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._layer: TimedLayer | None = None
-        self._wanted: tuple[tuple[LinearSpec, int], torch.Tensor] | None = None
-        self._slide: dict[tuple[LinearSpec, int], dict[str, Any]] = {}
-
-    def measure(
-        self, spec: LinearSpec, tokens: int, name: str, config: KernelConfig | None
-    ) -> dict[str, Any]:
-        if config is not None:
-            return self.ours(spec, tokens, config)
-        dense = dataclasses.replace(spec, sparse_sizes=(0,), dense_sizes=(0,))
-        if name == "slide_sparse" and (dense, tokens) in self._slide:  # does not depend on the ratio
-            return self._slide[dense, tokens]
-        baseline = BASELINES[name](spec, tokens, self.device)
-        us, how = time_calls(baseline.calls, shapes.dense_work(spec, tokens))
-        result = {"us": us, "note": "; ".join(filter(None, (baseline.note, how)))} | baseline.details
-        if name == "slide_sparse":
-            self._slide[dense, tokens] = result
-        return result
-
-    def ours(self, spec: LinearSpec, tokens: int, config: KernelConfig) -> dict[str, Any]:
-        layer = self.layer(spec)
-        error = self.relative_error(layer, tokens, config)
-        if not error <= WRONG:
-            return {"error": f"wrong result: relative error {error:.2e}"}
-        calls, work = layer.calls(config, tokens), shapes.spense_work(spec, tokens)
-        # The calls of a graph stand back to back: overlapping, each fetches weights while the one before
-        # computes. No baseline does, and in a model the kernel in front is another one.
-        alone = [partial(call, overlap=False) for call in calls]  # type: ignore[call-arg]
-        us, how = time_calls(alone, work)
-        overlapped, _ = time_calls(calls, work)
-        result = {"us": us, "us_overlapped": overlapped, "relative_error": error}
-        return result | ({"note": how} if how else {})
-
-    def layer(self, spec: LinearSpec) -> TimedLayer:
-        if self._layer is None or self._layer.spec != spec:
-            self._layer = None
-            torch.cuda.empty_cache()
-            self._layer = TimedLayer.make(spec, self.device)
-            torch.cuda.synchronize()
-        return self._layer
-
-    def relative_error(self, layer: TimedLayer, tokens: int, config: KernelConfig) -> float:
-        """Against the definition, for some of the tokens: a fast wrong kernel must not make a row."""
-        spec, tensors = layer.spec, layer.copies[0]
-        xq, xs = layer.inputs(tokens, seed=1)
-        names = ("sparse_values", "sparse_meta", "weight_packed", "weight_scale")
-        sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output")
-        weights: list[Any] = [*(tensors[name] for name in names), None, *sizes]
-        y = torch.full((tokens, spec.out_features), float("nan"), dtype=torch.bfloat16, device=self.device)
-        arguments: list[Any] = [config, xq, xs, *weights, y]
-        cuda_linear.run(*arguments)
-        some = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS), device=self.device).long()
-        if self._wanted is None or self._wanted[0] != (spec, tokens):
-            arguments = [xq.view(torch.uint8)[some].view(xq.dtype), xs[some], *weights, torch.float32]
-            self._wanted = (spec, tokens), reference_linear(*arguments)
-        want = self._wanted[1]
-        return ((y[some].float() - want).norm() / want.norm()).item()
-
-
-def time_calls(calls: Sequence[Callable[[], object]], work: shapes.Work) -> tuple[float, str]:
-    """Median µs of a call and, if they could not be captured in a CUDA graph, a remark on that."""
-    expected = max(work.bytes / 4e12, work.operations / 1.2e15) * len(calls)
-    repeats = int(min(max(0.1 / expected, 5), 30))
-    try:
-        return round(time_graph(calls, repeats), 3), ""
-    except RuntimeError as error:
-        if "captur" not in str(error):
-            raise
-        torch.cuda.synchronize()
-        return round(time_loop(calls, repeats), 3), f"timed without a graph: {_short(error)}"
-
-
-def time_loop(calls: Sequence[Callable[[], object]], repeats: int) -> float:
-    """Median µs of a call from events around the whole sequence: launch gaps included."""
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
-
-
-def work_off(jobs: Path) -> None:
-    """The measuring process: one event per line when a part begins and when it has ended."""
-    emit("ready", bandwidth=copy_bandwidth(torch.device("cuda")))
-    bench = Bench()
-    for job in json.loads(jobs.read_text()):
-        spec = LinearSpec(
-            *(job["split"], job["out_features"], job["in_features"]),
-            *(tuple(job["sparse_sizes"]), tuple(job["dense_sizes"]), torch.float8_e4m3fn),
-        )
-        emit("row", key=job["key"])
-        for name, fields in job["parts"].items():
-            emit("begin", key=job["key"], part=name)
-            try:
-                config = KernelConfig(**fields) if fields else None
-                result = bench.measure(spec, job["tokens"], name, config)
-            except Exception as error:
-                result = {"error": _short(error)}
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                emit("end", key=job["key"], part=name, result={"error": _short(error)}, lost=True)
-                os._exit(CONTEXT_LOST)
-            emit("end", key=job["key"], part=name, result=result)
-        torch.cuda.empty_cache()
-        emit("done", key=job["key"])
-
-
-def emit(event: str, **fields: Any) -> None:
-    print(EVENT + json.dumps({"event": event} | fields), flush=True)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    return {f"ours:{label(config)}": config for config in chosen} | dict.fromkeys(baselines)
 
 
 # --- the process that plans, watches and writes -------------------------------------------------------------
@@ -276,8 +149,9 @@ def measure_rows(
     budget: float,
     save: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = print,
-    command: Sequence[str] = (sys.executable, str(Path(__file__).resolve()), "--worker"),
+    command: Sequence[str] = (sys.executable, str(Path(__file__).with_name("kernel_worker.py"))),
     silent: float = SILENT,
+    ours_silent: float = OURS_SILENT,
     deaths: int = 12,
 ) -> str:
     """Measure all rows of the recorder within ``budget`` seconds; ``save`` gets each as it is complete.
@@ -285,6 +159,10 @@ def measure_rows(
     A process that hangs or dies is replaced, and goes on behind the part that did it. Returns how it ended.
     """
     end = time.monotonic() + budget
+
+    def idle() -> float:
+        ours = recorder.current is not None and recorder.current[1].startswith("ours:")
+        return min(silent, ours_silent) if ours else silent
 
     def on_line(line: str) -> None:
         if not line.startswith(EVENT):
@@ -306,9 +184,7 @@ def measure_rows(
             if end - time.monotonic() < 3:
                 return f"the {budget:.0f} s are over, {len(jobs)} rows are left"
             path.write_text(json.dumps(jobs))
-            ended = supervise(
-                [*command, str(path)], limit=end - time.monotonic(), idle=silent, on_line=on_line
-            )
+            ended = supervise([*command, str(path)], limit=end - time.monotonic(), idle=idle, on_line=on_line)
             if ended.ok:
                 continue
             if "over its limit" in ended.reason:
@@ -374,6 +250,32 @@ def describe_row(
     return entry | {name: value for name, value in facts.items() if name != "untested"}
 
 
+def recheck(path: Path, tests: dict[str, Any]) -> str:
+    """Take times of configurations that a test has failed since out of the file; what was done, in a line."""
+    content, known = read(path), {row.key: row for row in (*shapes.rows(), *shapes.core_rows())}
+    removed, sources = [], kernel_sources()
+    for i, entry in enumerate(content.get("rows", [])):
+        row = known.get(entry["key"])
+        if row is None or entry.get("kernels") != sources:
+            continue
+        ours = dict(entry["ours"])
+        configs = {label(config): config for config in candidates(row.spec, row.tokens, (9, 0), True)}
+        for name in ours:
+            config = configs.get(name)
+            if config and "us" in ours[name] and (reason := blocked(tests, row.spec, config)):
+                ours[name] = {"error": f"timed, then found wrong: {reason}"}
+                removed.append(f"{entry['key']} {name}")
+        doubtful = [n for n in ours if n in configs and untested(tests, row.spec, configs[n])]
+        results = {f"ours:{name}": result for name, result in ours.items()} | entry["baselines"]
+        facts = {name: entry[name] for name in FACTS if name in entry} | {"untested": {row.key: doubtful}}
+        clocks = {name: value for name, value in entry.items() if "clocks" in name or name == "lowest_sm_mhz"}
+        again = describe_row(row, results, entry["copy_tbps"] * 1e12, facts) | clocks
+        content["rows"][i] = again
+    if content:
+        write(path, content)
+    return f"rows checked against the tests: {', '.join(removed) or 'no time'} taken out"
+
+
 def line_of(entry: dict[str, Any]) -> str:
     """A row for the terminal."""
     bad = [name for part in ("ours", "baselines") for name, r in entry[part].items() if "error" in r]
@@ -422,8 +324,9 @@ def dry_run(rows: Sequence[Row], device: Device) -> None:
     print(f"{len(rows)} rows, {total / 1e6:.2f} s for one call of each; every row has a legal configuration")
 
 
-def select(only: Sequence[str] | None) -> list[Row]:
-    rows = [row for row in shapes.rows() if not only or any(text in row.key for text in only)]
+def select(only: Sequence[str] | None, core: bool = False) -> list[Row]:
+    every = shapes.core_rows() if core else shapes.rows()
+    rows = [row for row in every if not only or any(text in row.key for text in only)]
     if not rows:
         raise SystemExit(f"no row contains any of {only}; a key is like {shapes.rows()[0].key}")
     return rows
@@ -436,20 +339,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--tests", type=Path, help="outcome of the GPU tests (default: beside the results)")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--core", action="store_true", help="the rows that decide, beside torch only")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose key contains one of these")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        return work_off(arguments.worker)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the measuring process on the way out
     if arguments.report:
         from benchmarks.kernel_report import report
 
         return report(arguments.results)
-    rows, device = select(arguments.only), Device.here()
+    rows, device = select(arguments.only, arguments.core), Device.here()
     if arguments.dry_run:
         return dry_run(rows, device)
     if not torch.cuda.is_available():
@@ -463,10 +364,13 @@ def main() -> None:
     plan: dict[str, tuple[Row, Parts]] = {}
     skipped: dict[tuple[str, str], str] = {}
     doubtful: dict[str, list[str]] = {}
+    baselines, vllm = tuple(BASELINES), bool(find_spec("vllm"))
+    if arguments.core:
+        baselines, vllm = CORE_BASELINES, False
     for row in rows:
-        parts = parts_of(row, device, tuned)
+        parts = parts_of(row, device, tuned, baselines)
         entry = stored.get((device.name, row.key), {})
-        if not arguments.fresh and finished(entry, parts, sources, vllm=bool(find_spec("vllm"))):
+        if not arguments.fresh and finished(entry, parts, sources, vllm=vllm):
             continue
         plan[row.key] = row, parts
         for name, config in parts.items():

@@ -41,7 +41,7 @@ def supervise(
     command: Sequence[str],
     *,
     limit: float,
-    idle: float | None = None,
+    idle: float | Callable[[], float] | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], None] = print,
@@ -49,7 +49,8 @@ def supervise(
     """Run a child in its own process group; every line of its output goes to ``on_line``.
 
     Ended with all its own children after ``limit`` seconds, or once it has printed nothing for ``idle``
-    seconds. A process that survives SIGKILL (stuck in a driver) is left behind after 20 s.
+    seconds (a number, or a function that is asked for it). A process that survives SIGKILL (stuck in a
+    driver) is left behind after 20 s.
     """
     start = time.monotonic()
     child = subprocess.Popen(
@@ -72,8 +73,9 @@ def supervise(
             if now - start > limit:
                 reason = f"killed: over its limit of {limit:.0f} s"
                 break
-            if idle is not None and now - heard > idle:
-                reason = f"killed: silent for {idle:.0f} s"
+            patience = idle() if callable(idle) else idle
+            if patience is not None and now - heard > patience:
+                reason = f"killed: silent for {patience:.0f} s"
                 break
             try:
                 chunk = chunks.get(timeout=0.2)

@@ -1,11 +1,10 @@
-"""The GPU runner and the kernel benchmark without a GPU: plans, limits, resuming, diagnosis, reports."""
+"""The GPU tests and the kernel benchmark without a GPU: plans, limits, resuming, diagnosis, reports."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -20,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.diagnosis import probe_columns, wrong
 
-from benchmarks import gpu, gpu_tests, kernel_shapes, kernel_spense_linear, results_file
+from benchmarks import gpu_tests, kernel_shapes, kernel_spense_linear, results_file
 from benchmarks.gpu_tests import GROUPS, Group, blocked, run_group, run_groups, untested
 from benchmarks.kernel_report import report
 from benchmarks.kernel_shapes import MODELS, Row, layer_spec
 from benchmarks.kernel_spense_linear import Device, Parts, Recorder, finished, measure_rows, parts_of
 from benchmarks.results_file import ROOT
-from benchmarks.supervise import Ended, supervise
+from benchmarks.supervise import supervise
 from benchmarks.tune_layers import missing
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
 
@@ -508,116 +507,7 @@ def test_report_leaves_a_readme_without_markers_alone(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "nothing to fill in\n"
 
 
-# --- the runner ---------------------------------------------------------------------------------------------
-
-
-def test_plan_says_what_to_bring_and_needs_no_gpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--plan", "--results", str(tmp_path)])
-    assert gpu.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("to bring: ")
-    assert re.search(r"_C\.abi3\.so", lines[0])
-    titles = [line.split(":")[0] for line in lines]
-    assert [title for title in titles if title in gpu.STAGES] == list(gpu.STAGES[:-1])
-    assert sum(line.startswith("Qwen3-32B/") for line in lines) == 144
-    assert sum("every row has a legal configuration" in line for line in lines) == 1
-    assert sum(line.startswith("Qwen3-32B, dense ratio") for line in lines) == 2
-
-
-def test_without_a_gpu_nothing_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "test", "--results", str(tmp_path)])
-    assert gpu.main() == 2
-    assert "no CUDA device" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("vllm", [True, False])
-def test_stages_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm: bool) -> None:
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: vllm or None)
-    run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
-    assert run.limit("build") == gpu.LONGEST["build"]
-    assert run.limit("tune") == pytest.approx(0.25 * 592, abs=2)
-    assert run.limit("pruning") == pytest.approx(0.3 * 592, abs=2)
-    assert run.limit("kernels") == pytest.approx(592 / 2 if vllm else 592, abs=2)
-    assert run.limit("serving") == pytest.approx(592, abs=2)
-    assert gpu.Run(tmp_path, 5, False, 1, []).left() < 0
-
-
-def test_the_pruner_is_timed_once_per_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-
-    def pretend_child(command: list[str], **_: Any) -> Ended:
-        commands.append(command)
-        return Ended(0, "" if len(commands) > 1 else "exit code 1", 1.0, "")
-
-    monkeypatch.setattr(gpu, "supervise", pretend_child)
-    run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
-    assert not gpu.stage_pruning(run), "a failure is not kept"
-    assert gpu.stage_pruning(run)
-    assert gpu.stage_pruning(run)
-    assert len(commands) == 2
-    budget = float(commands[0][commands[0].index("--budget") + 1])
-    assert budget == pytest.approx(run.limit("pruning") - 20, abs=2), "it ends before it is ended"
-    monkeypatch.setattr(gpu, "pruner_sources", lambda: "other")
-    assert gpu.stage_pruning(run)
-    assert len(commands) == 3
-
-
-@pytest.mark.parametrize("measured", [False, True])
-def test_serving_ends_with_its_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
-) -> None:
-    commands: list[list[str]] = []
-    monkeypatch.setattr(gpu, "supervise", lambda c, **_: commands.append(c) or Ended(0, "", 1.0, ""))
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
-    run = gpu.Run(tmp_path, 600, fresh=False, jobs=1, only=[])
-    if measured:
-        results_file.write(run.path("serving_decode"), {"pairs": {"Qwen3-32B/0.5": {}}})
-    gpu.stage_serving(run)
-    report = [sys.executable, "benchmarks/serving_report.py", "--results", str(run.path("serving_decode"))]
-    assert commands[1:] == ([report] if measured else [])
-
-
-def test_another_results_directory_starts_from_what_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "known")
-    results_file.write(tmp_path / "known" / "test.json", {"state": "done"})
-    run = gpu.Run(tmp_path / "other", 100, fresh=False, jobs=1, only=[])
-    run.seed()
-    assert run.state("test") == {"state": "done"}
-    run.save("test", "partial", time.monotonic(), groups={})
-    run.seed()
-    assert run.state("test")["state"] == "partial", "what is there is not overwritten"
-    assert gpu.Run(tmp_path / "other", 100, fresh=True, jobs=1, only=[]).state("test") == {}
-
-
-def test_a_carried_library_is_accepted_by_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = tmp_path / "_C.abi3.so"
-    library.write_bytes(b"not a library")
-    monkeypatch.setattr(gpu, "LIBRARY", library)
-    record = {"library": gpu.library_digest(), "kernels": results_file.kernel_sources()}
-    os.utime(library, (1, 1))
-    assert gpu.library_fits(record) is not None
-    other = record | {"kernels": "other"}
-    assert gpu.library_fits(other) is None
-    assert gpu.library_fits({}) is None, "older than the sources, and nothing vouches for it"
-    os.utime(library, (time.time() + 100, time.time() + 100))
-    assert "newer" in (gpu.library_fits({}) or "")
-    assert gpu.library_fits(other) is None, "known to be made from other sources"
-    assert gpu.library_fits({"library": gpu.library_digest(), "trap": True}) is None
-
-
-def test_headers_are_found_where_cutlass_home_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "include" / "cutlass").mkdir(parents=True)
-    (tmp_path / "include" / "cutlass" / "cutlass.h").touch()
-    monkeypatch.setenv("CUTLASS_HOME", str(tmp_path))
-    assert gpu.cutlass_headers() == tmp_path / "include"
+# --- fingerprints and diagnosis ----------------------------------------------------------------------------
 
 
 def test_fingerprints_follow_contents(tmp_path: Path) -> None:
@@ -628,9 +518,6 @@ def test_fingerprints_follow_contents(tmp_path: Path) -> None:
     (tmp_path / "a.cu").write_text("1")
     (tmp_path / "notes.txt").write_text("does not count")
     assert results_file.fingerprint([tmp_path]) == before
-
-
-# --- diagnosis ----------------------------------------------------------------------------------------------
 
 
 def test_the_metric_sees_small_faults() -> None:

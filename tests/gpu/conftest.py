@@ -5,6 +5,7 @@ that mistakes in the tests show without a GPU; ``=skip-column`` gives it a wrong
 kills the process in some configurations.
 ``SPENSE_TEST_REPORT``: a file that gets one line of JSON when a test starts and when it ends.
 ``SPENSE_SKIP_TESTS``: a JSON file of what to leave out, ``{"tests": [ids], "configs": [fields]}``.
+``SPENSE_THIN_TESTS=1``: of each test function one case per configuration, the first.
 """
 
 from __future__ import annotations
@@ -87,12 +88,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     listed = Path(os.environ.get("SPENSE_SKIP_TESTS") or os.devnull)
     left_out = json.loads(listed.read_text() or "{}")
 
-    def unwanted(item: pytest.Item) -> bool:
-        return item.nodeid in left_out["tests"] or _config_of(item) in left_out["configs"]
+    thin, seen = os.environ.get("SPENSE_THIN_TESTS") == "1", set()
 
-    if left_out:
-        config.hook.pytest_deselected(items=[item for item in items if unwanted(item)])
-        items[:] = [item for item in items if not unwanted(item)]
+    def wanted(item: pytest.Item) -> bool:
+        fields = _config_of(item)
+        if thin and fields:
+            key = getattr(item, "originalname", item.name), *fields.values()
+            if key in seen:
+                return False
+            seen.add(key)
+        tests, configs = left_out.get("tests", ()), left_out.get("configs", ())
+        return item.nodeid not in tests and fields not in configs
+
+    kept = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 def _config_of(item: pytest.Item) -> dict | None:

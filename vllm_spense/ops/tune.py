@@ -33,8 +33,8 @@ def tune(
 ) -> Path:
     """Time all configurations of each layer and bucket, best first in the table; returns the table's path.
 
-    The file is rewritten after every layer; shapes and buckets that are not measured now keep their entries.
-    Stops before the next layer once ``budget`` seconds are gone; leaves out what ``skip`` names.
+    The file is rewritten after every bucket; shapes and buckets that are not measured now keep their entries.
+    Stops before the next bucket once ``budget`` seconds are gone; leaves out what ``skip`` names.
     ``RuntimeError`` without GPU or extension.
     """
     if not torch.cuda.is_available():
@@ -46,14 +46,10 @@ def tune(
     path, start = table_path(name, directory), time.monotonic()
     tokens = sorted(tokens)
     read_table(path)  # what is no table is not replaced, and found before the measurements
-    for spec in specs:
-        if time.monotonic() - start > budget:
-            progress(f"stopped: the {budget:.0f} s are over, {path} holds what was measured")
-            break
-        entries = measure_layer(spec, tokens, device, skip, progress)
+    for entry in entries_of(specs, tokens, device, skip, progress):
         old = read_table(path)
         kept = {(e.shape, e.tokens): e for e in (old.entries if old else ())}
-        kept |= {(e.shape, e.tokens): e for e in entries}
+        kept[entry.shape, entry.tokens] = entry
         table = TuningTable(
             device=name,
             torch=torch.__version__,
@@ -63,6 +59,9 @@ def tune(
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, table.model_dump_json(indent=1) + "\n")
+        if time.monotonic() - start > budget:
+            progress(f"stopped: the {budget:.0f} s are over, {path} holds what was measured")
+            break
     measured.cache_clear()
     return path
 
@@ -96,16 +95,28 @@ def plan(specs: Iterable[LinearSpec], tokens: Iterable[int]) -> Iterator[tuple[s
             yield f"{spec.split} {spec.out_features}x{spec.in_features}", count, len(legal), str(best), us
 
 
+def entries_of(
+    specs: Iterable[LinearSpec],
+    tokens: Iterable[int],
+    device: torch.device,
+    skip: Callable[[LinearSpec, KernelConfig], bool],
+    progress: Callable[[str], None],
+) -> Iterator[TuningEntry]:
+    """Of all layers, one after another."""
+    for spec in specs:
+        yield from measure_layer(spec, tokens, device, skip, progress)
+
+
 def measure_layer(
     spec: LinearSpec,
     tokens: Iterable[int],
     device: torch.device,
     skip: Callable[[LinearSpec, KernelConfig], bool],
     progress: Callable[[str], None],
-) -> list[TuningEntry]:
+) -> Iterator[TuningEntry]:
     """The fastest configuration per bucket, with the time of dense FP8 beside it."""
     capability = torch.cuda.get_device_capability(device)
-    layer, entries = TimedLayer.make(spec, device), []
+    layer = TimedLayer.make(spec, device)
     for count in tokens:
         times = {
             config: time_graph(layer.calls(config, count), 10)
@@ -117,23 +128,21 @@ def measure_layer(
         best = min(times, key=lambda config: times[config])
         dense = time_graph(dense_calls(spec, count, device), 10)
         fields = dict(zip(("split", "out_features", "in_features"), shape_of(spec)[:3], strict=True))
-        entries.append(
-            TuningEntry(
-                **fields,
-                sparse_sizes=spec.sparse_sizes,
-                dense_sizes=spec.dense_sizes,
-                tokens=count,
-                kernel=best.kernel,
-                tile_rows=best.tile_rows,
-                tile_tokens=best.tile_tokens,
-                cluster=best.cluster,
-                multicast=best.multicast,
-                us=round(times[best], 3),
-                dense_us=round(dense, 3),
-            )
+        entry = TuningEntry(
+            **fields,
+            sparse_sizes=spec.sparse_sizes,
+            dense_sizes=spec.dense_sizes,
+            tokens=count,
+            kernel=best.kernel,
+            tile_rows=best.tile_rows,
+            tile_tokens=best.tile_tokens,
+            cluster=best.cluster,
+            multicast=best.multicast,
+            us=round(times[best], 3),
+            dense_us=round(dense, 3),
         )
         progress(
             f"{spec.split} {spec.out_features}x{spec.in_features} tokens {count}: {times[best]:.1f} µs "
             f"(dense {dense:.1f}) with {best}"
         )
-    return entries
+        yield entry
