@@ -61,6 +61,13 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.Captur
     assert "no CUDA device" in capsys.readouterr().out
 
 
+def test_the_command_starts_without_the_packages_that_it_installs() -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, pydantic=None, vllm_spense=None); import benchmarks.gpu"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["tset"])
