@@ -124,7 +124,7 @@ def test_a_pruning_benchmark_runs_once_per_state(tmp_path: Path, monkeypatch: py
     results = [gpu_stages.stage_pruning(run, 100) for _ in range(3)]
     assert results == [False, True, True], "a failure is not kept"
     assert len(commands) == 2
-    assert float(commands[0][commands[0].index("--budget") + 1]) == 90, "it ends before it is ended"
+    assert float(commands[0][commands[0].index("--budget") + 1]) == 85, "it ends before it is ended"
     monkeypatch.setattr(gpu_stages, "fingerprint", lambda paths: "other")
     assert gpu_stages.stage_pruning(run, 100)
     assert len(commands) == 3
