@@ -45,6 +45,8 @@ PREPARING = 25.0
 """A call's own imports and wheels. A guess."""
 KILLED, STUCK = 3.0, 23.0
 """Seconds to end a child, and one that does not die (supervise.py)."""
+IMPORTS = 10.0
+"""Seconds of a child before its budget counts. A guess."""
 GROUP_SECONDS = 5.0
 PLANNED = {
     "first_light.py": 22.0,
@@ -92,7 +94,7 @@ class Scenario:
             self.now += limit + (STUCK if stuck else KILLED)
             reason = f"killed: over its limit of {limit:.0f} s{', and does not die' if stuck else ''}"
             return Ended(None, reason, self.now - start, "")
-        took = min(needs, budget)
+        took = min(needs, budget + IMPORTS, limit)
         self.spent[script] = self.spent.get(script, 0.0) + took
         self.now += took
         complete = took >= needs

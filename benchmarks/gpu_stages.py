@@ -20,6 +20,8 @@ from benchmarks.supervise import Ended
 
 ALL_LAYERS = 300.0
 """Seconds from which on all layers of the benchmark are tuned, not only four."""
+STARTING = 15.0
+"""Seconds that a child may take before it counts its budget (torch and vLLM are imported), and to end."""
 TAIL = 30
 """Last lines of a child that its record keeps."""
 
@@ -85,16 +87,16 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> int:
 
 
 def child(
-    run: Run, limit: float, script: str, *options: str, margin: float = 4.0, idle: float | None = None
+    run: Run, limit: float, script: str, *options: str, idle: float | None = None
 ) -> tuple[Ended, list[str]]:
-    """A benchmark under the limit, told to end ``margin`` seconds before it; how it ended, its last lines."""
+    """A benchmark under the limit, told to end a little before it; how it ended and its last lines."""
     tail = [""]
 
     def on_line(line: str) -> None:
         run.say(line)
         tail[:] = [*tail[-TAIL:], line]
 
-    budget = f"{max(limit - margin, 2):.0f}"
+    budget = f"{max(limit - STARTING, 2):.0f}"
     ended = run.child(
         [sys.executable, f"benchmarks/{script}", *options, "--budget", budget],
         limit=limit,
@@ -265,7 +267,7 @@ def stage_tune(run: Run, limit: float) -> bool:
     options = ["--directory", str(run.results), "--tests", str(run.file("test.json"))]
     if limit < ALL_LAYERS:
         options.append("--core")
-    ended, tail = child(run, limit, "tune_layers.py", *options, margin=10.0, idle=45.0)
+    ended, tail = child(run, limit, "tune_layers.py", *options, idle=45.0)
     complete = ended.ok and any(line.startswith("0 of them left") for line in tail[-3:])
     return finish(run, "tune", start, ended, tail, complete, kernels=sources)
 
@@ -299,19 +301,19 @@ def once(
         run.say(f"PASS {stage}: kept what was measured on {old['date']}")
         return True
     options = ("--results", str(run.file(file)), *options)
-    ended, tail = child(run, limit, script, *options, margin=10.0)
+    ended, tail = child(run, limit, script, *options)
     complete = ended.ok and not any("points left" in line and line[0] != "0" for line in tail[-1:])
     return finish(run, stage, start, ended, tail, complete, sources=sources)
 
 
 STAGES = (
     Stage("build", "the extension: accepted, or compiled", 120, 5, stage_build),
-    Stage("first", "small exact cases: is it right at all?", 60, 20, stage_first),
-    Stage("speed", "decode, then prefill of the MLP, beside torch's dense FP8", 75, 25, stage_speed),
+    Stage("first", "small exact cases: is it right at all?", 60, 30, stage_first),
+    Stage("speed", "decode, then prefill of the MLP, beside torch's dense FP8", 75, 35, stage_speed),
     Stage("test", "tests/gpu, the groups that decide what may be timed", 100, 30, stage_test),
-    Stage("counters", "hardware counters of three kernels (ncu)", 60, 40, stage_counters),
-    Stage("tune", "the dispatch table of four layers", 90, 35, stage_tune),
-    Stage("stack", "16 compiled layers without an engine", 80, 45, stage_stack),
+    Stage("counters", "hardware counters of three kernels (ncu)", 60, 45, stage_counters),
+    Stage("tune", "the dispatch table of four layers", 90, 45, stage_tune),
+    Stage("stack", "16 compiled layers without an engine", 80, 50, stage_stack),
     Stage("serving", "16 layers in vLLM, Spense against dense FP8", 280, 150, stage_serving, needs="vllm"),
     Stage(
         "tests",
