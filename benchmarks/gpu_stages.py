@@ -279,7 +279,11 @@ def stage_stack(run: Run, limit: float) -> bool:
 
 def stage_serving(run: Run, limit: float) -> bool:
     """16 layers of Qwen3-32B in vLLM, Spense against dense FP8."""
-    options = ("--layers", "16", "--capture-sizes", "1", "8", "32", "--logs", str(ROOT / "build" / "serving"))
+    options = (
+        *("--models", "Qwen3-32B", "--layers", "16", "--ratios", "0.5", "--repeats", "2"),
+        *("--points", "32x128+128", "1x8192+1", "1x128+128", "--capture-sizes", "1", "8", "32"),
+        *("--logs", str(ROOT / "build" / "serving")),
+    )
     return once(run, "serving", limit, "serving_decode.py", "serving_decode.json", *options)
 
 
