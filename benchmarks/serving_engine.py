@@ -188,6 +188,13 @@ def stop_profiler(worker: Any) -> dict[str, list[float]]:
     return kernels
 
 
+def has_flash_attention() -> bool:
+    """Whether vLLM's FlashAttention is there: without it vLLM would choose it on Hopper, and fail."""
+    import vllm
+
+    return any(Path(vllm.__file__).parent.glob("vllm_flash_attn/*.so"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -209,7 +216,11 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     began = time.perf_counter()
-    more: dict[str, Any] = {"gpu_memory_utilization": SHARE} if torch.cuda.is_available() else {}
+    more: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        more["gpu_memory_utilization"] = SHARE
+        if not has_flash_attention():
+            more["attention_backend"] = "TRITON_ATTN"
     if arguments.capture_sizes:
         more["compilation_config"] = {"cudagraph_capture_sizes": arguments.capture_sizes}
     if arguments.no_onednn:

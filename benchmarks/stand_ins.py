@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.first_light_cases import Machine
 from benchmarks.results_file import ROOT
-from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig
+from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, pairs
 from vllm_spense.ops.linear import reference_linear
 
 SM90_PROCESSORS = 132
@@ -40,7 +40,8 @@ class Gpu:
 
     def clusters(self, config: KernelConfig) -> int:
         shape = (config.tile_rows, config.tile_tokens, config.cluster, config.multicast)
-        return torch.ops.spense.sm90_clusters(*shape)
+        found = torch.ops.spense.sm90_clusters(*shape)
+        return min(found, torch.ops.spense.sm90_clusters(*shape, True)) if pairs(config) else found
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()

@@ -223,7 +223,7 @@ def test_an_engine_that_ends_is_told_from_a_slow_one(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_what_vllm_is_asked_for(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+def test_what_vllm_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool) -> None:
     """A cache of a given size; on a GPU so small a share of it that the other engine may have the rest."""
     asked: dict[str, Any] = {}
 
@@ -234,7 +234,8 @@ def test_what_vllm_is_asked_for(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> 
         asked.update(options)
         raise Stop
 
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, SamplingParams=None))
+    vllm = SimpleNamespace(LLM=engine, SamplingParams=None, __file__=str(tmp_path / "__init__.py"))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     limits = ["--cache", "700", "--sequences", "32", "--capture-sizes", "1", "8"]
     monkeypatch.setattr(sys, "argv", ["serving_engine.py", "DIR", *limits])
@@ -244,6 +245,13 @@ def test_what_vllm_is_asked_for(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> 
     assert asked["max_num_seqs"] == 32
     assert asked["compilation_config"] == {"cudagraph_capture_sizes": [1, 8]}
     assert asked.get("gpu_memory_utilization") == (0.1 if cuda else None)
+    assert asked.get("attention_backend") == ("TRITON_ATTN" if cuda else None)
+    (tmp_path / "vllm_flash_attn").mkdir()
+    (tmp_path / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so").touch()
+    asked.clear()
+    with pytest.raises(Stop):
+        serving_engine.main()
+    assert "attention_backend" not in asked
 
 
 def test_known_points_are_kept_and_other_sources_are_not(
