@@ -3,8 +3,8 @@
 usage: python benchmarks/layer_costs.py [--models smollm2 gemma-3-270m]   (Gemma: benchmarks/gemma_model.py)
 
 Per layer: the Fisher costs of the cheaper half of its indices, and the KL divergence from the dense model
-with this half in 2:4 (crudely, as the pilot of `guided` does it; vllm_spense/pruning/pilot.py), on 4
-calibration windows of 256 tokens. A minute or two of one core each.
+with this half in 2:4 (crudely, as the pilot of `guided` does it; vllm_spense/pruning/pilot.py), on 8
+calibration windows of 128 tokens. A minute or two of one core each.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def chosen(directory: Path, **options: object):
     source = SourceModel(directory, CPU)
     costs = index_costs(source, embed(source, WINDOWS), WINDOWS)
     steps: list[tuple[int, int]] = []
-    config = PruneConfig(calibration="any", **options)
+    config = PruneConfig(calibration="any", **({"pilot_samples": 4} | options))
     choice, verdict = choose(
         source, lambda w: embed(source, w), WINDOWS, costs, config, lambda *step: steps.append(step)
     )

@@ -97,7 +97,7 @@ class PruneConfig(BaseModel):
     joint: Annotated[int, Field(ge=0, le=1000)] = 2
     rounding: Rounding = "nearest"
     gradient_samples: Positive = 16
-    pilot_samples: Annotated[int, Field(ge=0)] = 4
+    pilot_samples: Annotated[int, Field(ge=0)] = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     targets: Targets = "mlp"
     attention_dense_ratio: Annotated[float, Field(ge=0, le=1)] | None = None

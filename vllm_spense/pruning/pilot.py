@@ -32,8 +32,8 @@ from vllm_spense.pruning.selection import DenseChoice, permutation
 from vllm_spense.pruning.sensitivity import IndexCosts
 from vllm_spense.pruning.source import SourceModel
 
-PILOT_TOKENS = 256
-"""A window's part that is measured."""
+PILOT_TOKENS = 128
+"""A window's part that is measured: many short windows, for few long ones mislead (docs/accuracy.md)."""
 PILOT_EVERY, PILOT_LOGITS = 2, 1 << 24
 """Layers are compared at every second token, at fewer where these have more logits in a window."""
 MARGIN = 0.05
