@@ -39,8 +39,14 @@ import torch
 
 from benchmarks.accuracy_smollm2 import environment, report
 from benchmarks.frontier_cost import cost
-from benchmarks.frontier_goals import side_by_side
-from benchmarks.frontier_report import write_documents, write_goals, write_second_model, write_tries
+from benchmarks.frontier_goals import SETTINGS, side_by_side
+from benchmarks.frontier_report import (
+    write_documents,
+    write_goals,
+    write_quality,
+    write_second_model,
+    write_tries,
+)
 from benchmarks.gemma_model import fetch_gemma
 from benchmarks.results_file import ROOT, provenance, read, write
 from benchmarks.speeches_text import fetch_speeches
@@ -178,6 +184,11 @@ ABLATIONS = [
 TUNING = [ROWS[-1], BEFORE[1], BASE, *ABLATIONS]
 
 ATTENTION = {"targets": "mlp+attention", "attention_dense_ratio": 0.5}
+README_ROWS = {
+    "smollm2": ("dense", "sparsegpt", "spensegpt+0.25", "guided0.25", "spensegpt+0.5", "guided0.5"),
+    "gemma-3-270m": ("dense", "spensegpt+0.5", "guided0.5"),
+}
+
 TRIES = [
     ROWS[-1],
     Row("t-fisher", "Fisher's ranks", {"selection": "fisher"}, ROWS[-1]),
@@ -375,6 +386,10 @@ def main() -> None:
     write_documents(figures["smollm2"], [*ROWS, *BEFORE], TUNING)
     write_second_model(figures["gemma-3-270m"], GEMMA_ROWS)
     write_goals(side_by_side(figures))
+    titles = {setting.model: setting.name for setting in SETTINGS}
+    known = {name: SUBJECTS[name].known() for name in README_ROWS}
+    shown = {name: [known[name][key] for key in keys] for name, keys in README_ROWS.items()}
+    write_quality({titles[name]: (figures[name], rows) for name, rows in shown.items()})
     write_tries(figures, TRIES)
 
 

@@ -6,7 +6,7 @@ Prunes the model's MLPs with every method (64 calibration windows of 512 tokens 
 scores 32 windows of 512 tokens of the test split: with bf16 weights, and pruned for FP8 (each layer is
 calibrated behind rounded ones), with weights only and with activations in FP8 too (W8A8). Finished
 figures in benchmarks/results/accuracy_smollm2.json are kept: run it again to go on, delete the file to
-start over. The table and the plot in docs/ and README are made from that file. About an hour on two cores.
+start over. docs/accuracy_smollm2.md and its plot are made from that file. About an hour on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from vllm_spense.pruning import PruneConfig, PruneProgress, prune
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy_smollm2.json"
 TABLE = ROOT / "docs" / "accuracy_smollm2.md"
-README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "img" / "accuracy_smollm2.png"
 COLUMNS = {"bf16": "bf16 weights", "fp8": "FP8 weights", "w8a8": "FP8 weights + activations"}
 
@@ -162,7 +161,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_table(results: dict[str, Any]) -> None:
-    """The markdown table, in docs/ and in README; each FP8 figure with its distance from bf16."""
+    """The page in docs/; each FP8 figure with its distance from bf16."""
     lines = [f"| method | MLP sparsity | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|---|"]
     for row in ROWS:
         entry = results["rows"].get(row.key, {})
@@ -176,16 +175,16 @@ def write_table(results: dict[str, Any]) -> None:
                 cells.append(f"{value:.2f}{change}")
         lines.append(f"| {row.label} | {row.sparsity} | {' | '.join(cells)} |")
     note = (
+        "# What FP8 rounding costs\n\n"
         "Perplexity of SmolLM2-135M-Instruct on the Wikipedia test split (32 windows of 512 tokens); only "
-        "the MLPs are pruned; calibration: 64 windows of 512 tokens of the train split. FP8 columns are "
-        "`spense prune --weight-dtype fp8`, attention rounded too. "
+        "the MLPs are pruned;\ncalibration: 64 windows of 512 tokens of the train split. FP8 columns are "
+        "`spense prune --weight-dtype fp8`, the default,\nattention rounded too; percentages are "
+        "against the same row's bf16 weights. "
         f"Made by `{results.get('command', '')}`.\n\n"
     )
     table = "\n".join(lines)
-    TABLE.write_text(f"{note}{table}\n")
-    readme = README.read_text()
-    begin, end = (readme.index(f"<!-- accuracy:{mark} -->") for mark in ("begin", "end"))
-    README.write_text(f"{readme[:begin]}<!-- accuracy:begin -->\n{table}\n{readme[end:]}")
+    picture = f"![perplexity against MLP sparsity](img/{PLOT.name})"
+    TABLE.write_text(f"{note}{table}\n\n{picture}\n")
     print(table)
 
 

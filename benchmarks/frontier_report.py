@@ -1,4 +1,4 @@
-"""docs/accuracy.md and the plot, from benchmarks/results/accuracy_frontier*.json."""
+"""Tables of docs/accuracy.md, docs/experiments.md and README, and the plot, from accuracy_frontier*.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from benchmarks.results_file import ROOT
 
 DOCUMENT = ROOT / "docs" / "accuracy.md"
+EXPERIMENTS = ROOT / "docs" / "experiments.md"
 README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "img" / "accuracy_frontier.png"
 PLOT_LIMIT = 2.0  # nats; losses beyond it are marked at the edge
@@ -86,6 +87,7 @@ GEMMA_COLUMNS = (
     *("sparsity", "bytes", "perplexity", "loss", "fiction", "speeches", "kl", "top1"),
     *("without_bos", "seconds"),
 )
+README_COLUMNS = ("sparsity", "bytes", "perplexity", "fiction", "top1")
 TRY_COLUMNS = ("bytes", "loss", "fiction", "kl", "top1", "seconds")
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 
@@ -138,7 +140,7 @@ def write_documents(results: dict[str, Any], rows: Sequence[Line], ablations: Se
     tables = figures.table(rows), tuning.table(ablations, ABLATION_COLUMNS)
     print(*tables, sep="\n\n")
     insert(DOCUMENT, "frontier", tables[0])
-    insert(DOCUMENT, "ablations", tables[1])
+    insert(EXPERIMENTS, "ablations", tables[1])
     if any(figures.get(row.key, "loss") for row in rows):
         write_plot(figures, rows)
 
@@ -155,14 +157,23 @@ def write_tries(results: dict[str, dict[str, Any]], rows: Sequence[Line]) -> Non
     parts = []
     for model, of_model in results.items():
         parts.append(f"**{model}**\n\n{Figures(of_model, 'valid').table(rows, TRY_COLUMNS)}")
-    insert(DOCUMENT, "tries", "\n\n".join(parts))
+    insert(EXPERIMENTS, "tries", "\n\n".join(parts))
 
 
 def write_goals(table: str) -> None:
-    """Print the table of both models and put it into docs/ and README."""
+    """Print the table of both models and put it into docs/."""
     print(f"\n{table}")
-    for path in (DOCUMENT, README):
-        insert(path, "goals", table)
+    insert(DOCUMENT, "goals", table)
+
+
+def write_quality(models: dict[str, tuple[dict[str, Any], Sequence[Line]]]) -> None:
+    """Put a short table on the test split into README: results and rows by the model's name."""
+    lines: list[str] = []
+    for name, (results, rows) in models.items():
+        heading, rule, *body = Figures(results, "test").table(rows, README_COLUMNS).splitlines()
+        lines = lines or [f"| model {heading}", f"|---{rule}"]
+        lines += [f"| {name} {line}" for line in body]
+    insert(README, "quality", "\n".join(lines))
 
 
 def insert(path: Path, name: str, block: str) -> None:

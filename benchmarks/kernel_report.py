@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.frontier_report import insert
 from benchmarks.kernel_baselines import BASELINES
 from benchmarks.kernel_shapes import LAYERS, MODELS, RATIOS
 from benchmarks.results_file import ROOT, read
@@ -17,12 +18,12 @@ NAMES = {
     "paper": "cuSPARSELt + dense",
     "slide_sparse": "6:8 (cuSPARSELt, 1.5 K)",
 }
-README_TOKENS = (1, 16, 64, 256, 2048, 8192)
+SUMMARY_TOKENS = (1, 16, 64, 256, 2048, 8192)
 Rows = list[dict[str, Any]]
 
 
 def report(results: Path, root: Path = ROOT) -> None:
-    """Write docs/kernels_<device>.md, its plot, and the README's lines if it has a place for them."""
+    """Write docs/kernels_<device>.md, its plot, and the summary in docs/kernels.md."""
     rows: Rows = read(results).get("rows", [])
     if not rows:
         raise SystemExit(f"{results} holds no rows: run the benchmark first")
@@ -33,7 +34,7 @@ def report(results: Path, root: Path = ROOT) -> None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         write_plot(own, device, plot)
         document.write_text(write_document(own, device, f"img/{plot.name}"))
-        fill_readme(root / "README.md", readme_lines(own, device, f"docs/img/{plot.name}", document.name))
+        fill_summary(root / "docs" / "kernels.md", summary(own, device, f"img/{plot.name}", document.name))
         print(f"{document}: {len(own)} rows")
 
 
@@ -171,9 +172,9 @@ def _present(rows: Rows, field: str, order: Sequence[str]) -> list[str]:
     return [name for name in order if any(row[field] == name for row in rows)]
 
 
-def readme_lines(rows: Rows, device: str, plot: str, document: str) -> list[str]:
+def summary(rows: Rows, device: str, plot: str, document: str) -> list[str]:
     """Speed-up over dense of the MLP layers by tokens; every model and ratio that was measured."""
-    head = ["layer", "dense ratio", *(f"M = {tokens}" for tokens in README_TOKENS)]
+    head = ["layer", "dense ratio", *(f"M = {tokens}" for tokens in SUMMARY_TOKENS)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for model in _present(rows, "model", [m.name for m in MODELS]):
         for layer in ("gate_up", "down"):
@@ -183,8 +184,8 @@ def readme_lines(rows: Rows, device: str, plot: str, document: str) -> list[str]
                     for r in rows
                     if (r["model"], r["layer"], r["dense_ratio"]) == (model, layer, ratio)
                 }
-                if any(of.get(tokens) for tokens in README_TOKENS):
-                    cells = [f"{of[t]:.2f}×" if of.get(t) else "–" for t in README_TOKENS]
+                if any(of.get(tokens) for tokens in SUMMARY_TOKENS):
+                    cells = [f"{of[t]:.2f}×" if of.get(t) else "–" for t in SUMMARY_TOKENS]
                     lines.append(f"| {model} {layer} | {ratio:g} | {' | '.join(cells)} |")
     text = f"Time of dense FP8 over ours on one {device}, by layer and M tokens (above 1: Spense is faster):"
     return [
@@ -194,17 +195,14 @@ def readme_lines(rows: Rows, device: str, plot: str, document: str) -> list[str]
         "",
         f"![speed-up over dense FP8]({plot})",
         "",
-        f"All rows: [docs/{document}](docs/{document}).",
+        f"All rows: [{document}]({document}).",
     ]
 
 
-def fill_readme(readme: Path, lines: Iterable[str]) -> None:
+def fill_summary(document: Path, lines: Iterable[str]) -> None:
     """Between the markers, if the file has them."""
-    begin, end = "<!-- speed:begin -->", "<!-- speed:end -->"
-    if not readme.is_file() or begin not in (text := readme.read_text()) or end not in text:
-        return
-    before, rest = text.split(begin, 1)
-    readme.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.split(end, 1)[1]}")
+    if document.is_file():
+        insert(document, "speed", "\n".join(lines))
 
 
 def write_plot(rows: Rows, device: str, path: Path) -> None:

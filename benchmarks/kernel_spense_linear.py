@@ -11,7 +11,8 @@ CUDA graph replays counts. Whatever does not run leaves its error in its row.
 `--core` takes the rows that decide: decode of gate_up and down, then what 2:4 brings to prefill (2:4 alone
 against dense alone, in the two tiles that ask for it), beside torch's dense product only.
 Finished rows are kept: run it again to go on, `--fresh` to start over. `--report` makes tables, plot and the
-README's lines from the JSON and needs no GPU. `--dry-run` neither: it lists the plan with predicted times.
+summary in docs/kernels.md from the JSON and needs no GPU. `--dry-run` neither: it lists the plan with
+predicted times.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.accuracy_frontier import SUBJECTS
-from benchmarks.frontier_report import DOCUMENT, insert
+from benchmarks.frontier_report import EXPERIMENTS, insert
 from benchmarks.results_file import ROOT, provenance, read, write
 from vllm_spense.demo_assets import fetch_text
 from vllm_spense.evaluation import load_tokenizer
@@ -117,7 +117,7 @@ def main() -> None:
         figures = measure(SUBJECTS[name].fetch(arguments.assets, print), text)
         results[name] = figures | {"made": provenance()}
         write(RESULTS, results)
-    insert(DOCUMENT, "layer-costs", table(results))
+    insert(EXPERIMENTS, "layer-costs", table(results))
     plot(results)
 
 

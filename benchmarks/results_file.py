@@ -56,7 +56,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def kernel_sources() -> str:
-    """Of the GPU kernels."""
+    """Fingerprint of the GPU kernels' sources."""
     return fingerprint(path for path in (ROOT / "kernels").iterdir() if not path.name.startswith(CPU_KERNELS))
 
 

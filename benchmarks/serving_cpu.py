@@ -6,7 +6,7 @@ Shapes of real models, random weights (`--load-format dummy`), torch.compile on 
 after another, medians. Decode: seconds of 33 tokens less those of one (dense FP8, whose CPU kernel is slow:
 of 3 tokens, once). Prefill: prompts of 512 tokens with one token each. What is in the results with the same
 sources is kept, so the command goes on where it stopped. Writes benchmarks/results/serving_cpu.json, and of
-it the table and the plot in docs/performance.md.
+it the table and the plot in docs/performance.md and the short table in README.
 """
 
 from __future__ import annotations
@@ -111,6 +111,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", made])
 
 
+def short_table(results: dict[str, Any]) -> str:
+    """A line per model: tokens per second of the dense bf16 model and of Spense at dense ratio 0.5."""
+    lines = [f"| model | {' | '.join(POINTS)} |", "|---|" + "---|" * len(POINTS)]
+    for model in complete(results):
+        dense, ours = (results["models"][f"{model}/{v}"]["tokens_per_second"] for v in (BF16, "0.5"))
+        cells = [f"{dense[n]:,.1f} → {ours[n]:,.1f} ({ours[n] / dense[n]:.2f}×)" for n in POINTS]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def complete(results: dict[str, Any]) -> list[str]:
     """Models with all variants measured."""
     return [m for m in MODELS if all(f"{m}/{v}" in results.get("models", {}) for v in VARIANTS)]
@@ -163,6 +173,7 @@ def main() -> None:
     results = read(RESULTS)
     print(table(results))
     insert(DOCUMENT, "serving-cpu", table(results))
+    insert(ROOT / "README.md", "speed-cpu", short_table(results))
     plot(results)
 
 

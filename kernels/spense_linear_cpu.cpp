@@ -146,9 +146,9 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
     dense_area += output_split ? up(d) * in : d ? up(n) * (in - down(s)) : 0;
   }
   STD_TORCH_CHECK(total == (output_split ? n : k), "spense: region sizes sum to ", total, ", not to ", output_split ? n : k);
-  check(values, "sparse_values", values.scalar_type() == ScalarType::Byte && values.numel() == sparse_area / 2, "interleaved (ops/cpu_backend.py)");
-  check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8, "interleaved (ops/cpu_backend.py)");
-  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == dense_area, "interleaved (ops/cpu_backend.py)");
+  check(values, "sparse_values", values.scalar_type() == ScalarType::Byte && values.numel() == sparse_area / 2, "interleaved (ops/cpu_linear.py)");
+  check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8, "interleaved (ops/cpu_linear.py)");
+  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == dense_area, "interleaved (ops/cpu_linear.py)");
 
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   auto const pieces = rows_of(static_cast<uint8_t const*>(values.data_ptr()), static_cast<uint8_t const*>(meta.data_ptr()),

@@ -14,7 +14,7 @@ constexpr int kDepth = 1024;   // columns that are widened at a time, for many t
 constexpr int kAhead = 6144;   // bytes of weights that are asked for ahead: the CPU by itself does not go far enough
 constexpr int kTokens = 96;    // tokens that share one widened strip
 
-// One strip in the interleaved layout of ops/cpu_backend.py. Columns are those of x; the two regions may overlap by one step,
+// One strip in the interleaved layout of ops/cpu_linear.py. Columns are those of x; the two regions may overlap by one step,
 // where the weights of one of them are zeros.
 struct Strip {
   uint8_t const* values;  // [sparse / 16][group of 4][first, second][row]

@@ -477,8 +477,9 @@ def test_report_holds_every_row_the_losing_ones_too(
 ) -> None:
     pytest.importorskip("matplotlib")
     rows = synthetic(tmp_path / "kernels.json")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nafter\n")
+    summary = tmp_path / "docs" / "kernels.md"
+    summary.parent.mkdir()
+    summary.write_text("before\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nafter\n")
     report(tmp_path / "kernels.json", tmp_path)
     name = "kernels_synthetic_gpu_not_a_measurement"
     plot = tmp_path / "docs" / "img" / f"{name}.png"
@@ -491,7 +492,7 @@ def test_report_holds_every_row_the_losing_ones_too(
     assert len({line.count("|") for line in table}) == 1, "no cell breaks the table"
     assert "No module named 'vllm'" in text
     assert "invented / with a bar" in text
-    filled = readme.read_text()
+    filled = summary.read_text()
     assert filled.startswith("before\n<!-- speed:begin -->\n")
     assert filled.endswith("<!-- speed:end -->\nafter\n")
     assert "old" not in filled
@@ -499,12 +500,13 @@ def test_report_holds_every_row_the_losing_ones_too(
     assert "120 rows" in capsys.readouterr().out
 
 
-def test_report_leaves_a_readme_without_markers_alone(tmp_path: Path) -> None:
+def test_report_leaves_a_page_without_markers_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     synthetic(tmp_path / "kernels.json")
-    (tmp_path / "README.md").write_text("nothing to fill in\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "kernels.md").write_text("nothing to fill in\n")
     report(tmp_path / "kernels.json", tmp_path)
-    assert (tmp_path / "README.md").read_text() == "nothing to fill in\n"
+    assert (tmp_path / "docs" / "kernels.md").read_text() == "nothing to fill in\n"
 
 
 # --- fingerprints and diagnosis ----------------------------------------------------------------------------

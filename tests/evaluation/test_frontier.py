@@ -264,13 +264,18 @@ def test_a_single_run_has_no_deviation() -> None:
 
 
 def test_documents_keep_their_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document, readme = tmp_path / "accuracy.md", tmp_path / "README.md"
-    document.write_text(
-        "Above\n<!-- frontier:begin -->\nold\n<!-- frontier:end -->\nBetween\n<!-- ablations:begin -->\n"
-        "<!-- ablations:end -->\nBelow\n"
-    )
+    document, experiments = tmp_path / "accuracy.md", tmp_path / "experiments.md"
+    document.write_text("Above\n<!-- frontier:begin -->\nold\n<!-- frontier:end -->\nBelow\n")
+    experiments.write_text("Above\n<!-- ablations:begin -->\n<!-- ablations:end -->\nBelow\n")
+    readme = tmp_path / "README.md"
     readme.write_text("no markers\n")
-    for name, path in (("DOCUMENT", document), ("README", readme), ("PLOT", tmp_path / "plot.png")):
+    files = {
+        "DOCUMENT": document,
+        "EXPERIMENTS": experiments,
+        "README": readme,
+        "PLOT": tmp_path / "plot.png",
+    }
+    for name, path in files.items():
         monkeypatch.setattr(frontier_report, name, path)
     test, valid = run_of(5.0, 0.7), run_of(4.0, 0.7)
     a = test | {name.replace("test/", "valid/"): value for name, value in valid.items()}
@@ -278,21 +283,35 @@ def test_documents_keep_their_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results = {"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": a, "b/0": b}}
     rows = [Row("dense", "dense", None), Row("a", "method a", {}), Row("b", "method b", {})]
     frontier_report.write_documents(results, rows, rows[1:])
-    text = document.read_text()
+    text, tuning = document.read_text(), experiments.read_text()
     assert "old" not in text
-    assert "method b" not in text  # measured on neither split
-    above, below = text.split("Between")
-    assert "148.41" in above
-    assert "54.60" not in above
-    assert "54.60" in below
-    assert "148.41" not in below
+    assert "method b" not in text + tuning  # measured on neither split
+    assert "148.41" in text
+    assert "54.60" not in text
+    assert "54.60" in tuning
+    assert "148.41" not in tuning
     assert text.startswith("Above\n<!-- frontier:begin -->\n| method |")
-    assert text.endswith("<!-- ablations:end -->\nBelow\n")
+    assert tuning.endswith("<!-- ablations:end -->\nBelow\n")
     assert "| method a |" in text
+    frontier_report.write_quality({"small": (results, rows)})
     assert readme.read_text() == "no markers\n"
     assert (tmp_path / "plot.png").stat().st_size > 1000
     insert(document, "frontier", "new")
-    assert document.read_text().startswith("Above\n<!-- frontier:begin -->\nnew\n<!-- frontier:end -->\nBetw")
+    assert document.read_text().startswith("Above\n<!-- frontier:begin -->\nnew\n<!-- frontier:end -->\nBel")
+
+
+def test_the_readme_has_both_models_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("Above\n<!-- quality:begin -->\nold\n<!-- quality:end -->\nBelow\n")
+    monkeypatch.setattr(frontier_report, "README", readme)
+    rows = [Row("dense", "dense", None), Row("a", "method a", {})]
+    small = {"runs": {"dense/0": run_of(2.5, 0.8, 100), "a/0": run_of(2.6, 0.7)}}
+    frontier_report.write_quality({"small": (small, rows), "new": ({"runs": {}}, rows), "big": (small, rows)})
+    table = readme.read_text().removeprefix("Above\n<!-- quality:begin -->\n").splitlines()
+    assert len({line.count("|") for line in table[:6]}) == 1
+    assert table[3] == "| small | method a | 25.0% | 80.0% | 13.46 | – | 70.0% |"
+    assert [line[:8] for line in table[2:6]] == ["| small ", "| small ", "| big | ", "| big | "]
+    assert table[6:] == ["<!-- quality:end -->", "Below"]
 
 
 def test_speeches_are_for_the_test_split_alone(
@@ -302,7 +321,7 @@ def test_speeches_are_for_the_test_split_alone(
     asked: list[list[str]] = []
     monkeypatch.setattr(accuracy_frontier, "Bench", lambda *_: None)
     monkeypatch.setattr(accuracy_frontier, "measure", lambda *args: asked.append(list(args[3].metrics)))
-    for name in ("write_documents", "write_second_model", "write_goals", "write_tries"):
+    for name in ("write_documents", "write_second_model", "write_goals", "write_quality", "write_tries"):
         monkeypatch.setattr(accuracy_frontier, name, lambda *_: None)
     command = ["accuracy_frontier.py", "--rows", "dense", "--split", "valid"]
     monkeypatch.setattr(sys, "argv", [*command, "--metrics", "speeches"])

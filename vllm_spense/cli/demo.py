@@ -29,7 +29,7 @@ CHECKPOINTS: list[tuple[str, str, Selection, float]] = [
     ("strict 2:4 (SparseGPT), FP8", "strict", "spensegpt", 0.0),
     ("Spense (SpenseGPT+, dense ratio 0.5), FP8", "spense", "spensegpt+", 0.5),
 ]
-SAMPLES, WINDOWS, SEQ_LEN = 32, 16, 512  # half of what README's table uses: the demo is for a coffee break
+SAMPLES, WINDOWS, SEQ_LEN = 32, 16, 512  # half of what docs/accuracy.md uses: the demo is for a coffee break
 QUESTION = "What is the capital of France? Answer in one sentence."
 BATCH = [
     "The sun is a",

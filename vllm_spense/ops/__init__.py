@@ -1,4 +1,7 @@
-"""``torch.ops.spense.*``: the Spense linear layer, its reference definition and its back ends. torch only."""
+"""``torch.ops.spense.*``: the Spense linear layer, its reference definition and its back ends.
+
+Importing it registers the operators, the CUDA one too; it needs torch and pydantic.
+"""
 
 from vllm_spense.ops.dispatch import Backend, LinearSpec, available_backends, select_backend
 from vllm_spense.ops.linear import dense_linear, linear

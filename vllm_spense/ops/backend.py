@@ -28,9 +28,10 @@ class Backend(Protocol):
         """None when this back end can run the layer there, else the reason in one line."""
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        """From checkpoint tensors (all five names, empty regions included) to run-time tensors.
+        """From checkpoint tensors to run-time tensors.
 
-        What is given is spent: its memory may be the result's, rearranged.
+        Given are both regions and the metadata, empty ones included, and in FP8 the scales; no bias.
+        Takes ownership: the inputs' memory may be overwritten and be the result's.
         The tensor ``weight_packed`` must be among them: vLLM's LoRA code looks for it.
         """
 

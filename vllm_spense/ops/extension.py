@@ -13,13 +13,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 @functools.cache
 def why_not_loaded() -> str | None:
     """Load the CUDA kernels on first call; None when they are there, else the reason in one line."""
-    return _load("_C", "the CUDA extension is not built (needs nvcc at install time, see README)")
+    return _load("_C", "the CUDA extension is not built (needs nvcc at install time, see docs/kernels.md)")
 
 
 @functools.cache
 def why_not_loaded_cpu() -> str | None:
     """The same of the CPU kernels."""
-    return _load("_cpu", "the CPU extension is not built (needs g++ on x86-64 at install time, see README)")
+    return _load(
+        "_cpu", "the CPU extension is not built (needs g++ on x86-64 at install time, see docs/kernels.md)"
+    )
 
 
 def _load(stem: str, missing: str) -> str | None:

@@ -2,7 +2,7 @@
 
 ``spense::linear`` computes on the compressed tensors of one (possibly fused) layer; its plain version here is
 the definition that every kernel is tested against. ``spense::dense_linear`` is the same arithmetic on a
-matrix that was decompressed once at load: what CPUs use, where nothing is gained from 2:4 in the loop.
+matrix that was decompressed once at load: for CPUs that our kernels do not know (``cpu-fp32``).
 
 Arithmetic (both): products of the stored values accumulated in fp32, times the token's scale, times
 the channel's scale, plus bias in fp32, rounded once to the output dtype.

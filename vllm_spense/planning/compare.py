@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the speed-up."""
+        """Relative error of the predicted speed-up."""
         return self.predicted_speedup / self.measured_speedup - 1
 
 

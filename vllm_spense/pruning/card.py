@@ -27,8 +27,8 @@ _PRUNED = {
 _METHODS = {"obs": "OBS (SparseGPT)", "wanda": "Wanda", "magnitude": "magnitude"}
 _BACK_ENDS = {
     "fp8": (
-        "H100, H200 (sm_90) and B200 (sm_100) compute on the\ncompressed weights; other GPUs and CPUs "
-        "decompress them at load."
+        "H100, H200 (sm_90) and x86-64 CPUs with AVX2\ncompute on the compressed weights, B200 (sm_100) "
+        "where `spense tune` measured\nthat as faster; other devices decompress them at load."
     ),
     "bf16": "bf16 weights are decompressed at load\non every device; an FP8 checkpoint is what saves memory.",
 }

@@ -1,10 +1,12 @@
-"""Everything that moves between vLLM versions, in one place. Tested range: 0.24 to 0.33."""
+"""What vLLM versions have in different places or do differently, in one place. Tested range: 0.24 to 0.33.
+
+Names that all of them have in one place are imported where they are used.
+"""
 
 from __future__ import annotations
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -27,7 +29,6 @@ __all__ = [
     "ReplicatedLinear",
     "UnquantizedLinearMethod",
     "init_fp8_linear_kernel",
-    "init_logger",
     "initialize_online_processing",
     "kFp8DynamicTokenSym",
     "kFp8StaticChannelSym",
