@@ -30,7 +30,7 @@ help:
 	@echo "make fuzz       6000 damaged checkpoints, 3000 damaged source models (minutes; FUZZ='--seed 7 --cases 20000')"
 	@echo "make soak       the server under 32 clients for ten minutes: errors, memory, answers"
 	@echo "make start-up   seconds until vLLM is ready, Spense against dense FP8, and what the checks take"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and which package may import which"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   the perplexity table and plot of the README"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
@@ -104,6 +104,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
