@@ -18,12 +18,13 @@ GPU_STAGE_BUDGET ?= 520
 GPU_OUT ?= benchmarks/results/gpu
 GPU_STAGES = $(addprefix gpu-,build first speed test counters tune stack serving tests kernels pruning cutlass)
 
-.PHONY: help setup kernels kernels-check wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan gpu-bundle \
+.PHONY: help setup kernels kernels-check sdist wheel wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan gpu-bundle \
 	gpu-rehearsal gpu-report $(GPU_STAGES)
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
 	@echo "make kernels    the CUDA extension with all CUTLASS instances (needs nvcc; 10 minutes)"
+	@echo "make sdist | wheel  source package with kernels/, and the wheel built from it (CUDA kernels where nvcc is), into dist/"
 	@echo "make wheels     one wheel per CUDA toolkit (CUDA_HOMES='/usr/local/cuda-12.8 /usr/local/cuda-13.0'), into dist/"
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
@@ -71,6 +72,14 @@ kernels: $(VENV)/.ready
 
 kernels-check: $(VENV)/.ready
 	SPENSE_CPU=1 SPENSE_CUTLASS=check $(PY) setup.py -q build_ext --inplace
+
+SDIST = dist/vllm_spense-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml).tar.gz
+sdist: $(VENV)/.ready
+	$(PY) setup.py -q sdist --dist-dir dist
+
+# From the sdist, so that nothing of the checkout gets into it. pip would take an earlier wheel of this path from its cache.
+wheel: sdist
+	$(PY) -m pip wheel --no-deps --no-build-isolation --no-cache-dir --wheel-dir dist $(SDIST)
 
 # One wheel per CUDA toolkit. Its runtime is linked in, so a wheel runs under drivers of its toolkit's major version.
 CUDA_HOMES ?= /usr/local/cuda-12.8 /usr/local/cuda-13.0
