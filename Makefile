@@ -18,19 +18,20 @@ GPU_STAGE_BUDGET ?= 520
 GPU_OUT ?= benchmarks/results/gpu
 GPU_STAGES = $(addprefix gpu-,build first speed test counters tune stack serving tests kernels pruning cutlass)
 
-.PHONY: help setup kernels kernels-check wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan gpu-bundle \
+.PHONY: help setup kernels kernels-check sdist wheel wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan gpu-bundle \
 	gpu-rehearsal gpu-report $(GPU_STAGES)
 
 help:
 	@echo "make setup      virtual environment, packages, trained model and text"
 	@echo "make kernels    the CUDA extension with all CUTLASS instances (needs nvcc; 10 minutes)"
+	@echo "make sdist | wheel  source package with kernels/, and the wheel built from it (CUDA kernels where nvcc is), into dist/"
 	@echo "make wheels     one wheel per CUDA toolkit (CUDA_HOMES='/usr/local/cuda-12.8 /usr/local/cuda-13.0'), into dist/"
 	@echo "make test       all tests, with real vLLM on CPU"
 	@echo "make test-fast  the tests that start no vLLM engine"
 	@echo "make fuzz       6000 damaged checkpoints, 3000 damaged source models (minutes; FUZZ='--seed 7 --cases 20000')"
 	@echo "make soak       the server under 32 clients for ten minutes: errors, memory, answers"
 	@echo "make start-up   seconds until vLLM is ready, Spense against dense FP8, and what the checks take"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and which package may import which"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   what FP8 rounding costs: table and plot of docs/accuracy_smollm2.md"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
@@ -72,6 +73,14 @@ kernels: $(VENV)/.ready
 kernels-check: $(VENV)/.ready
 	SPENSE_CPU=1 SPENSE_CUTLASS=check $(PY) setup.py -q build_ext --inplace
 
+SDIST = dist/vllm_spense-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml).tar.gz
+sdist: $(VENV)/.ready
+	$(PY) setup.py -q sdist --dist-dir dist
+
+# From the sdist, so that nothing of the checkout gets into it. pip would take an earlier wheel of this path from its cache.
+wheel: sdist
+	$(PY) -m pip wheel --no-deps --no-build-isolation --no-cache-dir --wheel-dir dist $(SDIST)
+
 # One wheel per CUDA toolkit. Its runtime is linked in, so a wheel runs under drivers of its toolkit's major version.
 CUDA_HOMES ?= /usr/local/cuda-12.8 /usr/local/cuda-13.0
 wheels: $(VENV)/.ready
@@ -104,6 +113,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
