@@ -135,6 +135,8 @@ SCORES = {"selection": "fisher", "regroup": 16}
 """Indices ranked by the gradient pass alone."""
 FISHER = SCORES | {"pilot_samples": 0}
 """Layers compared by it, too: `guided` as it was until a second model was measured."""
+FEW = {"pilot_samples": 4}
+"""Measured when the pilot read 256 tokens of a window; it reads 128 now."""
 BEFORE = [
     *(
         Row(
@@ -146,8 +148,16 @@ BEFORE = [
     ),
     Row(
         "guided0.5-scores",
-        "… with Fisher's scores, measured budget, dense ratio 0.5",
-        GUIDED | SCORES | {"dense_ratio": 0.5},
+        "… with Fisher's scores, budget by 4 windows of 256 tokens, dense ratio 0.5",
+        GUIDED | SCORES | FEW | {"dense_ratio": 0.5},
+    ),
+    *(
+        Row(
+            f"guided{ratio}-few",
+            f"… with the budget by 4 windows of 256 tokens, dense ratio {ratio}",
+            GUIDED | FEW | {"dense_ratio": ratio},
+        )
+        for ratio in (0.25, 0.5)
     ),
 ]
 
