@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,12 +134,18 @@ def test_the_command_survives_sigkill_and_ctrl_c(
     assert code == -signal.SIGKILL
     assert not (work / "choice.safetensors").exists(), "killed in the gradient pass"
     records = [work / f"layer-{i:05d}.json" for i in range(LAYERS)]
-    code, _ = start_and_signal(command(model, out, text), records[0].exists, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert work.is_dir()
     resume = command(model, out, text, "--resume")
-    following = next(record for record in records if not record.exists())  # a busy machine kills late
-    code, said = start_and_signal(resume, following.exists, signal.SIGINT)
+    code, said = 0, ""
+    for _ in range(5):  # on a busy machine a run may be done before the signal comes
+        code, said = start_and_signal(command(model, out, text), records[0].exists, signal.SIGKILL)
+        following = next((record for record in records if not record.exists()), None)
+        if code == -signal.SIGKILL and following is not None:
+            assert work.is_dir()
+            code, said = start_and_signal(resume, following.exists, signal.SIGINT)
+            if code:
+                break
+        for directory in (out, work):
+            shutil.rmtree(directory, ignore_errors=True)
     assert code == 130, said
     assert "--resume" in said
     assert "Traceback" not in said
