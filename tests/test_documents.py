@@ -47,3 +47,9 @@ def test_places_that_scripts_fill(name: str) -> None:
 
 def test_the_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+def test_the_readme_names_the_command_that_tests_everything() -> None:
+    """What `.ci/run` calls is what a reader is told."""
+    assert "`make test`" in (ROOT / "README.md").read_text()
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text() + "\n"
