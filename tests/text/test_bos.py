@@ -291,7 +291,7 @@ def test_prune_trial_and_recover(
     report = prune(dense, tmp_path / "pruned", config)
     ids = torch.tensor(words(text))
     expected = sample_windows(ids, 20, 64, 0)[:, :-1]
-    asked = [expected[:16], expected[-4:], expected[-8:-4], expected]  # gradient pass, pilot, guard, layers
+    asked = [expected[:16], expected[-8:], expected[-16:-8], expected]  # gradient pass, pilot, guard, layers
     for windows, wanted in zip(read, asked, strict=True):
         assert windows[:, 0].tolist() == [BOS] * len(windows)
         assert torch.equal(windows[:, 1:], wanted)
