@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.ops.backend import Tensors, decompressed
 from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, label
 from vllm_spense.ops.quantize import quantize_per_token

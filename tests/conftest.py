@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `tiny` and `vllm_runs` by name
 
+import toy_codec  # noqa: F401  registered, so that every test of codecs has it
 from asset_paths import ASSETS
 from tiny import make_llama, make_spense
 
@@ -39,4 +40,4 @@ def tiny_spense(tiny_llama: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_spense_bf16(tiny_llama: Path) -> Path:
-    return make_spense(tiny_llama, tiny_llama.parent / "spense-bf16", weight_dtype="bfloat16")
+    return make_spense(tiny_llama, tiny_llama.parent / "spense-bf16", codec="bf16")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import HEAD_DIM, HEADS, KV_HEADS
+from tiny import HEAD_DIM, HEADS, KV_HEADS, make_spense
 
 from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.export import ExportFormat, export
 from vllm_spense.format.manifest import check_manifest, write_manifest
 from vllm_spense.format.validate import check_checkpoint
@@ -61,7 +62,7 @@ def test_fp8_keeps_every_bit(tiny_spense: Path, exports: dict[str, Path]) -> Non
     checkpoint = Checkpoint(tiny_spense)
     state = load_file(exports["fp8"] / "model.safetensors")
     for module in checkpoint.require_spense().modules:
-        weight, scale = checkpoint.module_weight(module)
+        weight, scale = checkpoint.linear(module).values(checkpoint.module_tensors(module))
         assert scale is not None
         stored = state[f"{module}.weight"]
         assert stored.dtype == torch.float8_e4m3fn
@@ -87,18 +88,33 @@ def test_directories_are_complete(tiny_spense: Path, exports: dict[str, Path]) -
         assert format in (directory / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("codec", codec_names())
+def test_every_codec(tiny_llama: Path, tmp_path: Path, codec: str) -> None:
+    """Its checkpoint is sound, and exports what it decodes to."""
+    checkpoint = Checkpoint(make_spense(tiny_llama, tmp_path / "spense", codec=codec))
+    check_checkpoint(checkpoint)
+    assert checkpoint.require_spense().version == (1 if codec in ("fp8", "bf16") else 2)
+    state = load_file(export(checkpoint.directory, tmp_path / "out", format="float32") / "model.safetensors")
+    for module in checkpoint.require_spense().modules:
+        assert torch.equal(state[f"{module}.weight"], checkpoint.module_weight(module)), module
+    if codec != "fp8":
+        with pytest.raises(ValueError, match=f"holds {codec} weights: export it as bfloat16"):
+            export(checkpoint.directory, tmp_path / "fp8", format="fp8")
+
+
+@pytest.mark.parametrize("codec", codec_names())
 def test_spense_dense_is_a_valid_checkpoint_with_the_same_bits(
-    tiny_spense: Path, tiny_spense_bf16: Path, tmp_path: Path, dtype: str
+    tiny_llama: Path, tmp_path: Path, codec: str
 ) -> None:
-    source = Checkpoint(tiny_spense if dtype == "float8_e4m3fn" else tiny_spense_bf16)
+    source = Checkpoint(make_spense(tiny_llama, tmp_path / "spense", codec=codec))
     twin = Checkpoint(export(source.directory, tmp_path / "out", format="spense-dense"))
     check_checkpoint(twin)
     check_manifest(twin.directory)
     assert twin.require_spense().modules.keys() == source.require_spense().modules.keys()
     for module, spec in twin.require_spense().modules.items():
         assert spec.sparse == 0
-        for ours, theirs in zip(twin.module_weight(module), source.module_weight(module), strict=True):
+        parts = [(c.linear(module).values(c.module_tensors(module))) for c in (twin, source)]
+        for ours, theirs in zip(*parts, strict=True):
             assert ours is theirs is None or torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
         assert torch.equal(twin.load(f"{module}.bias"), source.load(f"{module}.bias"))
 
@@ -164,10 +180,10 @@ def test_bfloat16_checkpoint(tiny_spense_bf16: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_spense_bf16)
     state = load_file(export(tiny_spense_bf16, tmp_path / "out") / "model.safetensors")
     for module in checkpoint.require_spense().modules:
-        weight, scale = checkpoint.module_weight(module)
+        weight, scale = checkpoint.linear(module).values(checkpoint.module_tensors(module))
         assert scale is None
         assert torch.equal(state[f"{module}.weight"], weight)
-    with pytest.raises(ValueError, match="holds bfloat16 weights: export it as bfloat16"):
+    with pytest.raises(ValueError, match="holds bf16 weights: export it as bfloat16"):
         export(tiny_spense_bf16, tmp_path / "fp8", format="fp8")
 
 

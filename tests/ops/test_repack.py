@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import unpacked
 
 from vllm_spense.format import FP8_DTYPE, Layout
-from vllm_spense.format.pack import unpack_linear
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
 from vllm_spense.ops import linear, prune_and_pack, quantize_per_token
 from vllm_spense.ops.repack import PAD, block_metadata, blocked_shape, pad_pitch, unblock_metadata
@@ -126,4 +126,4 @@ def test_threads_of_the_kernel_read_the_matrix(rows: int, columns: int, stage_co
     packed = prune_and_pack(torch.randn(rows, columns), layout)
     blocked = block_metadata(packed["sparse_meta"])
     read = kernel_reads(packed["sparse_values"], blocked, rows, stage_columns)
-    assert torch.equal(read, unpack_linear(packed, layout).view(torch.uint8))
+    assert torch.equal(read, unpacked(packed, layout).view(torch.uint8))

@@ -203,7 +203,7 @@ def test_the_class_fills_in_what_is_left_out(tmp_path: Path) -> None:
         ({"num_local_experts": 8, "model_type": "mixtral"}, "the experts of model_type 'mixtral'"),
         (MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, expected an integer from 1 to 8"),
         ({"quantization_config": []}, "quantization_config is '[]'"),
-        ({"quantization_config": {"quant_method": "spense", "version": 2}}, "format version 2"),
+        ({"quantization_config": {"quant_method": "spense", "version": 3}}, "format version 3"),
     ],
 )
 def test_what_config_json_may_not_say(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from vllm_spense.cli.app import app
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, dequantize
+from vllm_spense.format import Checkpoint
 from vllm_spense.format.export import export
 from vllm_spense.format.report import inspect
 from vllm_spense.ops.tune import layer_specs
@@ -118,7 +118,7 @@ def split_state(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def written(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    return dequantize(*checkpoint.module_weight(module)).float()
+    return checkpoint.module_weight(module)
 
 
 def heads_of(matrix: torch.Tensor, groups: list[int], ratio: int, dim: int) -> torch.Tensor:
@@ -448,7 +448,7 @@ def test_exports_have_the_same_function(format: str, family, tmp_path: Path) -> 
     if format == "fp8":  # transformers needs another package to read it
         weights = load_file(tmp_path / "out" / "model.safetensors")
         name = "model.layers.1.self_attn"
-        parts = [run.checkpoint.module_weight(f"{name}.{short}_proj")[0].float() for short in "qkv"]
+        parts = [run.checkpoint.module_weight(f"{name}.{short}_proj") for short in "qkv"]
         assert torch.equal(weights[f"{name}.qkv_proj.weight"].float(), torch.cat(parts))
         return
     got = load_model(tmp_path / "out", activations="none")(IDS).logits

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
+from vllm_spense.format import Checkpoint, CheckpointError, quantize_per_channel
 from vllm_spense.format.conversion import FUSED_TYPES, part_rows
 from vllm_spense.format.export import export
 from vllm_spense.planning import read_model
@@ -94,7 +94,7 @@ def family(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def written(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    return dequantize(*checkpoint.module_weight(module))
+    return checkpoint.module_weight(module)
 
 
 def put(model: nn.Module, module: str, weight: torch.Tensor) -> None:

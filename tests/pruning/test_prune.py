@@ -40,7 +40,7 @@ def options(text: Path | None, **changes: Any) -> PruneConfig:
 
 
 def weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    return dequantize(*checkpoint.module_weight(module))
+    return checkpoint.module_weight(module)
 
 
 def is_24(region: torch.Tensor) -> bool:

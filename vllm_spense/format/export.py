@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.codecs import FP8
 from vllm_spense.format.conversion import fused_groups
-from vllm_spense.format.fp8 import dequantize
 from vllm_spense.format.layout import Layout
-from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
+from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
 
@@ -38,8 +38,10 @@ def export(
     """
     checkpoint = Checkpoint(directory)
     config = checkpoint.require_spense()
-    if format == "fp8" and config.weight_dtype != "float8_e4m3fn":
-        raise ValueError(f"{directory} holds {config.weight_dtype} weights: export it as bfloat16")
+    stored = {config.linear(module).codecs for module in config.modules}
+    if format == "fp8" and any(codecs.single is not FP8 for codecs in stored):
+        names = ", ".join(sorted(codecs.name for codecs in stored))
+        raise ValueError(f"{directory} holds {names} weights: export it as bfloat16")
     check_headers(checkpoint)
     with CheckpointWriter(out, overwrite=overwrite, inputs=[directory]) as writer:
         writer.write_config(_dense_config(checkpoint, format))
@@ -66,16 +68,15 @@ def _export_module(
 
 def _dense_tensors(checkpoint: Checkpoint, module: str, format: ExportFormat) -> dict[str, torch.Tensor]:
     """The tensors of one module by short name; outputs are the first dimension of each."""
-    tensors = checkpoint.module_tensors(module)
-    check_values(tensors, module=module, file=checkpoint.directory)
-    weight, scale = checkpoint.module_weight(module)
+    linear, tensors = checkpoint.linear(module), checkpoint.module_tensors(module)
+    check_values(tensors, linear.codecs, module=module, file=checkpoint.directory)
     if format == "spense-dense":
-        dense = {"dense_weight": weight} | ({} if scale is None else {"weight_scale": scale})
+        dense = linear.spelled_out(tensors)
     elif format == "fp8":
-        assert scale is not None
-        dense = {"weight": weight, "weight_scale": scale[:, None]}
+        spelled = linear.spelled_out(tensors)
+        dense = {"weight": spelled["dense_weight"], "weight_scale": spelled["weight_scale"][:, None]}
     else:
-        dense = {"weight": dequantize(weight, scale).to(getattr(torch, format))}
+        dense = {"weight": linear.decode(tensors).to(getattr(torch, format))}
     return dense | ({"bias": tensors["bias"]} if "bias" in tensors else {})
 
 
@@ -115,12 +116,16 @@ def dense_fp8_config(ignore: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _without_sparsity(config: SpenseCheckpointConfig) -> SpenseCheckpointConfig:
-    modules = {
-        name: ModuleSpec.of(Layout("output", spec.out_features, spec.in_features, 0), spec.bias)
-        for name, spec in config.modules.items()
-    }
-    return config.model_copy(update={"modules": modules})
+def _without_sparsity(config: AnyCheckpointConfig) -> AnyCheckpointConfig:
+    """The same modules with empty 2:4 regions; ``ValueError`` for one whose regions have two codecs."""
+    modules = {}
+    for name, spec in config.modules.items():
+        codecs = config.linear(name).codecs
+        if codecs.single is None:
+            raise ValueError(f"{name} holds {codecs.name} weights, as no dense layer can: export as bfloat16")
+        layout = Layout("output", spec.out_features, spec.in_features, 0)
+        modules[name] = spec.model_copy(update={"split": "output", "sparse": 0, "dense": layout.dense})
+    return parse_config(config.model_copy(update={"modules": modules}).model_dump())
 
 
 def _card(checkpoint: Checkpoint, format: ExportFormat) -> str:

@@ -80,7 +80,7 @@ def layer_specs(checkpoint: Checkpoint, tensor_parallel: int = 1) -> list[Linear
         layouts = [checkpoint.layout(full) for p in parts if (full := f"{parent}.{p}") in config.modules]
         if any(layout.sparse for layout in layouts):  # the same for each part, so that it counts once
             sliced = [layout.shard(layout.split, tensor_parallel) for layout in layouts]
-            specs[LinearSpec.of(sliced, config.torch_dtype)] = None
+            specs[LinearSpec.of(sliced, config.codecs)] = None
     return list(specs)
 
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import CheckpointError
-from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import Axis, Layout
-from vllm_spense.format.schema import MAX_FEATURES, SpenseCheckpointConfig, parse_config
+from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.schema import MAX_FEATURES, AnyCheckpointConfig, parse_config
 from vllm_spense.ops.online import online_layout
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.sources import check_source, load_config
@@ -142,7 +142,7 @@ class ModelShape:
             if linear.kind == "mlp" and self.dense_ratio is not None:
                 ratio = self.dense_ratio  # as load-time mode does it: each rank splits its own slice
                 parts = [online_layout(linear.axis, p.out_features, p.in_features, ratio) for p in parts]
-            found.append(RankLinear(linear.kind, LinearSpec.of(parts, FP8_DTYPE), linear.count))
+            found.append(RankLinear(linear.kind, LinearSpec.of(parts, UNIFORM_FP8), linear.count))
         return found
 
     def mlp_dense_ratio(self) -> float:
@@ -263,12 +263,12 @@ def _count(
     return value
 
 
-def _quantization(raw: Mapping[str, Any], file: object) -> SpenseCheckpointConfig | None:
+def _quantization(raw: Mapping[str, Any], file: object) -> AnyCheckpointConfig | None:
     found = raw.get("quantization_config")
     if found is None:
         return None
     quantization = parse_config(found, file)
-    if quantization.torch_dtype != FP8_DTYPE:
+    if quantization.codecs != UNIFORM_FP8:
         raise CheckpointError(
             "a bf16 Spense checkpoint is served as a dense bf16 model: there is no gain to predict",
             file=file,
@@ -340,7 +340,7 @@ def _dense_linears(
     return tuple(linears)
 
 
-def _linears_of(quantization: SpenseCheckpointConfig, layers: int, file: object) -> tuple[Linear, ...]:
+def _linears_of(quantization: AnyCheckpointConfig, layers: int, file: object) -> tuple[Linear, ...]:
     """The checkpoint's modules as vLLM fuses them; equal layers become one :class:`Linear`."""
     counts: Counter[tuple[Kind, tuple[Layout, ...], Axis]] = Counter()
     seen: dict[Kind, set[int]] = {"mlp": set(), "attention": set()}

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
-from vllm_spense.format import FP8_DTYPE
 from vllm_spense.format.layout import META_GROUP
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tune import H200, H200_PROCESSORS
@@ -33,7 +33,7 @@ def price(shape: MlpShape, dense: int, budget: Budget) -> float:
     """Of an MLP with ``dense`` dense indices: bytes of its FP8 weights, or predicted seconds of its two
     kernels in a decode step on an H200."""
     rows, cols = shape.layouts(dense)
-    specs = [LinearSpec.of([rows] * shape.inner, FP8_DTYPE), LinearSpec.of([cols], FP8_DTYPE)]
+    specs = [LinearSpec.of([rows] * shape.inner, UNIFORM_FP8), LinearSpec.of([cols], UNIFORM_FP8)]
     if budget == "bytes":
         return float(sum(spec.weight_bytes for spec in specs))
     return sum(_seconds(spec) for spec in specs)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
+from vllm_spense.format import CheckpointError, Codecs, Layout, LinearFormat
+from vllm_spense.format.codecs import codec
 from vllm_spense.pruning.activations import (
     LayerInputs,
     Outputs,
@@ -112,7 +113,7 @@ class LayerPruner:
         check_weights(layer)
         self.skip(index, layer)
         attention = target(layer, self.config)
-        if self.config.weight_dtype == "fp8":
+        if codec(self.config.weight_dtype).everywhere:
             for name, linear in layer.dense.items():
                 if attention is None or name not in attention.linears:
                     self._store(result, name, linear, linear.weight.float())
@@ -165,7 +166,7 @@ class LayerPruner:
     def layouts(self, index: int, layer: DecoderLayer) -> dict[str, Layout]:
         """Regions of every packed linear of ``layer``; ``ValueError`` for sizes that no layout fits."""
         layouts = {} if layer.mlp is None else self._mlp_layouts(index, layer.mlp)
-        if self.config.weight_dtype == "fp8":
+        if codec(self.config.weight_dtype).everywhere:
             layouts |= {
                 name: Layout("output", linear.out_features, linear.in_features, 0)
                 for name, linear in layer.dense.items()
@@ -359,8 +360,5 @@ class LayerPruner:
     def _store(self, result: PrunedLayer, name: str, linear: nn.Linear, weight: torch.Tensor) -> None:
         """Keep ``weight`` for packing, and put its rounded values into ``linear``."""
         result.weights[name] = weight.detach().clone()
-        if self.config.weight_dtype == "fp8":
-            rounded = dequantize(*quantize_per_channel(weight))
-        else:
-            rounded = weight.to(torch.bfloat16).float()
-        linear.weight.copy_(rounded)
+        stored = LinearFormat(result.layouts[name], Codecs.of(self.config.weight_dtype))
+        linear.weight.copy_(stored.decode(stored.encode(weight)))

@@ -236,7 +236,7 @@ class _LayerLoop:
             return
         with self.source.resident(layer.module):
             self.pruner.skip(index, layer)
-            restore_layer(layer, record.modules, self.work.shard(index))
+            restore_layer(layer, record.modules, self.work.shard(index), self.config.weight_dtype)
             self.inputs.advance(index, layer.module)
 
     def _progress(

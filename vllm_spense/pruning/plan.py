@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_spense.format import Layout
+from vllm_spense.format import Codecs, Layout, LinearFormat
 from vllm_spense.format.layout import GROUP
 from vllm_spense.network import language_head
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
@@ -305,14 +305,11 @@ class _Sizes:
         return resident + matrices + max(sample + 4 * inner**2, solver + 3 * max(packed))
 
     def _output(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> int:
-        wide = 1 if self.config.weight_dtype == "fp8" else 2
+        codecs = Codecs.of(self.config.weight_dtype)
         total = _numel(layer) * self.stored.itemsize
         for layout in layouts.values():
             total -= layout.out_features * layout.in_features * self.stored.itemsize
-            for name in layout.regions():
-                rows, columns = layout.shape(name)
-                total += rows * columns * (1 if name == "sparse_meta" else wide)
-            total += layout.out_features * 4 if wide == 1 else 0
+            total += LinearFormat(layout, codecs).nbytes()
         return total
 
     def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:

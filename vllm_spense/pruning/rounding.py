@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_spense.format import FP8_DTYPE, quantize_per_channel
-from vllm_spense.format.fp8 import FP8_MAX
+from vllm_spense.format.codecs.fp8 import FP8_MAX
 from vllm_spense.pruning.refit import refit
 
 BLOCKS = 8
