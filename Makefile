@@ -97,7 +97,7 @@ test-fast: setup $(EXTENSION)
 	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest -m "not vllm and not model"
 
 fuzz: $(VENV)/.ready
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m fuzz $(FUZZ)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(FUZZ)
 
 soak: setup build/soak/spense
 	$(PY) benchmarks/soak.py --model build/soak/spense

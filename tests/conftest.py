@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `tiny` and `vllm_runs` by name
-
-import toy_codec  # noqa: F401  registered, so that every test of codecs has it
-from asset_paths import ASSETS
-from tiny import make_llama, make_spense
+import tests.toy_codec  # noqa: F401  registered, so that every test of codecs has it
+from tests.asset_paths import ASSETS
+from tests.tiny import make_llama, make_spense
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")

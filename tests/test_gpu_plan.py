@@ -15,10 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gpu.diagnosis import probe_columns, wrong
-
 from benchmarks import gpu_tests, kernel_shapes, kernel_spense_linear, results_file
 from benchmarks.gpu_tests import GROUPS, Group, blocked, run_group, run_groups, untested
 from benchmarks.kernel_report import report
@@ -27,6 +23,7 @@ from benchmarks.kernel_spense_linear import Device, Parts, Recorder, finished, m
 from benchmarks.results_file import ROOT
 from benchmarks.supervise import supervise
 from benchmarks.tune_layers import missing
+from tests.gpu.diagnosis import probe_columns, wrong
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
 
 ROWS = kernel_shapes.rows()

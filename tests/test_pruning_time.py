@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import pruning_time
 from benchmarks.pruning_time import SHAPES, Bench, Shape, Stopwatch, extrapolate, growth, summary, table

@@ -13,9 +13,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import LINEARS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import serving_decode, serving_engine, serving_openai
 from benchmarks.results_file import read, write
@@ -23,6 +20,7 @@ from benchmarks.serving_decode import figures, points
 from benchmarks.serving_engine import Engine, NoAnswer, Point, ProfileError
 from benchmarks.serving_models import DENSE, MODELS
 from benchmarks.serving_profile import category
+from tests.tiny import LINEARS
 from vllm_spense.format import parse_config
 
 QWEN = MODELS["Qwen3-32B"]

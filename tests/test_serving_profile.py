@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import DeviceType
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import RESULTS, ROOT, read, write
 from benchmarks.serving_engine import Point, profiled, start_profiler, stop_profiler

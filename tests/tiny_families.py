@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import VOCAB
-from tiny_text import add_tokenizer
+
+from tests.tiny import VOCAB
+from tests.tiny_text import add_tokenizer
 
 INTER, SHARED, EXPERTS = 208, 176, 4
 _COMMON: dict[str, Any] = {

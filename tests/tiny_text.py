@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from tiny import VOCAB
+from tests.tiny import VOCAB
 
 
 def add_tokenizer(directory: Path, **special: str) -> Path:

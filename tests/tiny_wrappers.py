@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB
-from tiny_text import add_tokenizer
+
+from tests.tiny import VOCAB
+from tests.tiny_text import add_tokenizer
 
 INTER, HIDDEN = 208, 128
 _TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

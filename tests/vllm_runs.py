@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asset_paths import ASSETS
+
+from tests.asset_paths import ASSETS
 
 TIMEOUT, TIMEOUT_PER_ENGINE = 500, 40
 """Seconds that no run comes near on two free cores; machines are busy at times."""

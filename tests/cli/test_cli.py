@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_llama, make_spense
 from typer.testing import CliRunner
 
 import vllm_spense
+from tests.tiny import make_llama, make_spense
 from vllm_spense.cli.app import app
 
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_families import make_family
-from tiny_text import write_text
 
+from tests.tiny_families import make_family
+from tests.tiny_text import write_text
 from vllm_spense import verify
 from vllm_spense.pruning.resume import work_path
 

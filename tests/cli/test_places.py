@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounts import run_with_mount
-from tiny import make_llama
-from tiny_text import add_tokenizer, write_text
 
 import vllm_spense
+from tests.mounts import run_with_mount
+from tests.tiny import make_llama
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense import verify
 from vllm_spense.cli.app import main
 from vllm_spense.format.manifest import read_manifest

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import INTER, LINEARS, SPARSE
 from typer.testing import CliRunner
 
+from tests.tiny import INTER, LINEARS, SPARSE
 from vllm_spense.cli.app import app
 from vllm_spense.cli.plot import layer_series, plot_layers
 from vllm_spense.format.report import CheckpointReport, ModuleReport, inspect

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from refused_models import FILES, Refused, config, make
-from tiny import make_llama, make_spense
-from tiny_families import FAMILIES, make_family
-from tiny_text import add_tokenizer, write_text
 
+from tests.refused_models import FILES, Refused, config, make
+from tests.tiny import make_llama, make_spense
+from tests.tiny_families import FAMILIES, make_family
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.cli.app import main
 
 MODELS = {

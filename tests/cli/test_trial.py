@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import make_llama, make_spense
-from tiny_text import add_tokenizer, write_text
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.cli.progress import one_line_warnings
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.evaluation import load_model, trial

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_llama, make_spense
-from tiny_text import add_tokenizer, write_text
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.agreement import agreement
 from vllm_spense.evaluation.perplexity import mean_nll

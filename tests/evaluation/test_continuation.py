@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_llama
-from tiny_text import add_tokenizer
 
+from tests.tiny import make_llama
+from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.continuation import Continuation, Items, continuation, make_items, span_scores
 

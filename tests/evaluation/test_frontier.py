@@ -12,10 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_llama
-from tiny_text import add_tokenizer, write_text
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import accuracy_frontier, frontier_report
 from benchmarks.accuracy_frontier import (
@@ -34,6 +30,8 @@ from benchmarks.accuracy_frontier import (
 from benchmarks.frontier_cost import cost, enlarged, linear_layouts
 from benchmarks.frontier_report import Figure, Figures, insert
 from benchmarks.results_file import read
+from tests.tiny import make_llama
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation import load_model
 from vllm_spense.format import Layout
 from vllm_spense.pruning import PruneConfig

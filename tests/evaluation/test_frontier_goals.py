@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import frontier_goals, speeches_text
 from benchmarks.frontier_goals import Comparison, Setting, side_by_side

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import gemma_model
 from benchmarks.gemma_model import PACKAGE, TENSORS, convert, fetch_gemma

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_llama, make_spense
-from tiny_text import add_tokenizer, write_text
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
 from vllm_spense.evaluation.continuation import make_items, span_scores
 from vllm_spense.evaluation.harness import Harness

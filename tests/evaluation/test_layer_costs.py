@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_families import make_family
-from tiny_text import add_tokenizer, write_text
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import layer_costs
+from tests.tiny_families import make_family
+from tests.tiny_text import add_tokenizer, write_text
 
 
 def test_every_layer_has_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

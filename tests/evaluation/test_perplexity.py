@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_llama, make_spense
-from tiny_text import add_tokenizer, write_text
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
 from vllm_spense.evaluation.loading import StoredLinear
 from vllm_spense.format import Checkpoint, CheckpointError

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_llama, make_spense
-from tiny_families import make_family
-from tiny_text import add_tokenizer
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_families import make_family
+from tests.tiny_text import add_tokenizer
 from vllm_spense import PruneConfig, export, prune
 from vllm_spense.format import CheckpointError
 

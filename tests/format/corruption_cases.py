@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from corruption_tools import (
+
+from tests.format.corruption_tools import (
     CONFIG,
     DOWN,
     FIRST,
@@ -40,7 +41,6 @@ from corruption_tools import (
     touch,
     weight_map,
 )
-
 from vllm_spense.format.manifest import MANIFEST_NAME
 
 

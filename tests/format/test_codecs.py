@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LINEARS, SPARSE, layout_of
 
+from tests.tiny import LINEARS, SPARSE, layout_of
 from vllm_spense.evaluation import load_model
 from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter, Codecs, Layout, LinearFormat
 from vllm_spense.format.codecs import FP8, codec, codec_names, register

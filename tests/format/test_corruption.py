@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from corruption_cases import CASES, HASH, VALUE, Case
-from corruption_tools import CONFIG, GATE, WEIGHTS, number
 from safetensors.torch import load_file
 
+from tests.format.corruption_cases import CASES, HASH, VALUE, Case
+from tests.format.corruption_tools import CONFIG, GATE, WEIGHTS, number
 from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter
 from vllm_spense.format.manifest import check_manifest, write_manifest
 from vllm_spense.format.validate import check_checkpoint, check_values

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import HEAD_DIM, HEADS, KV_HEADS, make_spense
 
+from tests.tiny import HEAD_DIM, HEADS, KV_HEADS, make_spense
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.export import ExportFormat, export

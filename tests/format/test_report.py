@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import HIDDEN, INTER, LAYERS, LINEARS, SPARSE
 
+from tests.tiny import HIDDEN, INTER, LAYERS, LINEARS, SPARSE
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.export import export
 from vllm_spense.format.report import inspect

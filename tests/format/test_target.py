@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mounts import run_with_mount
 
+from tests.mounts import run_with_mount
 from vllm_spense.format import CheckpointWriter
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_spense.format.target import Target

@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 for _name, _value in {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -22,7 +21,7 @@ for _name, _value in {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=6000, help="of checkpoints")
     parser.add_argument("--source-cases", type=int, default=3000, help="of source models' config.json")
     parser.add_argument("--seed", type=int, default=0)
@@ -36,7 +35,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from fuzz.edits import Case
+    from tests.fuzz.edits import Case
 
     case = Case.parse(arguments.replay.read_text()) if arguments.replay else None
     parts = [part for part in (_checkpoints, _sources) if part(arguments, case)]
@@ -45,9 +44,9 @@ def main() -> int:
 
 def _checkpoints(arguments: argparse.Namespace, case: Any) -> bool:
     """Whether damaged checkpoints went wrong."""
-    from fuzz import bases, campaign, serving
-    from fuzz.mutations import KINDS, Base, cases
-    from fuzz.oracle import Oracle
+    from tests.fuzz import bases, campaign, serving
+    from tests.fuzz.mutations import KINDS, Base, cases
+    from tests.fuzz.oracle import Oracle
 
     kinds = [kind for kind in arguments.kind or KINDS if kind in KINDS]
     if not (case.base in bases.NAMES if case else kinds):
@@ -68,7 +67,7 @@ def _checkpoints(arguments: argparse.Namespace, case: Any) -> bool:
 
 def _sources(arguments: argparse.Namespace, case: Any) -> bool:
     """Whether damaged source models went wrong."""
-    from fuzz import bases, campaign, sources
+    from tests.fuzz import bases, campaign, sources
 
     kinds = [kind for kind in arguments.kind or sources.SOURCE_KINDS if kind in sources.SOURCE_KINDS]
     if not (case.base not in bases.NAMES if case else kinds):
@@ -93,7 +92,7 @@ def _ready(number: int, what: str, start: float) -> None:
 def _run(
     arguments: argparse.Namespace, oracle: Any, known: list[Any], kinds: list[str], number: int, strategy: Any
 ) -> bool:
-    from fuzz import campaign
+    from tests.fuzz import campaign
 
     result = campaign.run(
         *(oracle, known, number, arguments.seed, arguments.found),

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file
-from tiny import make_llama, make_spense
-from tiny_text import add_tokenizer, write_text
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.format import CheckpointWriter
 
 NAMES = ("fp8", "sharded", "bf16", "pruned")

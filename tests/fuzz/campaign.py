@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from fuzz.edits import Case, NotApplicableError
-from fuzz.limits import OvertimeError, ViolationError
-from fuzz.mutations import KINDS, cases
+from tests.fuzz.edits import Case, NotApplicableError
+from tests.fuzz.limits import OvertimeError, ViolationError
+from tests.fuzz.mutations import KINDS, cases
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where the damaged copies lie: thousands of short-lived files are no work for a disk."""

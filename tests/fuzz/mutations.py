@@ -15,8 +15,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fuzz.edits import HEADER, Case, Edit, split
-from fuzz.values import AT, DTYPES, HEX, JSON, NUMBERS, SCALARS, STRINGS
+from tests.fuzz.edits import HEADER, Case, Edit, split
+from tests.fuzz.values import AT, DTYPES, HEX, JSON, NUMBERS, SCALARS, STRINGS
 from vllm_spense.format.manifest import MANIFEST_NAME
 
 Draw = Callable[[st.SearchStrategy], Any]

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fuzz import serving
-from fuzz.edits import Case, make
-from fuzz.limits import LONGEST, SECONDS, OvertimeError, StopError, ViolationError, fault_of, limits
-from fuzz.reading import InvalidError, Linear, read
+from tests.fuzz import serving
+from tests.fuzz.edits import Case, make
+from tests.fuzz.limits import LONGEST, SECONDS, OvertimeError, StopError, ViolationError, fault_of, limits
+from tests.fuzz.reading import InvalidError, Linear, read
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.manifest import MANIFEST_NAME, is_loaded_file

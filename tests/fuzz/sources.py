@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from published_configs import PUBLISHED
-from tiny_families import _COMMON, FAMILIES, make_family
 
-from fuzz.edits import Case, Edit, make
-from fuzz.limits import LONGEST, OvertimeError, StopError, ViolationError, fault_of, limits
-from fuzz.mutations import CONFIG, Draw, json_edit, path_in, pick
-from fuzz.values import AT, HEX, JSON, NUMBERS, SCALARS, STRINGS
+from tests.fuzz.edits import Case, Edit, make
+from tests.fuzz.limits import LONGEST, OvertimeError, StopError, ViolationError, fault_of, limits
+from tests.fuzz.mutations import CONFIG, Draw, json_edit, path_in, pick
+from tests.fuzz.values import AT, HEX, JSON, NUMBERS, SCALARS, STRINGS
+from tests.published_configs import PUBLISHED
+from tests.tiny_families import _COMMON, FAMILIES, make_family
 from vllm_spense.planning import read_model
 from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.plan import plan

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from fuzz import bases, campaign, serving
-from fuzz.edits import Case, dump, make
-from fuzz.limits import ViolationError
-from fuzz.mutations import KINDS, Base
-from fuzz.oracle import ALLOWED, Oracle
-from fuzz.reading import e4m3
+from tests.fuzz import bases, campaign, serving
+from tests.fuzz.edits import Case, dump, make
+from tests.fuzz.limits import ViolationError
+from tests.fuzz.mutations import KINDS, Base
+from tests.fuzz.oracle import ALLOWED, Oracle
+from tests.fuzz.reading import e4m3
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.json"))
 GATE = "model.layers.0.mlp.gate_proj"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fuzz import campaign, sources
-from fuzz.edits import Case
-from fuzz.limits import ViolationError
-from fuzz.sources import OUTCOMES, SOURCE_KINDS, SourceBase, SourceOracle, source_cases
+from tests.fuzz import campaign, sources
+from tests.fuzz.edits import Case
+from tests.fuzz.limits import ViolationError
+from tests.fuzz.sources import OUTCOMES, SOURCE_KINDS, SourceBase, SourceOracle, source_cases
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "sources").glob("*.json"))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from barrier_model import Model
+
+from tests.kernels.barrier_model import Model
 
 
 def random_model(seed: int, multicast: bool, **broken: bool) -> Model:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sass import LIBRARY, disassembly, tool
 
 import vllm_spense
+from tests.kernels.sass import LIBRARY, disassembly, tool
 
 
 def test_every_configuration_is_compiled() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from sass import disassembly, instructions, overwritten
+
+from tests.kernels.sass import disassembly, instructions, overwritten
 
 LOOP = """
         /*0000*/                   LDS R60, [R8] ;             /* 0x0000000000007984 */

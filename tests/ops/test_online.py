@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import unpacked
 
+from tests.tiny import unpacked
 from vllm_spense.format import FP8_DTYPE, Layout, quantize_per_channel
 from vllm_spense.format.layout import Split
 from vllm_spense.ops import online_layout, prune_and_pack

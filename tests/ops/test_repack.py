@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import unpacked
 
+from tests.tiny import unpacked
 from vllm_spense.format import FP8_DTYPE, Layout
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
 from vllm_spense.ops import linear, prune_and_pack, quantize_per_token

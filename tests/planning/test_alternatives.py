@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_step import B200, DOWN, GATE_UP, H200
 
+from tests.planning.test_step import B200, DOWN, GATE_UP, H200
 from vllm_spense.ops.kernel_config import LAUNCH
 from vllm_spense.planning import plan, read_model
 from vllm_spense.planning.alternatives import (

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from vllm_spense.planning import plan
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.prediction_plots import (  # noqa: E402
+from benchmarks.prediction_plots import (
     GPU,
     RATIOS,
     gate_up,
@@ -23,7 +17,10 @@ from benchmarks.prediction_plots import (  # noqa: E402
     write_growth,
     write_roofline,
 )
-from benchmarks.serving_prediction import DOCUMENT, IMAGES, filled  # noqa: E402
+from benchmarks.serving_prediction import DOCUMENT, IMAGES, filled
+from vllm_spense.planning import plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_tables_are_not_stale() -> None:

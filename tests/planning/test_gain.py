@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_step import GATE_UP, write_table
 
+from tests.planning.test_step import GATE_UP, write_table
 from vllm_spense.planning import plan, read_model
 from vllm_spense.planning.gain import MAX_CONTEXT, PAYS
 from vllm_spense.planning.shapes import Experts

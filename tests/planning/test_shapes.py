@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import HEAD_DIM, HIDDEN, INTER, KV_HEADS, LAYERS, SPARSE, VOCAB
 
+from tests.tiny import HEAD_DIM, HIDDEN, INTER, KV_HEADS, LAYERS, SPARSE, VOCAB
 from vllm_spense.format import CheckpointError, Layout
 from vllm_spense.planning.shapes import PRESETS, Experts, ModelShape, read_model
 

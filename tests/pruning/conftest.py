@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import make_llama
-from tiny_text import add_tokenizer, write_text
+
+from tests.tiny import make_llama
+from tests.tiny_text import add_tokenizer, write_text
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_gemma4 import gemma4
 
+from tests.tiny_gemma4 import gemma4
 from vllm_spense.pruning.activations import LayerInputs, on_disk
 from vllm_spense.pruning.adapters import decoder, decoder_layers
 from vllm_spense.pruning.config import PruneConfig

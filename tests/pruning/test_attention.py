@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import FAMILIES, make_family
-from tiny_text import write_text
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from tests.tiny_families import FAMILIES, make_family
+from tests.tiny_text import write_text
 from vllm_spense.cli.app import app
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify

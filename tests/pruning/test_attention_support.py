@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import make_family
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.tiny_families import make_family
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.adapters import UnsupportedModelError, decoder_layers
 from vllm_spense.pruning.attention import target

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import EXPERTS, FAMILIES, INTER, make_family, pruned_modules
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests.tiny_families import EXPERTS, FAMILIES, INTER, make_family, pruned_modules
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, quantize_per_channel

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import make_family
-from tiny_text import write_text
 from torch.nn.functional import gelu, silu
 
+from tests.tiny_families import make_family
+from tests.tiny_text import write_text
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, joint, layer, prune
 from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly, output_losses, split, stride

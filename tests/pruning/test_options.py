@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDDEN, INTER
 from torch import nn
 
+from tests.tiny import HIDDEN, INTER
 from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout, dequantize, quantize_per_channel
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune

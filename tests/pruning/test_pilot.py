@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import make_family, pruned_modules
-from tiny_text import add_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
+from tests.tiny_families import make_family, pruned_modules
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, pilot, prune
 from vllm_spense.pruning.activations import LayerInputs

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_llama
-from tiny_gemma4 import GEMMA4, gemma4, make_gemma4
-from tiny_text import add_tokenizer
 
+from tests.tiny import make_llama
+from tests.tiny_gemma4 import GEMMA4, gemma4, make_gemma4
+from tests.tiny_text import add_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.activations import LayerInputs, in_memory

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import INTER, make_llama
-from tiny_text import add_tokenizer
 
+from tests.tiny import INTER, make_llama
+from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
 from vllm_spense.format.manifest import check_manifest, read_manifest

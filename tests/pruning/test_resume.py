@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_text import add_tokenizer, write_text
 
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
 from vllm_spense.pruning.layer import LayerPruner

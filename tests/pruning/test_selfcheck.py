@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import make_family
-from tiny_gemma4 import make_gemma4
-from tiny_text import add_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tests.tiny_families import make_family
+from tests.tiny_gemma4 import make_gemma4
+from tests.tiny_text import add_tokenizer
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.adapters import UnsupportedModelError
 from vllm_spense.pruning.selfcheck import check_replay

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family, pruned_modules
-from tiny_gemma4 import make_gemma4
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from tests.tiny_families import make_family, pruned_modules
+from tests.tiny_gemma4 import make_gemma4
 from vllm_spense.format import CheckpointError
 from vllm_spense.network import logits_at, scored_positions
 from vllm_spense.pruning import sensitivity

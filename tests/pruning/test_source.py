@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_gemma4 import gemma4
 
+from tests.tiny_gemma4 import gemma4
 from vllm_spense.format import CheckpointError
 from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.activations import LayerInputs, on_disk

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, INTER
 
+from tests.tiny import HIDDEN, INTER
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.manifest import check_manifest
 from vllm_spense.pruning import PruneConfig, pipeline, prune

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import byte_tokenizer
-from tiny_text import write_text
-from tiny_wrappers import WRAPPERS, make_headless, make_text_twin, make_wrapper, text_name
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
+from tests.tiny_families import byte_tokenizer
+from tests.tiny_text import write_text
+from tests.tiny_wrappers import WRAPPERS, make_headless, make_text_twin, make_wrapper, text_name
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.trial import try_out
 from vllm_spense.evaluation.verify import verify

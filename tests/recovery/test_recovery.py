@@ -14,11 +14,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tiny import make_llama, make_spense
-from tiny_families import make_family
-from tiny_text import add_tokenizer
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_families import make_family
+from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from contract_snapshot import Facts, facts
-from contract_source import Sources, parse_signature, plain, self_attributes, signature_of
-from contracts import CALLED, MARKS, OVERRIDES, USES, Call, Called, Marks, Overrides, Uses
+from tests.serving.contract_snapshot import Facts, facts
+from tests.serving.contract_source import Sources, parse_signature, plain, self_attributes, signature_of
+from tests.serving.contracts import CALLED, MARKS, OVERRIDES, USES, Call, Called, Marks, Overrides, Uses
 
 OWN = Sources.folder(Path(__file__).parents[2])
 

@@ -1,4 +1,4 @@
-"""What the contract names in one vLLM wheel: ``python tests/serving/contract_snapshot.py WHEEL``.
+"""What the contract names in one vLLM wheel: ``python -m tests.serving.contract_snapshot WHEEL``.
 
 Writes ``snapshots/vllm-VERSION.json`` beside this file: signatures, bases, attributes and call sites, no
 code. The wheel is read, not installed. Get one, whatever this machine is, with::
@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from contract_source import Sources
-from contracts import CALLED, MARKS, OVERRIDES, USES, Called, Marks, Overrides, Uses
+from tests.serving.contract_source import Sources
+from tests.serving.contracts import CALLED, MARKS, OVERRIDES, USES, Called, Marks, Overrides, Uses
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 Facts = dict[str, Any]

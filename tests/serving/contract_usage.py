@@ -6,8 +6,8 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contract_source import Sources, call_shape
-from contracts import Call
+from tests.serving.contract_source import Sources, call_shape
+from tests.serving.contracts import Call
 
 COMPAT = "vllm_spense.serving.compat"
 

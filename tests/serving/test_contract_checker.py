@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_check import OWN, ancestors, lookup, member, parse_signature, problems
-from contract_snapshot import SNAPSHOTS, facts, save
-from contract_source import Sources, plain
-from contract_usage import usage
-from contracts import CALLED, MARKS, OVERRIDES, USES, Call, Called, Marks, Overrides, Uses
+
+from tests.serving.contract_check import OWN, ancestors, lookup, member, parse_signature, problems
+from tests.serving.contract_snapshot import SNAPSHOTS, facts, save
+from tests.serving.contract_source import Sources, plain
+from tests.serving.contract_usage import usage
+from tests.serving.contracts import CALLED, MARKS, OVERRIDES, USES, Call, Called, Marks, Overrides, Uses
 
 Facts = dict[str, Any]
 SNAPSHOT = json.loads(max(SNAPSHOTS.iterdir()).read_text())

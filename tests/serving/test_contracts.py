@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from contract_check import OWN, ancestors, installed, live_facts, member, problems
-from contract_snapshot import SNAPSHOTS, facts
-from contract_usage import Usage, usage
-from contracts import MARKS, OVERRIDES, USES
 
+from tests.serving.contract_check import OWN, ancestors, installed, live_facts, member, problems
+from tests.serving.contract_snapshot import SNAPSHOTS, facts
+from tests.serving.contract_usage import Usage, usage
+from tests.serving.contracts import MARKS, OVERRIDES, USES
 from vllm_spense.cli.doctor import SUPPORTED_VLLM, supported
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import unpacked
 
+from tests.tiny import unpacked
 from vllm_spense.format import FP8_DTYPE, CheckpointError, Layout, ModuleSpec
 from vllm_spense.format.layout import Axis
 from vllm_spense.format.validate import check_values

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import unpacked
 
+from tests.tiny import unpacked
 from vllm_spense.format import (
     FP8_DTYPE,
     CheckpointError,

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from vllm_runs import ENVIRONMENT, Pool
 
+from tests.vllm_runs import ENVIRONMENT, Pool
 from vllm_spense import PruneConfig, evaluate, export, prune, verify
 from vllm_spense.cli.server import serve
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, INTER, LAYERS, dense_twin, make_llama, make_spense
-from vllm_runs import Pool
 
+from tests.tiny import HIDDEN, INTER, LAYERS, dense_twin, make_llama, make_spense
+from tests.vllm_runs import Pool
 from vllm_spense.format.export import export
 from vllm_spense.format.manifest import write_manifest
 from vllm_spense.format.report import inspect

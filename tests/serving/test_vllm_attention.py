@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny import dense_twin
-from tiny_families import make_family
-from tiny_text import write_text
-from vllm_runs import Pool
 
+from tests.tiny import dense_twin
+from tests.tiny_families import make_family
+from tests.tiny_text import write_text
+from tests.vllm_runs import Pool
 from vllm_spense.format import Checkpoint
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, prune

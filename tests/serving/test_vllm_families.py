@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_table import DOCUMENT, FAMILIES, TABLE, table
-from tiny_families import FAMILIES as OPTIONS
-from tiny_families import make_family
-from tiny_text import write_text
-from vllm_runs import Pool, Run, token_prompts, torchvision
 
+from tests.serving.model_table import DOCUMENT, FAMILIES, TABLE, table
+from tests.tiny_families import FAMILIES as OPTIONS
+from tests.tiny_families import make_family
+from tests.tiny_text import write_text
+from tests.vllm_runs import Pool, Run, token_prompts, torchvision
 from vllm_spense.evaluation import load_model
 from vllm_spense.format.export import export
 from vllm_spense.pruning import PruneConfig, prune

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_runs import ENVIRONMENT
 
+from tests.vllm_runs import ENVIRONMENT
 from vllm_spense.planning import plan
 
 ROOT = Path(__file__).resolve().parents[2]

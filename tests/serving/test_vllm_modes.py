@@ -6,9 +6,9 @@ import random
 import shutil
 
 import pytest
-from tiny import VOCAB, make_llama, make_spense
-from vllm_runs import Pool
 
+from tests.tiny import VOCAB, make_llama, make_spense
+from tests.vllm_runs import Pool
 from vllm_spense.format.export import export
 
 pytestmark = pytest.mark.vllm

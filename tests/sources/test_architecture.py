@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from published_configs import LLAMA_3_1_8B, PUBLISHED
-from tiny import make_llama
-from tiny_families import make_family
-from tiny_text import add_tokenizer, write_text
 
+from tests.published_configs import LLAMA_3_1_8B, PUBLISHED
+from tests.tiny import make_llama
+from tests.tiny_families import make_family
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense import PruneConfig, prune
 from vllm_spense.evaluation import evaluate
 from vllm_spense.evaluation.trial import try_out

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from refused_models import FILES, LFS, WEIGHTS, cut, make, sharded, write
-from tiny import make_llama
-from tiny_text import add_tokenizer
 
+from tests.refused_models import FILES, LFS, WEIGHTS, cut, make, sharded, write
+from tests.tiny import make_llama
+from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.broken_files import diagnose

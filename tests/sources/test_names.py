@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import make_llama
 
+from tests.tiny import make_llama
 from vllm_spense import PruneConfig, prune
 from vllm_spense.sources import BaseModel, base_model
 

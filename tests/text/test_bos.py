@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import make_llama, make_spense
-from tiny_text import add_tokenizer, write_text
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from tests.tiny import make_llama, make_spense
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.cli.app import app
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.evaluation import evaluate, load_model

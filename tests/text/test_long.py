@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_text import add_tokenizer, write_text
 from transformers import AutoTokenizer
 
+from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation.continuation import text_items
 from vllm_spense.evaluation.perplexity import text_windows
 from vllm_spense.text import Beginning, calibrate, find_sources, sample_windows, text_end

@@ -17,10 +17,10 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
-from tiny import make_llama
-from tiny_text import add_tokenizer
 from transformers import AutoTokenizer
 
+from tests.tiny import make_llama
+from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import evaluate
 from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, prune
