@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_spense.devices import H200
 from vllm_spense.format import Checkpoint, Layout
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tune import H200, H200_PROCESSORS
 
 FP8 = torch.float8_e4m3fn
 TOKENS = 8  # one decode step of a small batch: the narrowest tile
@@ -92,5 +92,5 @@ def enlarged(short: str, layout: Layout) -> Layout:
 
 @lru_cache
 def _seconds(spec: LinearSpec) -> float:
-    configs = candidates(spec, TOKENS, H200, cutlass=False)
-    return min(estimate(spec, TOKENS, config, H200_PROCESSORS) for config in configs)
+    configs = candidates(spec, TOKENS, H200.capability, cutlass=False)
+    return min(estimate(spec, TOKENS, config, H200.processors) for config in configs)

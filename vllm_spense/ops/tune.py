@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_spense.devices import H200
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.files import write_text
@@ -17,7 +18,6 @@ from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import TuningEntry, TuningTable, measured, read_table, shape_of, table_path
 
-H200, H200_PROCESSORS = (9, 0), 132
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -89,9 +89,9 @@ def plan(specs: Iterable[LinearSpec], tokens: Iterable[int]) -> Iterator[tuple[s
     counts = list(tokens)
     for spec in specs:
         for count in counts:
-            legal = candidates(spec, count, H200, cutlass=True)
-            best = min(legal, key=lambda c: estimate(spec, count, c, H200_PROCESSORS))
-            us = round(estimate(spec, count, best, H200_PROCESSORS) * 1e6, 1)
+            legal = candidates(spec, count, H200.capability, cutlass=True)
+            best = min(legal, key=lambda c: estimate(spec, count, c, H200.processors))
+            us = round(estimate(spec, count, best, H200.processors) * 1e6, 1)
             yield f"{spec.split} {spec.out_features}x{spec.in_features}", count, len(legal), str(best), us
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from vllm_spense.devices import GPUS, Rates
 from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
 from vllm_spense.network import language_head
@@ -48,17 +49,7 @@ CHECK_FACTOR = 3.5
 """fp32 copies of a tensor while it is looked through for NaN: the values, their magnitudes, two masks."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Of a device: FLOP/s of large GEMMs in the compute dtype and in fp32 (no TF32), bytes/s elementwise."""
-
-    flop: float
-    flop_fp32: float
-    bandwidth: float
-
-
-THROUGHPUT = {"h200": Rates(6.0e14, 4.5e13, 3.0e12), "b200": Rates(1.3e15, 6.0e13, 5.0e12)}
-"""bf16 and fp32: about 0.6 and 0.7 of the data sheets, memory 0.6; not measured."""
+THROUGHPUT = {name.lower(): gpu.rates for name, gpu in GPUS.items() if gpu.rates is not None}
 
 
 @dataclass(frozen=True)
