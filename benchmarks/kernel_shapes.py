@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_spense.devices import H200
+from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops import LinearSpec, extension, online_layout
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
 
@@ -26,7 +27,7 @@ class Model:
     intermediate: int
     heads: int
     kv_heads: int
-    head_size: int = 128
+    head_size: int
 
     def layers(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Split, rows of each fused shard and columns of every kind of linear layer."""
@@ -39,11 +40,16 @@ class Model:
         }
 
 
-MODELS = (
-    Model("Qwen3-32B", 5120, 25600, 64, 8),
-    Model("Seed-OSS-36B", 5120, 27648, 80, 8),
-    Model("Llama-3.1-8B", 4096, 14336, 32, 8),
-    Model("Llama-3.1-70B", 8192, 28672, 64, 8),
+MODELS = tuple(
+    Model(
+        name,
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["num_attention_heads"],
+        shape["num_key_value_heads"],
+        shape["head_dim"],
+    )
+    for name, shape in PRESETS.items()
 )
 LAYERS = ("gate_up", "down", "qkv", "o")
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from vllm_spense.models.parts import UnsupportedModelError
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.adapters import UnsupportedModelError
 from vllm_spense.pruning.selfcheck import check_replay
 from vllm_spense.pruning.source import SourceModel
 

@@ -24,9 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_spense.format import Checkpoint, CheckpointError, Layout, dequantize, unpack_linear
-from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import REPRUNE
 from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.models.families import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ import torch
 
 from vllm_spense.devices import H200
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.files import write_text
+from vllm_spense.models.families import fused_with
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
 from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
@@ -76,8 +76,8 @@ def layer_specs(checkpoint: Checkpoint, tensor_parallel: int = 1) -> list[Linear
     specs: dict[LinearSpec, None] = {}
     for name in config.modules:
         parent, _, last = name.rpartition(".")
-        parts = next((parts for parts in FUSED.values() if last in parts), (last,))
-        layouts = [checkpoint.layout(full) for p in parts if (full := f"{parent}.{p}") in config.modules]
+        together = [f"{parent}.{part}" for part in fused_with(last)]
+        layouts = [checkpoint.layout(full) for full in together if full in config.modules]
         if any(layout.sparse for layout in layouts):  # the same for each part, so that it counts once
             sliced = [layout.shard(layout.split, tensor_parallel) for layout in layouts]
             specs[LinearSpec.of(sliced, config.torch_dtype)] = None

@@ -16,9 +16,9 @@ import torch
 from vllm_spense.devices import H200
 from vllm_spense.format import FP8_DTYPE
 from vllm_spense.format.layout import META_GROUP
+from vllm_spense.models.parts import MlpShape
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.pruning.adapters import MlpShape
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.selection import dense_count
 from vllm_spense.pruning.trust import warn

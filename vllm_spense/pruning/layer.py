@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
+from vllm_spense.models.parts import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.activations import (
     LayerInputs,
     Outputs,
@@ -18,7 +19,6 @@ from vllm_spense.pruning.activations import (
     replaying,
     watching,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.attention import (
     Attention,
     group_order,

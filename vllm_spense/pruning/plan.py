@@ -14,10 +14,11 @@ import torch
 from vllm_spense.devices import GPUS, Rates
 from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
+from vllm_spense.models.families import ATTENTION_OUT
+from vllm_spense.models.parts import DecoderLayer, Mlp, decoder
 from vllm_spense.network import language_head
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
 from vllm_spense.pruning.admission import admit
-from vllm_spense.pruning.attention import OUT, target
+from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
@@ -312,7 +313,7 @@ class _Sizes:
         Linear attention has no product of that size.
         """
         named = [name.split(".") for name in layer.outside]
-        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in OUT]
+        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in ATTENTION_OUT]
         return 2.0 * tokens * seq * max((layer.outside[name].in_features for name in outs), default=0)
 
     def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:

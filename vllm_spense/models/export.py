@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import fused_groups
 from vllm_spense.format.fp8 import dequantize
 from vllm_spense.format.layout import Layout
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
+from vllm_spense.models.fused import fused_groups
 
 ExportFormat = Literal["bfloat16", "float32", "fp8", "spense-dense"]
 
