@@ -16,15 +16,19 @@ from pathlib import Path
 
 import torch
 
+from vllm_spense.devices import H200
 from vllm_spense.format import Checkpoint, Layout
+from vllm_spense.models.families import fused_with
+from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tune import H200, H200_PROCESSORS
 
 FP8 = torch.float8_e4m3fn
 TOKENS = 8  # one decode step of a small batch: the narrowest tile
 ALIGNMENT = 64
-HIDDEN, INTERMEDIATE, QUERIES, KEYS = 5120, 25600, 8192, 1024  # Qwen3-32B
+MODEL = PRESETS["Qwen3-32B"]
+HIDDEN, INTERMEDIATE = MODEL["hidden_size"], MODEL["intermediate_size"]
+QUERIES, KEYS = (MODEL[f"num_{kind}_heads"] * MODEL["head_dim"] for kind in ("attention", "key_value"))
 SHAPES = {
     "q_proj": (QUERIES, HIDDEN),
     "k_proj": (KEYS, HIDDEN),
@@ -34,7 +38,7 @@ SHAPES = {
     "up_proj": (INTERMEDIATE, HIDDEN),
     "down_proj": (HIDDEN, INTERMEDIATE),
 }
-FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+FUSED = tuple(dict.fromkeys(fused_with(name) for name in SHAPES))
 
 
 @dataclass(frozen=True)
@@ -92,5 +96,5 @@ def enlarged(short: str, layout: Layout) -> Layout:
 
 @lru_cache
 def _seconds(spec: LinearSpec) -> float:
-    configs = candidates(spec, TOKENS, H200, cutlass=False)
-    return min(estimate(spec, TOKENS, config, H200_PROCESSORS) for config in configs)
+    configs = candidates(spec, TOKENS, H200.capability, cutlass=False)
+    return min(estimate(spec, TOKENS, config, H200.processors) for config in configs)

@@ -40,6 +40,7 @@ from benchmarks.kernel_shapes import Device, Row
 from benchmarks.kernel_worker import CONTEXT_LOST, EVENT
 from benchmarks.results_file import RESULTS, ClockLog, kernel_sources, provenance, read, write
 from benchmarks.supervise import Ended, supervise
+from vllm_spense.devices import MEMORY_RATE, fp8_peak
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
 from vllm_spense.ops.tuning import read_table, shape_of, table_path
@@ -206,7 +207,7 @@ def describe_row(
         name.removeprefix("ours:"): result for name, result in results.items() if name.startswith("ours:")
     }
     others = {name: result for name, result in results.items() if not name.startswith("ours:")}
-    peak = shapes.fp8_peak(facts["device"])
+    peak = fp8_peak(facts["device"])
     work, dense = shapes.spense_work(spec, tokens), shapes.dense_work(spec, tokens)
     bound, bound_by = work.bound(bandwidth, peak) if bandwidth else (None, None)
     entry: dict[str, Any] = {
@@ -315,7 +316,7 @@ def dry_run(rows: Sequence[Row], device: Device) -> None:
             raise SystemExit(f"{row.key}: no legal configuration")
         predicted = {c: estimate(row.spec, row.tokens, c, device.processors) * 1e6 for c in chosen}
         best = min(predicted, key=lambda c: predicted[c])
-        bound, by = shapes.spense_work(row.spec, row.tokens).bound(4.3e12, shapes.fp8_peak(device.name))
+        bound, by = shapes.spense_work(row.spec, row.tokens).bound(MEMORY_RATE, fp8_peak(device.name))
         total += predicted[best]
         print(
             f"{row.key:36s} {row.spec.split:6s} {row.spec.out_features:6d} x {row.spec.in_features:5d}  "

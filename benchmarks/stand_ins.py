@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.first_light_cases import Machine
 from benchmarks.results_file import ROOT
+from vllm_spense.devices import H200
 from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, pairs
 from vllm_spense.ops.linear import reference_linear
 
-SM90_PROCESSORS = 132
+SM90_PROCESSORS = H200.processors
 FAULTS = ("hang", "crash", "wrong")
 
 

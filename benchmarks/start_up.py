@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.frontier_report import insert
 from benchmarks.random_checkpoint import write_random
 from benchmarks.results_file import ROOT, provenance, write
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 
 RESULTS = ROOT / "benchmarks" / "results" / "start_up.json"
 DOCUMENT = ROOT / "docs" / "reliability.md"

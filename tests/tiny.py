@@ -9,10 +9,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_spense.format import CheckpointWriter, Codecs, Layout, LinearFormat, ModuleSpec, codecs
-from vllm_spense.format.export import export
+from vllm_spense.format import (
+    CheckpointWriter,
+    Codecs,
+    Layout,
+    LinearFormat,
+    ModuleSpec,
+    codecs,
+)
 from vllm_spense.format.manifest import write_manifest
 from vllm_spense.format.schema import checkpoint_config
+from vllm_spense.models.export import export
 from vllm_spense.ops.online import prune_and_pack
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 144, 208, 4, 2, 32, 2, 512

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from vllm_spense.cli.doctor import doctor
     from vllm_spense.evaluation import evaluate
     from vllm_spense.evaluation.verify import verify
-    from vllm_spense.format.export import export
     from vllm_spense.format.report import inspect
+    from vllm_spense.models.export import export
     from vllm_spense.pruning import PruneConfig, prune
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOME = {
     "prune": "vllm_spense.pruning",
     "evaluate": "vllm_spense.evaluation",
     "verify": "vllm_spense.evaluation.verify",
-    "export": "vllm_spense.format.export",
+    "export": "vllm_spense.models.export",
     "inspect": "vllm_spense.format.report",
     "doctor": "vllm_spense.cli.doctor",
     "demo": "vllm_spense.cli.demo",

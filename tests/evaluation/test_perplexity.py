@@ -17,7 +17,7 @@ from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
 from vllm_spense.evaluation.loading import StoredLinear
 from vllm_spense.format import Checkpoint, CheckpointError
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 
 
 @pytest.fixture(scope="module")

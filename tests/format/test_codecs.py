@@ -16,11 +16,11 @@ from vllm_spense.evaluation import load_model
 from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter, Codecs, Layout, LinearFormat
 from vllm_spense.format.codecs import FP8, codec, codec_names, register
 from vllm_spense.format.codecs.bf16 import Bf16
-from vllm_spense.format.export import export
 from vllm_spense.format.manifest import write_manifest
 from vllm_spense.format.schema import CodecModuleSpec, RegionCodecs, parse_config
 from vllm_spense.format.sparse24 import magnitude_mask
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.models.export import export
 
 every_codec = pytest.mark.parametrize("name", codec_names())
 CODECS: dict[str, Any] = {

@@ -10,8 +10,8 @@ import pytest
 
 from tests.tiny import HIDDEN, INTER, LAYERS, LINEARS, SPARSE
 from vllm_spense.format import Checkpoint, CheckpointError
-from vllm_spense.format.export import export
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
 
 BIAS_BYTES = 2
 

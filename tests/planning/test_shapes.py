@@ -10,7 +10,8 @@ import pytest
 
 from tests.tiny import HEAD_DIM, HIDDEN, INTER, KV_HEADS, LAYERS, SPARSE, VOCAB
 from vllm_spense.format import CheckpointError, Layout
-from vllm_spense.planning.shapes import PRESETS, Experts, ModelShape, read_model
+from vllm_spense.models.presets import PRESETS
+from vllm_spense.planning.shapes import Experts, ModelShape, read_model
 
 LLAMA = {
     "model_type": "llama",

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 
+from vllm_spense.models.parts import MlpShape
 from vllm_spense.pruning import PruneConfig
-from vllm_spense.pruning.adapters import MlpShape
 from vllm_spense.pruning.allocation import allocate, dense_counts, price
 from vllm_spense.pruning.selection import dense_count
 from vllm_spense.pruning.trust import PruneWarning

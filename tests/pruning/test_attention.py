@@ -26,11 +26,11 @@ from vllm_spense.cli.app import app
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint
-from vllm_spense.format.export import export
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
+from vllm_spense.models.parts import decoder_layers
 from vllm_spense.ops.tune import layer_specs
 from vllm_spense.pruning import PruneConfig, PruneReport, attention, pipeline, prune
-from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.attention import move_groups, target
 from vllm_spense.pruning.hessian import Hessian, output_error
 from vllm_spense.pruning.layer import LayerPruner

@@ -14,8 +14,8 @@ from torch import nn
 from tests.tiny import HIDDEN, INTER
 from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout, dequantize, quantize_per_channel
+from vllm_spense.models.parts import Mlp
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
-from vllm_spense.pruning.adapters import Mlp
 from vllm_spense.pruning.config import PRESETS
 from vllm_spense.pruning.hessian import Hessian
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer

@@ -15,9 +15,9 @@ from tests.tiny import make_llama
 from tests.tiny_gemma4 import GEMMA4, gemma4, make_gemma4
 from tests.tiny_text import add_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.models.parts import decoder_layers
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.activations import LayerInputs, in_memory
-from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.plan import Plan, plan
 
 QWEN3_32B = {

@@ -21,9 +21,9 @@ from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.trial import try_out
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint
-from vllm_spense.format.export import export
-from vllm_spense.format.linears import stays_as_stored
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
+from vllm_spense.models.families import stays_as_stored
 from vllm_spense.planning.shapes import read_model
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.pipeline import _report_of

@@ -22,7 +22,7 @@ from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model
 from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.recovery import RecoveryConfig, RecoveryError, RecoveryProgress, recover, training
 from vllm_spense.recovery.output import round_stochastically, write_rest, write_weights

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import HIDDEN, INTER, LAYERS, dense_twin, make_llama, make_spense
 from tests.vllm_runs import Pool
-from vllm_spense.format.export import export
 from vllm_spense.format.manifest import write_manifest
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}

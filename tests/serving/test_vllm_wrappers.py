@@ -18,7 +18,7 @@ from tests.tiny_text import write_text
 from tests.tiny_wrappers import IMAGE, WRAPPERS, make_headless, make_wrapper
 from tests.vllm_runs import Pool, Run, token_prompts, torchvision
 from vllm_spense.evaluation import load_model
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm

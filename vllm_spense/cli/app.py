@@ -374,7 +374,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:
     """Write a plain dense checkpoint with the zeros written out, for any other engine."""
-    from vllm_spense.format.export import export as run
+    from vllm_spense.models.export import export as run
 
     with module_progress(errors, "modules") as progress:
         run(directory, out, format=format, overwrite=overwrite, progress=progress)

@@ -17,9 +17,9 @@ from torch import nn
 
 from vllm_spense import sources
 from vllm_spense.format import Checkpoint, CheckpointError
-from vllm_spense.format.conversion import left_out, model_parameter
 from vllm_spense.format.errors import REPRUNE, RESAVE
 from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.models.fused import left_out, model_parameter
 from vllm_spense.network import SpenseNames, auto_class, spense_names
 from vllm_spense.ops import dense_linear, quantize_per_token
 from vllm_spense.sources import building, check_source, check_tensors, load_config

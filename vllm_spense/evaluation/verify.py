@@ -8,9 +8,9 @@ from pathlib import Path
 
 from vllm_spense.format import manifest
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import model_parameter
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.models.fused import model_parameter
 from vllm_spense.network import auto_class, spense_names
 from vllm_spense.sources import load_config
 

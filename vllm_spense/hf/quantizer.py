@@ -23,10 +23,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vllm_spense.format import Checkpoint, CheckpointError, Codecs, Layout, LinearFormat
-from vllm_spense.format.conversion import FUSED
+from vllm_spense.format import (
+    Checkpoint,
+    CheckpointError,
+    Codecs,
+    Layout,
+    LinearFormat,
+)
 from vllm_spense.format.errors import REPRUNE
 from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.models.families import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

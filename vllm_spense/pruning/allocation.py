@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
+from vllm_spense.devices import H200
 from vllm_spense.format.layout import META_GROUP
 from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.models.parts import MlpShape
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tune import H200, H200_PROCESSORS
-from vllm_spense.pruning.adapters import MlpShape
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.selection import dense_count
 from vllm_spense.pruning.trust import warn
@@ -40,8 +40,8 @@ def price(shape: MlpShape, dense: int, budget: Budget) -> float:
 
 
 def _seconds(spec: LinearSpec) -> float:
-    configs = candidates(spec, DECODE_TOKENS, H200, cutlass=False)
-    return min(estimate(spec, DECODE_TOKENS, config, H200_PROCESSORS) for config in configs)
+    configs = candidates(spec, DECODE_TOKENS, H200.capability, cutlass=False)
+    return min(estimate(spec, DECODE_TOKENS, config, H200.processors) for config in configs)
 
 
 def legal_counts(intermediate: int, alignment: int) -> list[int]:

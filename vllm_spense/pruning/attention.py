@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from vllm_spense.format import Layout
+from vllm_spense.models.families import ATTENTION_INNER, ATTENTION_OUT
+from vllm_spense.models.parts import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.activations import LayerInputs, Stop, watching
-from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.hessian import Hessian, squares
 from vllm_spense.pruning.selection import index_scores, permutation, permute_columns, permute_rows
 
-_INNER = ("q_proj", "k_proj", "v_proj")
-OUT = ("o_proj", "out_proj", "dense")
 _SHARED_NORM = re.compile(r"[qk]_(layer)?norm\.(weight|bias)")
 """Norms of queries and keys that all heads share (Qwen3, Gemma 3, Phi), if they are as long as one head."""
 
@@ -80,11 +79,11 @@ def target(layer: DecoderLayer, config: PruneConfig) -> Attention | None:
         raise _unsupported(name, "linear attention keeps a state per head")
     if any(full.startswith(f"{name}.") for full in layer.plain):
         raise _unsupported(name, "vLLM serves this model's attention as it is stored only")
-    linears = {short: layer.dense.get(f"{name}.{short}") for short in (*_INNER, *OUT)}
-    inner = {f"{name}.{short}": linear for short in _INNER if (linear := linears[short]) is not None}
-    outs = [(f"{name}.{short}", linear) for short in OUT if (linear := linears[short]) is not None]
-    if len(inner) < len(_INNER) or len(outs) != 1:
-        raise _unsupported(name, f"it has no plain linears {', '.join(_INNER)} and o_proj")
+    linears = {short: layer.dense.get(f"{name}.{short}") for short in (*ATTENTION_INNER, *ATTENTION_OUT)}
+    inner = {f"{name}.{short}": linear for short in ATTENTION_INNER if (linear := linears[short]) is not None}
+    outs = [(f"{name}.{short}", linear) for short in ATTENTION_OUT if (linear := linears[short]) is not None]
+    if len(inner) < len(ATTENTION_INNER) or len(outs) != 1:
+        raise _unsupported(name, f"it has no plain linears {', '.join(ATTENTION_INNER)} and o_proj")
     out_name, out = outs[0]
     q, k, v = (linear.out_features for linear in inner.values())
     head = getattr(layer.attention_block, "head_dim", 0)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vllm_spense.format import CheckpointError, Codecs, Layout, LinearFormat
 from vllm_spense.format.codecs import codec
+from vllm_spense.models.parts import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.activations import (
     LayerInputs,
     Outputs,
@@ -19,7 +20,6 @@ from vllm_spense.pruning.activations import (
     replaying,
     watching,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.attention import (
     Attention,
     group_order,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.activations import LayerInputs, watching
-from vllm_spense.pruning.adapters import DecoderLayer
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.hessian import Hessian
 from vllm_spense.pruning.solve import Solver

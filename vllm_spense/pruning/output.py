@@ -23,7 +23,7 @@ from vllm_spense.format.codecs import codec
 from vllm_spense.format.files import storable
 from vllm_spense.format.schema import checkpoint_config
 from vllm_spense.format.side_files import side_files
-from vllm_spense.pruning.adapters import DecoderLayer
+from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.card import CARD_NAME, model_card
 from vllm_spense.pruning.config import PruneConfig

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from vllm_spense.format.sparse24 import magnitude_mask
+from vllm_spense.models.parts import Mlp, mlp_shapes
 from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, watching
-from vllm_spense.pruning.adapters import Mlp, mlp_shapes
 from vllm_spense.pruning.allocation import dense_counts, legal_counts
 from vllm_spense.pruning.config import GRADIENT_SELECTIONS, PruneConfig, Selection
 from vllm_spense.pruning.hessian import squares

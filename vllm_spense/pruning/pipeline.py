@@ -14,9 +14,9 @@ from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.format.report import inspect
 from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.models.parts import DecoderLayer, layer_name, mlp_shapes
 from vllm_spense.network import language_head
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
-from vllm_spense.pruning.adapters import DecoderLayer, layer_name, mlp_shapes, warn_about_experts
 from vllm_spense.pruning.admission import check_layouts
 from vllm_spense.pruning.allocation import dense_counts
 from vllm_spense.pruning.config import GRADIENT_SELECTIONS, PruneConfig
@@ -39,6 +39,7 @@ from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
 from vllm_spense.pruning.trust import (
     warn_about_calibration,
+    warn_about_experts,
     warn_about_overlap,
     warn_about_size,
     warnings_as_errors,
@@ -110,7 +111,7 @@ def prune(
     in ``.OUT.spense-work``, and ``config.resume`` continues from them to the same bytes.
 
     Raises :class:`~vllm_spense.format.CheckpointError` (a ``ValueError``) for unusable source files,
-    :class:`~vllm_spense.pruning.adapters.UnsupportedModelError` (a ``ValueError``) for other
+    :class:`~vllm_spense.models.parts.UnsupportedModelError` (a ``ValueError``) for other
     architectures, ``ValueError`` for calibration text and sizes that do not fit, ``FileExistsError``
     for an ``out`` that is in use, :class:`~vllm_spense.pruning.resume.ResumeError` for an unfinished run
     in the way, :class:`~vllm_spense.pruning.solvers.SolverError` for a Hessian that cannot be factored.

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 
+from vllm_spense.devices import GPUS, Rates
 from vllm_spense.format import Codecs, Layout, LinearFormat
 from vllm_spense.format.layout import GROUP
+from vllm_spense.models.families import ATTENTION_OUT
+from vllm_spense.models.parts import DecoderLayer, Mlp, decoder
 from vllm_spense.network import language_head
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
 from vllm_spense.pruning.admission import admit
-from vllm_spense.pruning.attention import OUT, target
+from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
@@ -48,17 +50,7 @@ CHECK_FACTOR = 3.5
 """fp32 copies of a tensor while it is looked through for NaN: the values, their magnitudes, two masks."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Of a device: FLOP/s of large GEMMs in the compute dtype and in fp32 (no TF32), bytes/s elementwise."""
-
-    flop: float
-    flop_fp32: float
-    bandwidth: float
-
-
-THROUGHPUT = {"h200": Rates(6.0e14, 4.5e13, 3.0e12), "b200": Rates(1.3e15, 6.0e13, 5.0e12)}
-"""bf16 and fp32: about 0.6 and 0.7 of the data sheets, memory 0.6; not measured."""
+THROUGHPUT = {name.lower(): gpu.rates for name, gpu in GPUS.items() if gpu.rates is not None}
 
 
 @dataclass(frozen=True)
@@ -318,7 +310,7 @@ class _Sizes:
         Linear attention has no product of that size.
         """
         named = [name.split(".") for name in layer.outside]
-        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in OUT]
+        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in ATTENTION_OUT]
         return 2.0 * tokens * seq * max((layer.outside[name].in_features for name in outs), default=0)
 
     def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:

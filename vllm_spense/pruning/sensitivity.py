@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.sparse24 import magnitude_mask
+from vllm_spense.models.parts import Mlp, check_weights
 from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, first_output
-from vllm_spense.pruning.adapters import Mlp, check_weights
 from vllm_spense.pruning.arguments import Key, floating_tensors
 from vllm_spense.pruning.config import Selection
 from vllm_spense.pruning.hessian import squares

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_spense.pruning.adapters import DecoderLayer
+    import torch
+
+    from vllm_spense.models.parts import DecoderLayer
     from vllm_spense.pruning.config import PruneConfig
     from vllm_spense.text import Calibration
 
@@ -77,3 +79,17 @@ def warn_about_calibration(tokens: int, layers: Sequence[DecoderLayer], config: 
             f"{tokens} calibration tokens are fewer than the {columns[name]} inputs of {name}: its Hessian "
             "is singular and the solver fits these tokens alone; raise --num-samples or --seq-len"
         )
+
+
+def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
+    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
+    blocks = [layer.experts for layer in layers if layer.experts is not None]
+    if not blocks:
+        return
+    parameters = [p for block in blocks for p in block.parameters()]
+    size = sum(p.numel() for p in parameters) * stored.itemsize
+    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
+    warn(
+        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
+        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
+    )

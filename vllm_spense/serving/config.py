@@ -14,12 +14,11 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.linears import MLP_SPLITS, stays_as_stored
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_loaded_file
 from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec, parse_config
 from vllm_spense.format.validate import check_headers
+from vllm_spense.models.families import FUSED, MLP_SPLITS, stays_as_stored
 from vllm_spense.serving.summary import LoadSummary
 
 if TYPE_CHECKING:

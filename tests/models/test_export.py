@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tests.tiny import HEAD_DIM, HEADS, KV_HEADS, make_spense
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.codecs import codec_names
-from vllm_spense.format.export import ExportFormat, export
 from vllm_spense.format.manifest import check_manifest, write_manifest
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.models.export import ExportFormat, export
 
 
 @pytest.fixture(scope="module")

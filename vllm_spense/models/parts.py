@@ -14,14 +14,10 @@ import torch
 from torch import nn
 
 from vllm_spense.format import CheckpointError, Layout
-from vllm_spense.format.linears import MLP_FORMS, stays_as_stored
-from vllm_spense.pruning.conversion import checkpoint_name
-from vllm_spense.pruning.trust import warn
+from vllm_spense.models.families import MIXERS, MLP_FORMS, MLP_HOLDERS, family_of, stays_as_stored
+from vllm_spense.models.split import checkpoint_name
 
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
-_HOLDERS = ("mlp", "feed_forward")
-_MIXERS = ("self_attn", "linear_attn")
-_MOE_TYPES = ("qwen2_moe", "qwen3_moe")
 _SUPPORTED = (
     "supported are models whose decoder layers hold attention and one MLP of plain linears (gate_proj, "
     "up_proj and down_proj; up_proj and down_proj; fc1 and fc2; c_fc and c_proj), like Llama, Mistral, Qwen, "
@@ -44,7 +40,7 @@ class MlpShape:
     inner: int
 
     def layouts(self, dense: int) -> tuple[Layout, Layout]:
-        """Of an inner linear and of down with ``dense`` dense indices; ``ValueError`` where none fits."""
+        """Layouts of an inner linear and of down, ``dense`` indices dense; ``ValueError`` where none fits."""
         sparse = self.intermediate - dense
         rows = Layout("output", self.intermediate, self.hidden, sparse)
         if not sparse:  # the one spelling of a dense layer
@@ -137,7 +133,7 @@ def decoder_layers(model: nn.Module, stored: Mapping[str, str] | None = None) ->
 
 
 def mlp_shapes(layers: Sequence[DecoderLayer]) -> list[MlpShape | None]:
-    """Of each layer's prunable MLP; None where there is none."""
+    """The extents of each layer's prunable MLP; None where there is none."""
     return [None if layer.mlp is None else layer.mlp.shape for layer in layers]
 
 
@@ -159,33 +155,19 @@ def check_weights(layer: DecoderLayer) -> None:
             )
 
 
-def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
-    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
-    blocks = [layer.experts for layer in layers if layer.experts is not None]
-    if not blocks:
-        return
-    parameters = [p for block in blocks for p in block.parameters()]
-    size = sum(p.numel() for p in parameters) * stored.itemsize
-    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
-    warn(
-        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
-        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
-    )
-
-
 def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:
-    attention = next((found for key in _MIXERS if (found := getattr(module, key, None)) is not None), None)
-    path = next((f"{name}.{key}" for key in _HOLDERS if hasattr(module, key)), name)
-    if attention is None or (path == name and kind != "opt"):  # fc1 and fc2 are OPT's layer's own
+    attention = next((found for key in MIXERS if (found := getattr(module, key, None)) is not None), None)
+    path = next((f"{name}.{key}" for key in MLP_HOLDERS if hasattr(module, key)), name)
+    if attention is None or (path == name and not family_of(kind).bare_mlp):
         raise UnsupportedModelError(
-            f"{name} has no {' or '.join(_HOLDERS)} or no {' or '.join(_MIXERS)}; {_SUPPORTED}"
+            f"{name} has no {' or '.join(MLP_HOLDERS)} or no {' or '.join(MIXERS)}; {_SUPPORTED}"
         )
     holder = module.get_submodule(path.removeprefix(name).lstrip("."))
     experts = getattr(holder, "experts", None)
     mlp: Mlp | None
     if experts is None:
         mlp = _mlp(path, holder, alone=holder is not module)
-    elif kind not in _MOE_TYPES:
+    elif not family_of(kind).routed:
         raise UnsupportedModelError(f"{path} is a mixture of experts ({kind}); {_SUPPORTED}")
     else:
         shared = getattr(holder, "shared_expert", None)

@@ -13,19 +13,9 @@ from typing import Any
 
 import torch
 
-FUSED: dict[str, tuple[str, ...]] = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-}
-"""Fused linears, and their parts in the order of the fused rows."""
+from vllm_spense.models.families import FUSED, family_of
 
-FUSED_TYPES: dict[str, tuple[str, ...]] = {
-    "phi3": ("gate_up_proj", "qkv_proj"),
-    "glm4": ("gate_up_proj",),
-}
-"""Which of them each ``model_type`` has in transformers and on disk."""
-
-_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_EXPERTS = {"gate_up_proj": FUSED["gate_up_proj"], "down_proj": ("down_proj",)}
 
 
 def fused_groups(names: Iterable[str], model_type: str) -> dict[str, list[str]]:
@@ -33,7 +23,7 @@ def fused_groups(names: Iterable[str], model_type: str) -> dict[str, list[str]]:
 
     A group of one is a name that both sides share.
     """
-    into = {part: fused for fused in FUSED_TYPES.get(model_type, ()) for part in FUSED[fused]}
+    into = {part: fused for fused in family_of(model_type).fused for part in FUSED[fused]}
     order = [part for parts in FUSED.values() for part in parts]
     groups: dict[str, list[str]] = {}
     for name in names:

@@ -14,7 +14,8 @@ from torch import nn
 
 from vllm_spense.format import Checkpoint
 from vllm_spense.format.checkpoint import TensorInfo
-from vllm_spense.format.conversion import FUSED, FUSED_TYPES, part_rows
+from vllm_spense.models.families import FUSED, family_of
+from vllm_spense.models.fused import part_rows
 from vllm_spense.sources import load_config
 
 
@@ -31,7 +32,7 @@ class SourceCheckpoint(Checkpoint):
         for name, info in list(self.tensors.items()):
             module, _, kind = name.rpartition(".")
             parent, _, last = module.rpartition(".")
-            if last not in FUSED_TYPES.get(self.config.get("model_type", ""), ()):
+            if last not in family_of(self.config.get("model_type", "")).fused:
                 continue
             del self.tensors[name]
             config = config or load_config(self.directory).to_dict()  # config.json may leave heads out
@@ -68,7 +69,7 @@ class SplitLinear(nn.Module):
 def split_fused(model: nn.Module) -> None:
     """Replace every fused linear of a transformers ``model`` (on any device, meta too) by its parts."""
     config: Any = getattr(model, "config", None)
-    fused = FUSED_TYPES.get(getattr(config, "model_type", ""), ())
+    fused = family_of(getattr(config, "model_type", "")).fused
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
         if last in fused and type(module) is nn.Linear:

@@ -10,11 +10,11 @@ import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.codecs import FP8
-from vllm_spense.format.conversion import fused_groups
 from vllm_spense.format.layout import Layout
 from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
+from vllm_spense.models.fused import fused_groups
 
 ExportFormat = Literal["bfloat16", "float32", "fp8", "spense-dense"]
 
