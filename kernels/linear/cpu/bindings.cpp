@@ -1,5 +1,5 @@
 // torch operators of the CPU kernels, on libtorch's stable ABI (torch 2.11 and later).
-#include "spense_linear_cpu.h"
+#include "linear/cpu/kernels.h"
 #include <cpuid.h>
 #include <emmintrin.h>
 #include <torch/csrc/stable/library.h>
@@ -23,7 +23,7 @@ constexpr int64_t kGrain = 1 << 15;          // values that are worth a second t
 int64_t up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 int64_t down(int64_t n) { return n / kStep * kStep; }
 
-// Instruction sets by number, as ops/cpu_linear.py names them; a CPU that has one has those before it.
+// Instruction sets by number, in the order of ISAS of vllm_spense.ops; a CPU that has one has those before it.
 constexpr Functions const* kFunctions[] = {nullptr, &avx2, &avx512, &avx512_bf16};
 
 // The best of this CPU, 0 for none.
@@ -146,9 +146,9 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
     dense_area += output_split ? up(d) * in : d ? up(n) * (in - down(s)) : 0;
   }
   STD_TORCH_CHECK(total == (output_split ? n : k), "spense: region sizes sum to ", total, ", not to ", output_split ? n : k);
-  check(values, "sparse_values", values.scalar_type() == ScalarType::Byte && values.numel() == sparse_area / 2, "interleaved (ops/cpu_linear.py)");
-  check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8, "interleaved (ops/cpu_linear.py)");
-  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == dense_area, "interleaved (ops/cpu_linear.py)");
+  check(values, "sparse_values", values.scalar_type() == ScalarType::Byte && values.numel() == sparse_area / 2, "interleaved (spense::interleave_rows_cpu)");
+  check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8, "interleaved (spense::interleave_rows_cpu)");
+  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == dense_area, "interleaved (spense::interleave_rows_cpu)");
 
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   auto const pieces = rows_of(static_cast<uint8_t const*>(values.data_ptr()), static_cast<uint8_t const*>(meta.data_ptr()),

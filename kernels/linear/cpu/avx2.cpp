@@ -1,7 +1,7 @@
 // 8 lanes (AVX2 and FMA): Haswell, Zen and later.
 #include <immintrin.h>
-#include "spense_linear_cpu_rows.h"
-#include "spense_linear_cpu_strip.h"
+#include "linear/cpu/rows.h"
+#include "linear/cpu/strip.h"
 
 namespace spense::cpu {
 namespace {

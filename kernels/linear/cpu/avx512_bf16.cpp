@@ -1,7 +1,7 @@
 // Dot products of bf16 pairs (AVX-512 BF16 and VBMI): Zen 4, Sapphire Rapids and later. e4m3 is exact in bf16 and a product of two is
 // exact in fp32, so only the rate differs from the other files: two columns per instruction, and weights are widened by table look-ups.
 #include <immintrin.h>
-#include "spense_linear_cpu_rows.h"
+#include "linear/cpu/rows.h"
 
 namespace spense::cpu {
 namespace {

@@ -1,7 +1,7 @@
-// One strip of 16 output rows for any number of tokens, over a vector type V (see spense_linear_cpu_avx2.cpp): included once per
+// One strip of 16 output rows for any number of tokens, over a vector type V (see avx2.cpp): included once per
 // instruction set, in a file that is compiled for it.
 #pragma once
-#include "spense_linear_cpu.h"
+#include "linear/cpu/kernels.h"
 
 namespace spense::cpu {
 namespace {

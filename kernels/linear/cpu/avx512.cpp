@@ -1,7 +1,7 @@
 // 16 lanes (AVX-512 F): Skylake-SP, Zen 4 and later.
 #include <immintrin.h>
-#include "spense_linear_cpu_rows.h"
-#include "spense_linear_cpu_strip.h"
+#include "linear/cpu/rows.h"
+#include "linear/cpu/strip.h"
 
 namespace spense::cpu {
 namespace {
