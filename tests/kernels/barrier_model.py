@@ -1,4 +1,4 @@
-"""A small-step model of the Hopper kernel's barriers (kernels/spense_linear_sm90.cuh), run in random order.
+"""A small-step model of the Hopper kernel's barriers (kernels/linear/sm90_fp8.cuh), run in random order.
 
 Every CTA has a producer and its consumer warpgroups; copies land at random times. The model asserts what
 hardware would punish silently: a slot overwritten while it is read, a consumer that reads another stage's

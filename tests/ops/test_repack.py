@@ -88,7 +88,7 @@ def test_the_operator_takes_the_kernels_layout_too(layout: Layout) -> None:
 
 
 def kernel_reads(values: torch.Tensor, blocked: torch.Tensor, rows: int, stage_columns: int) -> torch.Tensor:
-    """The matrix as ``linear_kernel`` (spense_linear_sm90.cuh) puts it together, thread by thread.
+    """The matrix as ``linear_kernel`` (linear/sm90_fp8.cuh) puts it together, thread by thread.
 
     Stages of ``stage_columns`` copy metadata blocks of 16 bytes per row; an instruction covers 64 columns;
     each thread of a warpgroup holds 32 bits of metadata, which cover 8 groups of one row (PTX ISA,

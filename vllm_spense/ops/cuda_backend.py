@@ -15,7 +15,7 @@ from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import usable
 
 __all__ = ["CudaBackend", "cuda_linear"]
-MAX_SHARDS = 4  # kMaxShards of kernels/spense_linear.h
+MAX_SHARDS = 4  # kMaxShards of kernels/linear/arguments.h
 
 
 class CudaBackend:

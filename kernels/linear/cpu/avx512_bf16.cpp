@@ -1,7 +1,9 @@
-// Dot products of bf16 pairs (AVX-512 BF16 and VBMI): Zen 4, Sapphire Rapids and later. e4m3 is exact in bf16 and a product of two is
-// exact in fp32, so only the rate differs from the other files: two columns per instruction, and weights are widened by table look-ups.
+// Dot products of bf16 pairs (AVX-512 BF16 and VBMI): Zen 4, Sapphire Rapids and later. A codec's values are exact in bf16 and a
+// product of two is exact in fp32, so only the rate differs from the other files: two columns per instruction, and weights are widened
+// by table look-ups.
 #include <immintrin.h>
-#include "spense_linear_cpu_rows.h"
+#include "linear/cpu/codecs.h"
+#include "linear/cpu/rows.h"
 
 namespace spense::cpu {
 namespace {
@@ -9,27 +11,12 @@ namespace {
 constexpr int kRegisters = 24;     // of 32, for sums
 constexpr int kDecodeUpTo = 32;    // tokens; more are faster over widened weights
 
-// The bf16 of an e4m3 magnitude.
-constexpr uint16_t widened(int magnitude) {
-  int const exponent = magnitude >> 3, mantissa = magnitude & 7;
-  if (magnitude == 127) return 0x7FC0;
-  if (exponent) return uint16_t((exponent - 7 + 127) << 7 | mantissa << 4);
-  if (!mantissa) return 0;
-  int const top = mantissa >= 4 ? 2 : mantissa >= 2 ? 1 : 0;  // a subnormal, mantissa * 2^-9
-  return uint16_t((top - 9 + 127) << 7 | (mantissa << (7 - top) & 0x7F));
-}
-
-// By magnitude (7 bits) and by metadata nibble; orders of bytes. Constants: code of this file must not run where it cannot.
+// Orders of bytes, and by metadata nibble. Constants: code of this file must not run where it cannot.
 struct Tables {
-  alignas(64) uint8_t high[128], low[128];   // bytes of the bf16
   alignas(64) uint8_t order[64];             // four columns [column][row] -> pairs of columns, as unpacklo and unpackhi need them
   alignas(64) uint8_t gather[16][4];         // bytes of x's group of four that meet (first, second)
   alignas(64) uint8_t scatter[2][16][4];     // bytes of (first, second) for columns 0, 1 and for 2, 3; 0x80: zero
-  constexpr Tables() : high{}, low{}, order{}, gather{}, scatter{} {
-    for (int m = 0; m < 128; ++m) {
-      high[m] = uint8_t(widened(m) >> 8);
-      low[m] = uint8_t(widened(m));
-    }
+  constexpr Tables() : order{}, gather{}, scatter{} {
     for (int i = 0; i < 64; ++i) order[i] = uint8_t((i % 16 / 8 * 2 + i % 2) * kRows + i / 16 * 4 + i % 8 / 2);
     for (int nibble = 0; nibble < 16; ++nibble) {
       int const position[2] = {nibble & 3, nibble >> 2};
@@ -41,17 +28,16 @@ struct Tables {
 };
 constexpr Tables tables;
 
-// 64 bytes [4 columns][16 rows] as bf16: per row (of 4 bytes) columns 0 and 1 in `a`, 2 and 3 in `b`. The same for two groups of four:
+// 64 weights [4 columns][16 rows] as bf16: per row (of 4 bytes) columns 0 and 1 in `a`, 2 and 3 in `b`. The same for two groups of four:
 // first and second value of one in `a`, of the other in `b`.
+template <class W>
 struct Widener {
-  __m512i high0 = _mm512_load_si512(tables.high), high1 = _mm512_load_si512(tables.high + 64);
-  __m512i low0 = _mm512_load_si512(tables.low), low1 = _mm512_load_si512(tables.low + 64);
-  __m512i order = _mm512_load_si512(tables.order), sign = _mm512_set1_epi8(char(0x80));
+  typename W::LookUp look_up;
+  __m512i order = _mm512_load_si512(tables.order);
   void operator()(uint8_t const* p, __m512i& a, __m512i& b) const {
     __builtin_prefetch(p + kAhead);
-    __m512i const bytes = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(p));
-    __m512i const low = _mm512_permutex2var_epi8(low0, bytes, low1), magnitude = _mm512_permutex2var_epi8(high0, bytes, high1);
-    __m512i const high = _mm512_ternarylogic_epi32(magnitude, bytes, sign, 0xF8);  // magnitude | (bytes & sign)
+    __m512i low, high;
+    look_up(_mm512_permutexvar_epi8(order, W::codes(p)), low, high);
     a = _mm512_unpacklo_epi8(low, high);
     b = _mm512_unpackhi_epi8(low, high);
   }
@@ -67,9 +53,9 @@ T read(void const* p) {
 }
 
 // Up to 4 tokens. An instruction adds the odd column first, so columns 2, 3 of a group come before 0, 1, as in a 2:4 region.
-template <int Tokens>
+template <class W, int Tokens>
 void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
-  Widener const widen;
+  Widener<W> const widen;
   __m512i const gather = _mm512_load_si512(tables.gather);
   __m512 sum[Tokens][kSums];
 #pragma GCC unroll 4
@@ -80,7 +66,7 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
   uint8_t const* meta = s.meta;
   for (int64_t c = 0; c < s.sparse; c += kStep)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half, values += 4 * kRows, meta += kRows) {
+    for (int half = 0; half < 2; ++half, values += bytes<W>(4 * kRows), meta += kRows) {
       __m512i w[2];
       widen(values, w[0], w[1]);
       __m512i const nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(meta)));
@@ -97,7 +83,7 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
   uint8_t const* dense = s.dense;
   for (int64_t c = s.dense_from; c < s.in; c += kStep)
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g, dense += 4 * kRows) {
+    for (int g = 0; g < 4; ++g, dense += bytes<W>(4 * kRows)) {
       __m512i w[2];
       widen(dense, w[0], w[1]);
 #pragma GCC unroll 4
@@ -112,8 +98,9 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
 }
 
 // Columns [from, to) of a strip as bf16 [sum][group of it][columns 2 and 3, columns 0 and 1][row][2], zeros written out.
+template <class W>
 void widen_columns(Strip const& s, int64_t from, int64_t to, __m512i* out) {
-  Widener const widen;
+  Widener<W> const widen;
   __m512i const scatter[2] = {_mm512_load_si512(tables.scatter[1]), _mm512_load_si512(tables.scatter[0])};
   __m512i const place = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
   int64_t const next_sum = (to - from) / kSums / 2;
@@ -121,7 +108,7 @@ void widen_columns(Strip const& s, int64_t from, int64_t to, __m512i* out) {
     bool const in_sparse = c < s.sparse;
     for (int half = 0; in_sparse && half < 2; ++half) {
       __m512i w[2];
-      widen(s.values + (c / 2 + 4 * half) * kRows, w[0], w[1]);
+      widen(s.values + bytes<W>((c / 2 + 4 * half) * kRows), w[0], w[1]);
       __m512i nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(s.meta + (c / 8 + half) * kRows)));
       for (int g = 0; g < 2; ++g, nibbles = _mm512_srli_epi32(nibbles, 4))
         for (int i = 0; i < 2; ++i)
@@ -129,7 +116,7 @@ void widen_columns(Strip const& s, int64_t from, int64_t to, __m512i* out) {
     }
     for (int g = 0; c >= s.dense_from && g < 4; ++g) {
       __m512i w[2];
-      widen(s.dense + (c - s.dense_from + 4 * g) * kRows, w[1], w[0]);
+      widen(s.dense + bytes<W>((c - s.dense_from + 4 * g) * kRows), w[1], w[0]);
       for (int i = 0; i < 2; ++i) {  // where both regions have the step, one of them holds zeros
         __m512i& target = out[g * next_sum + i];
         target = in_sparse ? _mm512_or_si512(w[i], target) : w[i];
@@ -169,7 +156,7 @@ void tiles(__m512i const* weight, int64_t steps, Bf16 const* x, int64_t pitch, i
 }
 
 // Many tokens: kDepth columns are widened at a time, then all tokens go over them, one partial sum after the other.
-template <int Strips>
+template <class W, int Strips>
 void prefill(Strip const* strips, Bf16 const* x, int64_t pitch, int tokens, float* out) {
   alignas(64) __m512i weight[Strips * kDepth / 2];
   alignas(64) float sums[kSums][Strips * kTokens * kRows];
@@ -178,27 +165,35 @@ void prefill(Strip const* strips, Bf16 const* x, int64_t pitch, int tokens, floa
     for (int i = 0; i < Strips * values; ++i) sum[i] = 0;
   for (int64_t c = 0; c < strips[0].in; c += kDepth) {
     int64_t const depth = strips[0].in - c < kDepth ? strips[0].in - c : kDepth;
-    for (int s = 0; s < Strips; ++s) widen_columns(strips[s], c, c + depth, weight + s * kDepth / 2);
+    for (int s = 0; s < Strips; ++s) widen_columns<W>(strips[s], c, c + depth, weight + s * kDepth / 2);
     for (int g = 0; g < kSums; ++g)
       tiles<Strips, kRegisters / Strips>(weight + g * (depth / kSums / 2), depth / kStep, x + c + 4 * g, pitch, tokens, sums[g], values);
   }
   for (int i = 0; i < Strips * values; ++i) out[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
 }
 
-template <int Tokens>
+template <class W, int Tokens>
 void decodes(Strip const& s, Bf16 const* x, int64_t pitch, int tokens, float* out) {
-  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) decode<Tokens>(s, x, pitch, out);
-  if constexpr (Tokens > 1) decodes<Tokens / 2>(s, x, pitch, tokens, out);
+  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) decode<W, Tokens>(s, x, pitch, out);
+  if constexpr (Tokens > 1) decodes<W, Tokens / 2>(s, x, pitch, tokens, out);
 }
 
+template <class W>
 void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
   auto const* x = static_cast<Bf16 const*>(values);
-  if (tokens > kDecodeUpTo) return count == 2 ? prefill<2>(strips, x, pitch, tokens, out) : prefill<1>(strips, x, pitch, tokens, out);
-  for (int i = 0; i < count; ++i) decodes<4>(strips[i], x, pitch, tokens, out + i * tokens * kRows);
+  if (tokens > kDecodeUpTo) return count == 2 ? prefill<W, 2>(strips, x, pitch, tokens, out) : prefill<W, 1>(strips, x, pitch, tokens, out);
+  for (int i = 0; i < count; ++i) decodes<W, 4>(strips[i], x, pitch, tokens, out + i * tokens * kRows);
+}
+
+template <class... W>
+constexpr Table table(List<W...>) {
+  Table made{};
+  ((made.codec[W::kCodec] = {W::kBits, sizeof(Bf16), quantize<Bf16>, strips<W>, finish}), ...);
+  return made;
 }
 
 }  // namespace
 
-Functions const avx512_bf16 = {sizeof(Bf16), quantize<Bf16>, strips, finish};
+constinit Table const avx512_bf16 = table(Codecs{});
 
 }  // namespace spense::cpu

@@ -7,12 +7,11 @@
 // `sparse[0]` columns are sparse, the other `dense[0]` dense.
 #pragma once
 #include <cstdint>
+#include "common/dtype.h"
 
 namespace spense {
 
 constexpr int kMaxShards = 4;
-
-enum OutDtype : int { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 struct LinearArgs {
   int tokens, out_features, in_features;       // M, N, K
@@ -22,7 +21,7 @@ struct LinearArgs {
   float const* x_scale;                        // [M]
   uint8_t const* values;                       // e4m3 [sparse rows, pitch >= sparse columns / 2]; null: no sparse region
   int64_t values_pitch;                        // bytes, a multiple of 16; bytes beyond the columns are zero
-  uint8_t const* metadata;                     // [2 * ceil(columns / 256)][metadata_rows][16], see ops/repack.py
+  uint8_t const* metadata;                     // [2 * ceil(columns / 256)][metadata_rows][16], the blocks of repack.py
   int metadata_rows;                           // a multiple of 128, at least 127 more than the sparse rows
   uint8_t const* dense_weight;                 // e4m3 [dense rows, pitch >= dense columns]; null: no dense region
   int64_t dense_pitch;                         // bytes, a multiple of 16; bytes beyond the columns are zero
@@ -31,7 +30,7 @@ struct LinearArgs {
   void* y;                                     // [M, N] contiguous; with amax [M, N / 2]
   float* amax;                                 // null, or [M], zeroed: y becomes silu(gate) * up of two equal shards, and
                                                // amax the largest |y| of each token
-  int out_dtype;                               // OutDtype
+  int out_dtype;                               // Dtype
 
   // Extents of the two stored matrices.
   int sparse_rows() const { return region_rows(sparse, values != nullptr); }
@@ -48,9 +47,5 @@ struct LinearArgs {
     return n;
   }
 };
-
-// Return codes of the launchers: 0, one of these, or 1000 + a cudaError_t.
-enum Status : int { kOk = 0, kBadConfig = 1, kUnsupported = 2, kNoDriver = 3, kTensorMap = 4, kWorkspace = 5, kCutlass = 6 };
-constexpr int kCudaError = 1000;
 
 }  // namespace spense

@@ -1,7 +1,8 @@
 // Launcher of the Hopper kernel.
 #pragma once
 #include <cuda_runtime_api.h>
-#include "spense_linear.h"
+#include "common/status.h"
+#include "linear/arguments.h"
 
 namespace spense {
 
@@ -13,7 +14,7 @@ struct Sm90Config {
   bool overlap;      // programmatic dependent launch: weights are read before the kernel in front has ended
 };
 
-// One of the Status codes. `clusters`, if given, receives how many clusters fit the device at once; nothing is launched.
+// A Status. `clusters`, if given, receives how many clusters fit the device at once; nothing is launched.
 int linear_sm90(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream, int* clusters = nullptr);
 
 }  // namespace spense

@@ -1,5 +1,5 @@
-// The GEMM instances of spense_linear_cutlass.h, one for each compilation: an instance takes a minute and some 5 GB.
-#include "cutlass_gemm.cuh"
+// The GEMM instances of cutlass_fp8.h, one for each compilation: an instance takes a minute and some 5 GB.
+#include "linear/cutlass_fp8_gemm.cuh"
 
 namespace spense {
 namespace instances {

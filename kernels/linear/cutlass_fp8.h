@@ -2,7 +2,8 @@
 #pragma once
 #include <cstddef>
 #include <cuda_runtime_api.h>
-#include "spense_linear.h"
+#include "common/status.h"
+#include "linear/arguments.h"
 
 namespace spense {
 

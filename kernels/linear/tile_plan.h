@@ -6,7 +6,7 @@
 // cluster c takes heavy units c, c + C, ...; clusters that got one heavy unit fewer take `lead` light units (as many as
 // fit into the time of a heavy one) before the others join. Two costs are all there are, so this closed form replaces a schedule in memory.
 #pragma once
-#include "spense_linear.h"
+#include "linear/arguments.h"
 
 #ifdef __CUDACC__
 #define SPENSE_HD __host__ __device__ __forceinline__

@@ -15,8 +15,8 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include "sm90_primitives.cuh"
-#include "tile_plan.h"
+#include "linear/sm90_primitives.cuh"
+#include "linear/tile_plan.h"
 
 namespace spense::sm90 {
 

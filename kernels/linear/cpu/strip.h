@@ -1,33 +1,29 @@
-// One strip of 16 output rows for any number of tokens, over a vector type V (see spense_linear_cpu_avx2.cpp): included once per
-// instruction set, in a file that is compiled for it.
+// One strip of 16 output rows for any number of tokens, over a vector type V (see avx2.cpp) and a codec W (see codecs.h):
+// included once per instruction set, in a file that is compiled for it.
 #pragma once
-#include "spense_linear_cpu.h"
+#include "linear/cpu/codecs.h"
+#include "linear/cpu/rows.h"
 
 namespace spense::cpu {
 namespace {
 
-// A byte of e4m3 becomes the fp32 of the same value times 2^-120: sign, exponent and mantissa move to their places, and the
-// exponents' biases (7 and 127) differ by 120. The product with 2^120 is exact; e4m3's subnormals are fp32's until then, so the caller
-// sees to it that they are not flushed (through fp16, which is never flushed, is half as slow again).
-constexpr int32_t kSignExponentMantissa = int32_t(0x87F00000u);
-constexpr float kRebias = 0x1p120f;
-
 // Up to V::kDecode tokens: weights and positions stay in registers, the x of a position comes from a permutation inside of the group.
-template <class V, int Tokens>
+template <class V, class W, int Tokens>
 void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
   for (int row = 0; row < kRows; row += V::kLanes) {
     V sum[Tokens][kSums];
     for (auto& sums : sum)
       for (V& v : sums) v = V::zero();
-    uint8_t const* values = s.values + row;
+    uint8_t const* values = s.values + bytes<W>(row);
     uint8_t const* meta = s.meta + row;
-    for (int64_t c = 0; c < s.sparse; c += kStep, values += 8 * kRows, meta += 2 * kRows)
+    for (int64_t c = 0; c < s.sparse; c += kStep, values += bytes<W>(8 * kRows), meta += 2 * kRows)
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
         auto const positions = V::bytes(meta + g / 2 * kRows);
         auto const first = V::shift_right(positions, g % 2 * 4), second = V::shift_right(positions, g % 2 * 4 + 2);
-        __builtin_prefetch(values + 2 * g * kRows + kAhead);
-        V const w0 = V::e4m3(values + 2 * g * kRows), w1 = V::e4m3(values + (2 * g + 1) * kRows);
+        __builtin_prefetch(values + bytes<W>(2 * g * kRows) + kAhead);
+        V const w0 = W::template widened<V>(values + bytes<W>(2 * g * kRows));
+        V const w1 = W::template widened<V>(values + bytes<W>((2 * g + 1) * kRows));
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
           V const group = V::four(x + t * pitch + c + 4 * g);
@@ -35,12 +31,12 @@ void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
           sum[t][g] = V::fma(w1, V::permuted(group, second), sum[t][g]);
         }
       }
-    uint8_t const* dense = s.dense + row;
-    for (int64_t c = s.dense_from; c < s.in; c += kStep, dense += kStep * kRows)
+    uint8_t const* dense = s.dense + bytes<W>(row);
+    for (int64_t c = s.dense_from; c < s.in; c += kStep, dense += bytes<W>(kStep * kRows))
 #pragma GCC unroll 16
       for (int i = 0; i < kStep; ++i) {
-        if (i % 4 == 0) __builtin_prefetch(dense + i * kRows + kAhead);
-        V const w = V::e4m3(dense + i * kRows);
+        if (i % 4 == 0) __builtin_prefetch(dense + bytes<W>(i * kRows) + kAhead);
+        V const w = W::template widened<V>(dense + bytes<W>(i * kRows));
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) sum[t][i / 4] = V::fma(w, V::one(x[t * pitch + c + i]), sum[t][i / 4]);
       }
@@ -50,7 +46,7 @@ void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
 }
 
 // Columns [from, to) of a strip as fp32 [sum][column of it][row], zeros written out.
-template <class V>
+template <class V, class W>
 void widen(Strip const& s, int64_t from, int64_t to, float* out) {
   int64_t const next_sum = (to - from) / kSums * kRows;
   for (int64_t c = from; c < to; c += kStep, out += 4 * kRows) {
@@ -58,16 +54,16 @@ void widen(Strip const& s, int64_t from, int64_t to, float* out) {
     for (int g = 0; g < 4; ++g) {
       float* const group = out + g * next_sum;
       for (int row = 0; in_sparse && row < kRows; row += V::kLanes) {
-        uint8_t const* values = s.values + (c / 2 + 2 * g) * kRows + row;
+        uint8_t const* values = s.values + bytes<W>((c / 2 + 2 * g) * kRows + row);
         auto const positions = V::bytes(s.meta + (c / 8 + g / 2) * kRows + row);
         auto const first = V::shift_right(positions, g % 2 * 4), second = V::shift_right(positions, g % 2 * 4 + 2);
-        V const w0 = V::e4m3(values), w1 = V::e4m3(values + kRows);
+        V const w0 = W::template widened<V>(values), w1 = W::template widened<V>(values + bytes<W>(kRows));
         for (int i = 0; i < 4; ++i) V::store(group + i * kRows + row, V::where(first, second, i, w0, w1));
       }
       if (c < s.dense_from) continue;
-      uint8_t const* dense = s.dense + (c - s.dense_from + 4 * g) * kRows;
+      uint8_t const* dense = s.dense + bytes<W>((c - s.dense_from + 4 * g) * kRows);
       for (int i = 0; i < 4 * kRows; i += V::kLanes) {
-        V const w = V::e4m3(dense + i);
+        V const w = W::template widened<V>(dense + bytes<W>(i));
         V::store(group + i, in_sparse ? V::add(w, V::load(group + i)) : w);
       }
     }
@@ -108,7 +104,7 @@ void tiles(float const* weight, int64_t steps, float const* x, int64_t pitch, in
 }
 
 // Many tokens: kDepth columns are widened at a time, then all tokens go over them, one partial sum after the other.
-template <class V>
+template <class V, class W>
 void prefill(Strip const& s, float const* x, int64_t pitch, int tokens, float* out) {
   alignas(64) float weight[kDepth * kRows], sums[kSums][kTokens * kRows];
   int const values = tokens * kRows;
@@ -116,7 +112,7 @@ void prefill(Strip const& s, float const* x, int64_t pitch, int tokens, float* o
     for (int i = 0; i < values; ++i) sum[i] = 0;
   for (int64_t c = 0; c < s.in; c += kDepth) {
     int64_t const depth = s.in - c < kDepth ? s.in - c : kDepth;
-    widen<V>(s, c, c + depth, weight);
+    widen<V, W>(s, c, c + depth, weight);
     for (int g = 0; g < kSums; ++g)
       tiles<V, V::kTile>(weight + g * (depth / kSums) * kRows, depth / kStep, x + c + 4 * g, pitch, tokens, sums[g]);
   }
@@ -124,17 +120,24 @@ void prefill(Strip const& s, float const* x, int64_t pitch, int tokens, float* o
 }
 
 // Few tokens: straight from the compressed weights.
-template <class V, int Tokens>
+template <class V, class W, int Tokens>
 void decodes(Strip const& s, float const* x, int64_t pitch, int tokens, float* out) {
-  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) decode<V, Tokens>(s, x, pitch, out);
-  if constexpr (Tokens > 1) decodes<V, Tokens / 2>(s, x, pitch, tokens, out);
+  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) decode<V, W, Tokens>(s, x, pitch, out);
+  if constexpr (Tokens > 1) decodes<V, W, Tokens / 2>(s, x, pitch, tokens, out);
 }
 
-template <class V>
+template <class V, class W>
 void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
   auto const* x = static_cast<float const*>(values);
   for (int i = 0; i < count; ++i, out += tokens * kRows)
-    tokens <= V::kDecodeUpTo ? decodes<V, V::kDecode>(strips[i], x, pitch, tokens, out) : prefill<V>(strips[i], x, pitch, tokens, out);
+    tokens <= V::kDecodeUpTo ? decodes<V, W, V::kDecode>(strips[i], x, pitch, tokens, out) : prefill<V, W>(strips[i], x, pitch, tokens, out);
+}
+
+template <class V, class... W>
+constexpr Table table(List<W...>) {
+  Table made{};
+  ((made.codec[W::kCodec] = {W::kBits, sizeof(float), quantize<float>, strips<V, W>, finish}), ...);
+  return made;
 }
 
 }  // namespace

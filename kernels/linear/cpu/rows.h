@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <cstring>
 #include <limits>
-#include "spense_linear_cpu.h"
+#include "linear/cpu/kernels.h"
 
 namespace spense::cpu {
 namespace {

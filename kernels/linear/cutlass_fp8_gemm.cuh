@@ -14,7 +14,7 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/dispatch_policy.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
-#include "spense_linear_cutlass.h"
+#include "linear/cutlass_fp8.h"
 
 namespace spense {
 

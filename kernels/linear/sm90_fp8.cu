@@ -1,7 +1,7 @@
 // Instances of the Hopper kernel and their launch.
 #include <atomic>
-#include "spense_linear_sm90.cuh"
-#include "spense_linear_sm90.h"
+#include "linear/sm90_fp8.cuh"
+#include "linear/sm90_fp8.h"
 
 namespace spense {
 namespace {

@@ -1,5 +1,5 @@
 // Composes the layer from the GEMM instances that were compiled into the library.
-#include "spense_linear_cutlass.h"
+#include "linear/cutlass_fp8.h"
 
 #include <algorithm>
 

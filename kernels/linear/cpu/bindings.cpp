@@ -1,21 +1,15 @@
 // torch operators of the CPU kernels, on libtorch's stable ABI (torch 2.11 and later).
-#include "spense_linear_cpu.h"
 #include <cpuid.h>
 #include <emmintrin.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <memory>
 #include <optional>
-#include <vector>
+#include "common/stable_abi.h"
+#include "linear/cpu/kernels.h"
 
 namespace {
 
+using namespace spense;
 using namespace spense::cpu;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
 
 constexpr int64_t kQuantized = 4 * kTokens;  // tokens whose fp32 values are kept at a time
 constexpr int64_t kGrain = 1 << 15;          // values that are worth a second thread
@@ -23,8 +17,8 @@ constexpr int64_t kGrain = 1 << 15;          // values that are worth a second t
 int64_t up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 int64_t down(int64_t n) { return n / kStep * kStep; }
 
-// Instruction sets by number, as ops/cpu_linear.py names them; a CPU that has one has those before it.
-constexpr Functions const* kFunctions[] = {nullptr, &avx2, &avx512, &avx512_bf16};
+// Instruction sets by number, in the order of ISAS of vllm_spense.ops; a CPU that has one has those before it.
+constexpr Table const* kTables[] = {nullptr, &avx2, &avx512, &avx512_bf16};
 
 // The best of this CPU, 0 for none.
 int64_t cpu_isa() {
@@ -37,15 +31,6 @@ int64_t cpu_isa() {
 
 void check(Tensor const& t, char const* name, bool right, char const* wanted) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && right, "spense: ", name, " must be a contiguous CPU tensor, ", wanted);
-}
-
-Dtype dtype_of(Tensor const& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBfloat16;
-    case ScalarType::Half: return kFloat16;
-    default: STD_TORCH_CHECK(false, "spense: x must be bf16, fp16 or fp32");
-  }
 }
 
 // 16 rows of 16 bytes, `pitch` apart, to 16 columns: four perfect shuffles of the rows.
@@ -91,35 +76,35 @@ void interleave_rows_cpu(Tensor bytes) {
 
 // Consecutive rows of y that lie in the same regions.
 struct Rows {
-  int64_t y, count;
+  int64_t y, count, bits;
   Strip first;  // its first strip
   int64_t strips() const { return (count + kRows - 1) / kRows; }
   Strip strip(int64_t i) const {
     Strip s = first;
-    s.values += i * kRows * (s.sparse / 2);
+    s.values += bytes_of(i * kRows * (s.sparse / 2), bits);
     s.meta += i * kRows * (s.sparse / 8);
-    s.dense += i * kRows * (s.in - s.dense_from);
+    s.dense += bytes_of(i * kRows * (s.in - s.dense_from), bits);
     return s;
   }
 };
 
-std::vector<Rows> rows_of(uint8_t const* values, uint8_t const* meta, uint8_t const* dense, int64_t n, int64_t k, Ints const& sparse,
-                          Ints const& dense_sizes, bool output_split) {
+std::vector<Rows> rows_of(uint8_t const* values, uint8_t const* meta, uint8_t const* dense, int64_t bits, int64_t n, int64_t k,
+                          Ints const& sparse, Ints const& dense_sizes, bool output_split) {
   int64_t const in = up(k);
   if (!output_split) {
     int64_t const from = dense_sizes[0] ? down(sparse[0]) : in;
-    return {{0, n, {values, meta, dense, up(sparse[0]), from, in}}};
+    return {{0, n, bits, {values, meta, dense, up(sparse[0]), from, in}}};
   }
   std::vector<Rows> found;
   int64_t y = 0;
   for (size_t i = 0; i < sparse.size(); ++i) {
-    if (sparse[i]) found.push_back({y, sparse[i], {values, meta, dense, in, in, in}});
+    if (sparse[i]) found.push_back({y, sparse[i], bits, {values, meta, dense, in, in, in}});
     y += sparse[i];
-    values += up(sparse[i]) * in / 2;
+    values += bytes_of(up(sparse[i]) * in / 2, bits);
     meta += up(sparse[i]) * in / 8;
-    if (dense_sizes[i]) found.push_back({y, dense_sizes[i], {values, meta, dense, 0, 0, in}});
+    if (dense_sizes[i]) found.push_back({y, dense_sizes[i], bits, {values, meta, dense, 0, 0, in}});
     y += dense_sizes[i];
-    dense += up(dense_sizes[i]) * in;
+    dense += bytes_of(up(dense_sizes[i]) * in, bits);
   }
   return found;
 }
@@ -128,8 +113,9 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
                   Ints dense_sizes, bool output_split, int64_t isa) {
   static int64_t const best = cpu_isa();
   STD_TORCH_CHECK(0 <= isa && isa <= best && best, "spense: instruction set ", isa, " is none of this CPU's 1 to ", best, " (0: the best)");
-  Functions const& run = *kFunctions[isa ? isa : best];
-  Dtype const dtype = dtype_of(x);
+  Functions const& run = kTables[isa ? isa : best]->codec[kFp8];  // all that the operator's arguments can say
+  int64_t const bits = run.weight_bits;
+  Dtype const dtype = dtype_of(x, "x");
   check(x, "x", x.dim() == 2, "[M, K]");
   check(weight_scale, "weight_scale", weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 1, "fp32 [N]");
   int64_t const tokens = x.size(0), k = x.size(1), n = weight_scale.numel(), in = up(k);
@@ -146,13 +132,13 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
     dense_area += output_split ? up(d) * in : d ? up(n) * (in - down(s)) : 0;
   }
   STD_TORCH_CHECK(total == (output_split ? n : k), "spense: region sizes sum to ", total, ", not to ", output_split ? n : k);
-  check(values, "sparse_values", values.scalar_type() == ScalarType::Byte && values.numel() == sparse_area / 2, "interleaved (ops/cpu_linear.py)");
-  check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8, "interleaved (ops/cpu_linear.py)");
-  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == dense_area, "interleaved (ops/cpu_linear.py)");
+  check(values, "sparse_values", values.scalar_type() == ScalarType::Byte && values.numel() == bytes_of(sparse_area / 2, bits), "interleaved (spense::interleave_rows_cpu)");
+  check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8, "interleaved (spense::interleave_rows_cpu)");
+  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == bytes_of(dense_area, bits), "interleaved (spense::interleave_rows_cpu)");
 
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   auto const pieces = rows_of(static_cast<uint8_t const*>(values.data_ptr()), static_cast<uint8_t const*>(meta.data_ptr()),
-                              static_cast<uint8_t const*>(dense.data_ptr()), n, k, sparse_sizes, dense_sizes, output_split);
+                              static_cast<uint8_t const*>(dense.data_ptr()), bits, n, k, sparse_sizes, dense_sizes, output_split);
   int64_t strips = 0;
   for (Rows const& rows : pieces) strips += rows.strips();
   int64_t const width = x.element_size(), pitch = in + kStep;  // not a power of two: tokens in other sets of the cache
