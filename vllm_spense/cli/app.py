@@ -74,19 +74,9 @@ def prune(
     order: Annotated[
         Literal["natural", "energy"] | None, typer.Option(help="In which OBS visits the groups of columns")
     ] = None,
-    search_damping: Annotated[
-        bool | None,
-        typer.Option("--search-damping/--no-search-damping", help="Choose the damping by held-out windows"),
-    ] = None,
-    asymmetric: Annotated[
-        float | None, typer.Option(help="Share of earlier layers' error to make up for", min=0, max=1)
-    ] = None,
     joint: Annotated[
         int | None,
         typer.Option(help="Iterations that fit gate and up to intermediate values", min=0),
-    ] = None,
-    rounding: Annotated[
-        Literal["nearest", "refit"] | None, typer.Option(help="To FP8; refit: other weights make up for it")
     ] = None,
     gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
     pilot_samples: Annotated[
@@ -134,10 +124,7 @@ def prune(
         "refine": refine,
         "regroup": regroup,
         "order": order,
-        "search_damping": search_damping,
-        "asymmetric": asymmetric,
         "joint": joint,
-        "rounding": rounding,
         "gradient_samples": gradient_samples,
         "pilot_samples": pilot_samples,
     }

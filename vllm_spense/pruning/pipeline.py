@@ -235,7 +235,6 @@ class _LayerLoop:
         if self.inputs is None:
             return
         with self.source.resident(layer.module):
-            self.pruner.skip(index, layer)
             restore_layer(layer, record.modules, self.work.shard(index))
             self.inputs.advance(index, layer.module)
 
