@@ -8,7 +8,7 @@ import torch
 
 from vllm_spense.format import Layout
 from vllm_spense.pruning import PruneConfig
-from vllm_spense.pruning.hessian import Hessian
+from vllm_spense.pruning.solvers.hessian import Hessian
 
 LAYOUTS = [Layout("output", 12, 48, 8), Layout("input", 12, 48, 24), Layout("input", 12, 48, 48)]
 

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vllm_spense.evaluation import load_model, load_tokenizer
-from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
 from vllm_spense.format.conversion import FUSED_TYPES, part_rows
 from vllm_spense.format.export import export
@@ -33,6 +32,7 @@ from vllm_spense.pruning.config import Preset
 from vllm_spense.pruning.conversion import split_fused
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.text import sample_windows, tokenize
+from vllm_spense.verification import verify
 
 RUNS = [(kind, "bf16", "spensegpt+") for kind in FAMILIES]
 FP8 = ("gemma3_text", "phi3", "phi", "opt", "qwen2_moe", "gemma4_text", "qwen3_5_text", "falcon_h1")

@@ -16,11 +16,11 @@ from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import Checkpoint, Layout, dequantize
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
 from vllm_spense.pruning.adapters import Mlp
-from vllm_spense.pruning.hessian import Hessian
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
-from vllm_spense.pruning.regroup import regroup
-from vllm_spense.pruning.solve import Solver
-from vllm_spense.pruning.solvers import factorize
+from vllm_spense.pruning.solvers.hessian import Hessian
+from vllm_spense.pruning.solvers.obs import factorize
+from vllm_spense.pruning.solvers.regroup import regroup
+from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.text import sample_windows, tokenize
 
 DENSE = 128  # of 208: see test_prune

@@ -7,8 +7,8 @@ import torch
 from problems import LAYOUTS, hessian, inputs, is_24, loss, options, random_weight
 
 from vllm_spense.format import Layout
-from vllm_spense.pruning.solve import Solver
-from vllm_spense.pruning.solvers import factorize, obs_rows
+from vllm_spense.pruning.solvers.obs import factorize, obs_rows
+from vllm_spense.pruning.solvers.solver import Solver
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from vllm_spense.cli.console import new_console, print_anywhere, say, shown
+from vllm_spense.cli.dry_run import show_plan
 from vllm_spense.cli.interrupt import interruptible, notes
-from vllm_spense.cli.plan import show_plan
+from vllm_spense.cli.plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.progress import (
     module_progress,
     one_line_warnings,
@@ -24,7 +25,6 @@ from vllm_spense.cli.progress import (
     recovery_progress,
 )
 from vllm_spense.cli.server import ServerError
-from vllm_spense.cli.serving_plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.text_options import CALIBRATION, TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.format.errors import one_line
@@ -342,7 +342,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check hashes, schema, tensors and values; exit code 1 when anything is wrong."""
-    from vllm_spense.evaluation.verify import verify as run
+    from vllm_spense.verification import verify as run
 
     with module_progress(errors, "checks") as progress:
         report = run(directory, update_manifest=update_manifest, progress=progress)

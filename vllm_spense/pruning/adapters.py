@@ -16,7 +16,6 @@ from torch import nn
 from vllm_spense.format import CheckpointError, Layout
 from vllm_spense.format.linears import MLP_FORMS, stays_as_stored
 from vllm_spense.pruning.conversion import checkpoint_name
-from vllm_spense.pruning.trust import warn
 
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _HOLDERS = ("mlp", "feed_forward")
@@ -157,20 +156,6 @@ def check_weights(layer: DecoderLayer) -> None:
                 tensor=checkpoint_name(f"{layer.name}.{child}"),
                 fix="get an intact copy of the source model",
             )
-
-
-def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
-    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
-    blocks = [layer.experts for layer in layers if layer.experts is not None]
-    if not blocks:
-        return
-    parameters = [p for block in blocks for p in block.parameters()]
-    size = sum(p.numel() for p in parameters) * stored.itemsize
-    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
-    warn(
-        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
-        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
-    )
 
 
 def _layer(name: str, module: nn.Module, kind: str) -> DecoderLayer:

@@ -19,7 +19,7 @@ from vllm_spense.pruning.activations import (
     watching,
 )
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, check_weights
-from vllm_spense.pruning.attention import (
+from vllm_spense.pruning.choice.attention import (
     Attention,
     group_order,
     move_groups,
@@ -27,11 +27,7 @@ from vllm_spense.pruning.attention import (
     observe_out,
     target,
 )
-from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.hessian import Hessian, output_error, squares
-from vllm_spense.pruning.joint import fit_jointly, output_losses, split, stride
-from vllm_spense.pruning.regroup import regroup
-from vllm_spense.pruning.selection import (
+from vllm_spense.pruning.choice.selection import (
     DenseChoice,
     dense_count,
     index_scores,
@@ -39,8 +35,12 @@ from vllm_spense.pruning.selection import (
     permute_columns,
     permute_rows,
 )
-from vllm_spense.pruning.solve import Solver
-from vllm_spense.pruning.solvers import factorize
+from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error, squares
+from vllm_spense.pruning.solvers.joint import fit_jointly, output_losses, split, stride
+from vllm_spense.pruning.solvers.obs import factorize
+from vllm_spense.pruning.solvers.regroup import regroup
+from vllm_spense.pruning.solvers.solver import Solver
 
 KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""

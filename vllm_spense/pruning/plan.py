@@ -16,15 +16,15 @@ from vllm_spense.format.layout import GROUP
 from vllm_spense.network import language_head
 from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
 from vllm_spense.pruning.admission import admit
-from vllm_spense.pruning.attention import OUT, target
+from vllm_spense.pruning.choice.attention import OUT, target
+from vllm_spense.pruning.choice.pilot import PILOT_EVERY, PILOT_LOGITS, PILOT_TOKENS
+from vllm_spense.pruning.choice.sensitivity import LOGITS
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
-from vllm_spense.pruning.pilot import PILOT_EVERY, PILOT_LOGITS, PILOT_TOKENS
 from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
-from vllm_spense.pruning.rows import ROWS
-from vllm_spense.pruning.sensitivity import LOGITS
+from vllm_spense.pruning.solvers.joint import SHARED_ITERATIONS, tokens_used
+from vllm_spense.pruning.solvers.rows import ROWS
 from vllm_spense.pruning.source import source_directory
 
 DeviceModel = Literal["here", "h200", "b200"]

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_spense.pruning.adapters import DecoderLayer
     from vllm_spense.pruning.config import PruneConfig
     from vllm_spense.text import Calibration
@@ -52,6 +54,20 @@ def warn_about_size(parameters: int, config: PruneConfig) -> None:
             f"{parameters / 1e6:.3g} million parameters are few for {sparsity:.0%} zeros in the MLPs: "
             "expect visibly worse text; larger models and a higher --dense-ratio lose less"
         )
+
+
+def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
+    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
+    blocks = [layer.experts for layer in layers if layer.experts is not None]
+    if not blocks:
+        return
+    parameters = [p for block in blocks for p in block.parameters()]
+    size = sum(p.numel() for p in parameters) * stored.itemsize
+    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
+    warn(
+        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
+        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
+    )
 
 
 def warn_about_overlap(text: Calibration) -> None:

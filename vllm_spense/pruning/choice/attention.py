@@ -17,9 +17,9 @@ from torch import nn
 from vllm_spense.format import Layout
 from vllm_spense.pruning.activations import LayerInputs, Stop, watching
 from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError
+from vllm_spense.pruning.choice.selection import index_scores, permutation, permute_columns, permute_rows
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.hessian import Hessian, squares
-from vllm_spense.pruning.selection import index_scores, permutation, permute_columns, permute_rows
+from vllm_spense.pruning.solvers.hessian import Hessian, squares
 
 _INNER = ("q_proj", "k_proj", "v_proj")
 OUT = ("o_proj", "out_proj", "dense")

@@ -10,9 +10,7 @@ import torch
 from vllm_spense.format import Layout
 from vllm_spense.format.layout import GROUP
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.refit import refine
-from vllm_spense.pruning.rows import solve_by_rows, solver_devices
-from vllm_spense.pruning.solvers import (
+from vllm_spense.pruning.solvers.obs import (
     Factor,
     SolverError,
     factorize,
@@ -20,7 +18,9 @@ from vllm_spense.pruning.solvers import (
     prune_magnitude,
     prune_wanda,
 )
-from vllm_spense.pruning.trust import warn
+from vllm_spense.pruning.solvers.refit import refine
+from vllm_spense.pruning.solvers.rows import solve_by_rows, solver_devices
+from vllm_spense.pruning.warnings import warn
 
 REFIT_DAMPING = 1e-4
 """Part of the Hessian's mean diagonal added for the least squares: for inputs that are never seen alone."""
@@ -52,7 +52,7 @@ class Solver:
     def prune(self, weight: torch.Tensor, layout: Layout) -> torch.Tensor:
         """``weight [N, K]`` fp32 with a 2:4 region as in ``layout``; a new tensor where anything changes.
 
-        Raises :class:`~vllm_spense.pruning.solvers.SolverError` for a Hessian that cannot be factored and
+        Raises :class:`~vllm_spense.pruning.solvers.obs.SolverError` for a Hessian that cannot be factored and
         for numbers that leave fp32 on the way.
         """
         pruned = self._prune(weight, layout)
