@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import ROOT, provenance, read, write
 from vllm_spense.models import presets
-from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, solve, source
+from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, source
 from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.hessian import Hessian
-from vllm_spense.pruning.joint import tokens_used
+from vllm_spense.pruning.solvers import solver
+from vllm_spense.pruning.solvers.hessian import Hessian
+from vllm_spense.pruning.solvers.joint import tokens_used
 
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_RESULT = RESULTS / "gpu" / "pruning.json"
@@ -132,9 +133,9 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("forward", LayerInputs, "advance"),
     ("gradient", pipeline, "index_costs"),
     ("Hessian of {}", Hessian, "add"),
-    ("factorise {}", solve, "factorize"),
-    ("OBS {}", solve, "obs_rows"),
-    ("refit and refine {}", solve, "refine"),
+    ("factorise {}", solver, "factorize"),
+    ("OBS {}", solver, "obs_rows"),
+    ("refit and refine {}", solver, "refine"),
     ("joint fit", layer, "fit_jointly"),
     ("round and pack", layer.LayerPruner, "_store"),
     ("round and pack", pipeline, "pack_layer"),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.frontier_report import fill
 from benchmarks.prediction_plots import write_growth, write_roofline
 from benchmarks.results_file import RESULTS, read
-from vllm_spense.cli.serving_plan import plot_plan
+from vllm_spense.cli.plan import plot_plan
 from vllm_spense.planning import GPUS, plan
 from vllm_spense.planning.gain import Prediction
 

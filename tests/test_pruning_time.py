@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import pruning_time
 from benchmarks.pruning_time import SHAPES, Bench, Shape, Stopwatch, extrapolate, growth, summary, table
-from vllm_spense.pruning import joint
+from vllm_spense.pruning.solvers import joint
 
 SHAPE = Shape(
     {"vocab_size": 10, "hidden_size": 64},

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.tiny_families import make_family
 from vllm_spense.models.parts import UnsupportedModelError, decoder_layers
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.attention import target
+from vllm_spense.pruning.choice.attention import target
 from vllm_spense.pruning.plan import plan
 
 COMMON = {

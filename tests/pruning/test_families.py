@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_families import EXPERTS, FAMILIES, INTER, make_family, pruned_modules
 from vllm_spense.evaluation import load_model, load_tokenizer
-from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, quantize_per_channel
 from vllm_spense.models.export import export
 from vllm_spense.models.families import family_of
@@ -34,6 +33,7 @@ from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
 from vllm_spense.pruning.config import Preset
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.text import sample_windows, tokenize
+from vllm_spense.verification import verify
 
 RUNS = [(kind, "bf16", "spensegpt+") for kind in FAMILIES]
 FP8 = ("gemma3_text", "phi3", "phi", "opt", "qwen2_moe", "gemma4_text", "qwen3_5_text", "falcon_h1")

@@ -114,6 +114,13 @@ def test_the_joint_fit_costs_gemms_over_some_tokens(tmp_path: Path) -> None:
     assert fitted.activation_bytes - plain.activation_bytes == 65536 * 5120 * 4
 
 
+def test_the_order_of_energies_needs_a_second_hessian(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+    sizes = PAPER | {"preset": "spensegpt+"}
+    ordered, plain = (plan(model, PruneConfig(**sizes, order=o), "h200") for o in ("energy", "natural"))
+    assert ordered.layers[5].device_bytes - plain.layers[5].device_bytes == 4 * 25600**2
+
+
 def test_regrouping_inverts_the_hessian_of_down(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model")
     some, none = (plan(model, PruneConfig(**PAPER, regroup=n), "h200") for n in (3, 0))

@@ -18,8 +18,8 @@ from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize
 from vllm_spense.format.manifest import check_manifest, read_manifest
 from vllm_spense.models.parts import UnsupportedModelError
 from vllm_spense.pruning import PruneConfig, PruneProgress, prune
-from vllm_spense.pruning.hessian import Hessian, output_error
-from vllm_spense.pruning.solve import Solver
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error
+from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.text import sample_windows, tokenize
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down"))

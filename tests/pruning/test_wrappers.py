@@ -19,7 +19,6 @@ from tests.tiny_text import write_text
 from tests.tiny_wrappers import WRAPPERS, make_headless, make_text_twin, make_wrapper, text_name
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.trial import try_out
-from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint
 from vllm_spense.format.report import inspect
 from vllm_spense.models.export import export
@@ -30,6 +29,7 @@ from vllm_spense.pruning.pipeline import _report_of
 from vllm_spense.pruning.plan import plan
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.recovery import RecoveryConfig, recover
+from vllm_spense.verification import verify
 
 IDS = torch.arange(3, 51)[None]
 PLAIN = {"preset": "spensegpt+"}

@@ -20,7 +20,6 @@ from tests.tiny import make_llama, make_spense
 from tests.tiny_families import make_family
 from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model
-from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter
 from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
@@ -29,6 +28,7 @@ from vllm_spense.recovery.output import round_stochastically, write_rest, write_
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import learning_rate, train
 from vllm_spense.text import TextRecord
+from vllm_spense.verification import verify
 
 CPU = torch.device("cpu")
 DTYPES = ("bf16", "fp8")

@@ -24,12 +24,12 @@ from vllm_spense.format.files import storable
 from vllm_spense.format.schema import checkpoint_config
 from vllm_spense.format.side_files import side_files
 from vllm_spense.models.parts import DecoderLayer
-from vllm_spense.pruning.attention import target
 from vllm_spense.pruning.card import CARD_NAME, model_card
+from vllm_spense.pruning.choice.attention import target
+from vllm_spense.pruning.choice.pilot import Verdict
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
-from vllm_spense.pruning.pilot import Verdict
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.sources import BaseModel

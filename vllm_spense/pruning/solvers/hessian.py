@@ -7,28 +7,21 @@ import torch
 from vllm_spense.format import CheckpointError
 
 _BLOCK = 512
-_HELD_OUT = 8
 
 
 class Hessian:
     """Running ``H = 2/T Σ x xᵀ`` [K, K] in fp32 over T input tokens.
 
     It is the Hessian of the layer's mean squared output error (SparseGPT, arXiv 2301.00774, section
-    3); the division by T keeps its scale apart from the number of samples. ``hold_out``: every eighth
-    sample is summed apart, too.
+    3); the division by T keeps its scale apart from the number of samples.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu", *, hold_out: bool = False) -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(features, features, device=device)
         self._tokens = 0
-        self._samples = 0
-        self._held_out = Hessian(features, device) if hold_out else None
 
     def add(self, x: torch.Tensor) -> None:
         """Add the inputs ``x [..., K]`` of the tokens of one sample."""
-        if self._held_out is not None and self._samples % _HELD_OUT == _HELD_OUT - 1:
-            self._held_out.add(x)
-        self._samples += 1
         flat = x.reshape(-1, x.shape[-1])
         halves = flat.is_cuda and flat.dtype.itemsize == 2  # exact products, summed in fp32 by tensor cores
         flat = flat if halves else flat.float()
@@ -48,20 +41,8 @@ class Hessian:
                 module=module,
                 fix="check the source model's weights; fp16 models can overflow",
             )
-        return self._mirrored() * (2.0 / max(self._tokens, 1))
-
-    def halves(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """H of the samples that are not held out and of those that are; None with less than eight."""
-        held = self._held_out
-        if held is None or not held._tokens:
-            return None
-        held_out = held._mirrored()
-        rest = self._mirrored() - held_out
-        return rest * (2.0 / (self._tokens - held._tokens)), held_out * (2.0 / held._tokens)
-
-    def _mirrored(self) -> torch.Tensor:
         upper = self._sum.triu()
-        return upper + upper.triu(1).t()
+        return (upper + upper.triu(1).t()) * (2.0 / max(self._tokens, 1))
 
 
 def output_error(change: torch.Tensor, weight: torch.Tensor, h: torch.Tensor | None) -> float:

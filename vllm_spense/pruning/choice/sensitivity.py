@@ -23,9 +23,9 @@ from vllm_spense.models.parts import Mlp, check_weights
 from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, first_output
 from vllm_spense.pruning.arguments import Key, floating_tensors
+from vllm_spense.pruning.choice.selection import index_scores
 from vllm_spense.pruning.config import Selection
-from vllm_spense.pruning.hessian import squares
-from vllm_spense.pruning.selection import index_scores
+from vllm_spense.pruning.solvers.hessian import squares
 from vllm_spense.pruning.source import SourceModel
 
 LOGITS = 1 << 24

@@ -19,9 +19,9 @@ from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.models.parts import MlpShape
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.pruning.choice.selection import dense_count
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.selection import dense_count
-from vllm_spense.pruning.trust import warn
+from vllm_spense.pruning.warnings import warn
 
 Budget = Literal["bytes", "time"]
 DECODE_TOKENS = 32

@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 
 from vllm_spense.format.layout import GROUP
-from vllm_spense.pruning.refit import pair_energy
+from vllm_spense.pruning.solvers.refit import pair_energy
 
 _TWO = 2 * GROUP
 _PAIRS = tuple(combinations(range(_TWO), 2))

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_spense.pruning.refit import conjugate_gradients
-from vllm_spense.pruning.rows import ROWS
+from vllm_spense.pruning.solvers.refit import conjugate_gradients
+from vllm_spense.pruning.solvers.rows import ROWS
 
 JOINT_TOKENS, TOKENS_PER_FEATURE = 65536, 32
 """Most tokens used, in all and per feature: there is a term of tokens x rows x features per iteration."""

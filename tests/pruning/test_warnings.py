@@ -19,7 +19,7 @@ from vllm_spense.pruning.card import NOT_MEASURED, model_card, record_evaluation
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.resume import work_path
 from vllm_spense.pruning.source import SourceModel
-from vllm_spense.pruning.trust import PruneWarning, warn, warn_about_calibration, warn_about_size
+from vllm_spense.pruning.warnings import PruneWarning, warn, warn_about_calibration, warn_about_size
 from vllm_spense.sources import BaseModel
 from vllm_spense.text.windows import MAX_END, MIN_END, sample_windows, text_end
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vllm_spense.format.layout import META_GROUP
-from vllm_spense.pruning.solvers import element_scores
+from vllm_spense.pruning.solvers.obs import element_scores
 
 _EPSILON = 1e-12
 

@@ -25,11 +25,11 @@ from vllm_spense.format.sparse24 import magnitude_mask
 from vllm_spense.models.parts import Mlp, mlp_shapes
 from vllm_spense.network import language_head, logits_at, scored_positions
 from vllm_spense.pruning.activations import LayerInputs, watching
-from vllm_spense.pruning.allocation import dense_counts, legal_counts
+from vllm_spense.pruning.choice.allocation import dense_counts, legal_counts
+from vllm_spense.pruning.choice.selection import DenseChoice, permutation
+from vllm_spense.pruning.choice.sensitivity import IndexCosts
 from vllm_spense.pruning.config import GRADIENT_SELECTIONS, PruneConfig, Selection
-from vllm_spense.pruning.hessian import squares
-from vllm_spense.pruning.selection import DenseChoice, permutation
-from vllm_spense.pruning.sensitivity import IndexCosts
+from vllm_spense.pruning.solvers.hessian import squares
 from vllm_spense.pruning.source import SourceModel
 
 PILOT_TOKENS = 128

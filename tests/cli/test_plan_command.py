@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_spense.cli.app import app, main
-from vllm_spense.cli.serving_plan import speedups
+from vllm_spense.cli.plan import speedups
 from vllm_spense.ops import tuning
 from vllm_spense.planning import plan
 

@@ -56,6 +56,20 @@ def warn_about_size(parameters: int, config: PruneConfig) -> None:
         )
 
 
+def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
+    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
+    blocks = [layer.experts for layer in layers if layer.experts is not None]
+    if not blocks:
+        return
+    parameters = [p for block in blocks for p in block.parameters()]
+    size = sum(p.numel() for p in parameters) * stored.itemsize
+    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
+    warn(
+        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
+        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
+    )
+
+
 def warn_about_overlap(text: Calibration) -> None:
     """Warn where the windows are longer together than the text."""
     if text.tokens is not None and text.windows.numel() > text.tokens:
@@ -79,17 +93,3 @@ def warn_about_calibration(tokens: int, layers: Sequence[DecoderLayer], config: 
             f"{tokens} calibration tokens are fewer than the {columns[name]} inputs of {name}: its Hessian "
             "is singular and the solver fits these tokens alone; raise --num-samples or --seq-len"
         )
-
-
-def warn_about_experts(layers: Sequence[DecoderLayer], stored: torch.dtype) -> None:
-    """One warning that says how many routed experts stay dense, and their bytes as ``stored``."""
-    blocks = [layer.experts for layer in layers if layer.experts is not None]
-    if not blocks:
-        return
-    parameters = [p for block in blocks for p in block.parameters()]
-    size = sum(p.numel() for p in parameters) * stored.itemsize
-    experts = sum(len(next(block.parameters())) for block in blocks)  # stacked along dimension 0
-    warn(
-        f"{experts} routed experts in {len(blocks)} layers ({size / 1e9:.3g} GB) are copied as they are: "
-        "dense and not in FP8; only shared experts and ordinary MLPs are pruned"
-    )

@@ -18,9 +18,9 @@ from vllm_spense.format import Layout
 from vllm_spense.models.families import ATTENTION_INNER, ATTENTION_OUT
 from vllm_spense.models.parts import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.activations import LayerInputs, Stop, watching
+from vllm_spense.pruning.choice.selection import index_scores, permutation, permute_columns, permute_rows
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.hessian import Hessian, squares
-from vllm_spense.pruning.selection import index_scores, permutation, permute_columns, permute_rows
+from vllm_spense.pruning.solvers.hessian import Hessian, squares
 
 _SHARED_NORM = re.compile(r"[qk]_(layer)?norm\.(weight|bias)")
 """Norms of queries and keys that all heads share (Qwen3, Gemma 3, Phi), if they are as long as one head."""

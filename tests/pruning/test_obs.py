@@ -7,8 +7,8 @@ import torch
 
 from vllm_spense.format import Layout
 from vllm_spense.format.sparse24 import magnitude_mask
-from vllm_spense.pruning.hessian import Hessian, output_error
-from vllm_spense.pruning.solvers import (
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error
+from vllm_spense.pruning.solvers.obs import (
     SolverError,
     factorize,
     prune_magnitude,
