@@ -100,10 +100,10 @@ fuzz: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(FUZZ)
 
 soak: setup build/soak/spense
-	$(PY) benchmarks/soak.py --model build/soak/spense
+	$(PY) -m tools.soak --model build/soak/spense
 
 start-up: setup build/soak/spense
-	$(PY) benchmarks/start_up.py build/soak/spense --name SmolLM2-135M
+	$(PY) -m benchmarks.serving.start_up build/soak/spense --name SmolLM2-135M
 
 build/soak/spense:
 	$(VENV)/bin/spense prune $(ASSETS)/SmolLM2-135M-Instruct -o $@ --calibration $(ASSETS)/wikipedia/train.txt \
@@ -123,49 +123,49 @@ demo: setup
 	SPENSE_ASSETS=$(ASSETS) $(VENV)/bin/spense demo --work build/demo
 
 accuracy: setup
-	SPENSE_ASSETS=$(ASSETS) $(PY) benchmarks/accuracy_smollm2.py
+	SPENSE_ASSETS=$(ASSETS) $(PY) -m benchmarks.accuracy.smollm2
 
 frontier: setup
-	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS)
-	$(PY) benchmarks/accuracy_frontier.py --assets $(ASSETS) --ablations --seeds 0
+	$(PY) -m benchmarks.accuracy.frontier --assets $(ASSETS)
+	$(PY) -m benchmarks.accuracy.frontier --assets $(ASSETS) --ablations --seeds 0
 
 # Fetches the model itself, for whoever asks for it accepts its licence.
 second-model: setup
-	$(PY) benchmarks/accuracy_frontier.py --model gemma-3-270m --assets $(ASSETS)
+	$(PY) -m benchmarks.accuracy.frontier --model gemma-3-270m --assets $(ASSETS)
 
 cpu: setup $(EXTENSION)
-	$(PY) benchmarks/cpu_linear.py
-	$(PY) benchmarks/serving_cpu.py
+	$(PY) -m benchmarks.kernels.cpu_linear
+	$(PY) -m benchmarks.serving.cpu
 
 # Every table and plot of README and docs/ that stands on committed results or on calculation.
 report: $(VENV)/.ready
-	$(PY) benchmarks/accuracy_frontier.py --plot-only
-	$(PY) benchmarks/pruning_time.py --report
-	$(PY) benchmarks/serving_prediction.py
-	$(PY) benchmarks/serving_report.py
-	$(PY) benchmarks/cpu_linear.py --report
-	$(PY) benchmarks/serving_cpu.py --report
-	$(PY) tests/serving/model_table.py
-	test ! -f benchmarks/results/gpu/kernels.json || $(GPU_PY) benchmarks/kernel_spense_linear.py --report
+	$(PY) -m benchmarks.accuracy.frontier --plot-only
+	$(PY) -m benchmarks.pruning.pruning_time --report
+	$(PY) -m benchmarks.serving.prediction
+	$(PY) -m benchmarks.serving.report
+	$(PY) -m benchmarks.kernels.cpu_linear --report
+	$(PY) -m benchmarks.serving.cpu --report
+	$(PY) -m tools.model_table
+	test ! -f benchmarks/results/gpu/kernels.json || $(GPU_PY) -m benchmarks.kernels.spense_linear --report
 
 gpu:
-	$(GPU_PY) benchmarks/gpu.py --budget $(GPU_BUDGET) --out $(GPU_OUT)
+	$(GPU_PY) -m tools.gpu --budget $(GPU_BUDGET) --out $(GPU_OUT)
 
 $(GPU_STAGES):
-	$(GPU_PY) benchmarks/gpu.py $(@:gpu-%=%) --budget $(GPU_STAGE_BUDGET) --out $(GPU_OUT)
+	$(GPU_PY) -m tools.gpu $(@:gpu-%=%) --budget $(GPU_STAGE_BUDGET) --out $(GPU_OUT)
 
 gpu-plan:
-	$(GPU_PY) benchmarks/gpu.py --plan
+	$(GPU_PY) -m tools.gpu --plan
 
 gpu-bundle: $(VENV)/.ready
-	$(PY) benchmarks/gpu_bundle.py
+	$(PY) -m tools.gpu.bundle
 
 gpu-rehearsal: $(VENV)/.ready
-	$(PY) benchmarks/gpu_rehearsal.py
+	$(PY) -m tools.gpu.rehearsal
 
 gpu-report:
-	$(GPU_PY) benchmarks/kernel_spense_linear.py --report
-	test ! -f benchmarks/results/gpu/serving_decode.json || $(GPU_PY) benchmarks/serving_report.py
+	$(GPU_PY) -m benchmarks.kernels.spense_linear --report
+	test ! -f benchmarks/results/gpu/serving_decode.json || $(GPU_PY) -m benchmarks.serving.report
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

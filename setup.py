@@ -14,7 +14,6 @@ takes 5 GB), ``NVCC`` or ``CUDA_HOME``, ``CUTLASS_HOME``.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -31,6 +30,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+from tools.find_cuda import NO_CUTLASS, NO_NVCC, find_cutlass, find_nvcc, find_package  # noqa: E402
+
 KERNELS = ROOT / "kernels"
 CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
 NO_TORCH = "torch is not importable in the build environment (use --no-build-isolation)"
@@ -44,18 +46,6 @@ CPU_UNITS = {  # of linear/cpu; instruction sets are chosen when the kernels run
 }
 CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # cutlass_fp8.h
 MACROS = {"90a": ("SM90",), "100a": ("SM100",), "100f": ("SM100", "SM100_FAMILY")}
-
-
-def find_nvcc() -> Path | None:
-    """``NVCC``, ``CUDA_HOME/bin/nvcc``, nvcc on PATH or in /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME")
-    places = [
-        os.environ.get("NVCC"),
-        home and f"{home}/bin/nvcc",
-        shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-    ]
-    return next((Path(p).resolve() for p in places if p and Path(p).exists()), None)
 
 
 def architectures() -> list[str]:
@@ -85,20 +75,6 @@ def toolkit_of(nvcc: Path) -> Path:
     return Path(top).resolve()
 
 
-def find_package(name: str) -> Path | None:
-    """Directory of an installed package, without importing it."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def find_cutlass() -> Path | None:
-    """A tree with CUTLASS's ``include``: ``CUTLASS_HOME``, or what the package nvidia-cutlass carries."""
-    if home := os.environ.get("CUTLASS_HOME"):
-        return Path(home) if (Path(home) / "include/cutlass/cutlass.h").is_file() else None
-    package = find_package("cutlass_library")
-    return package / "source" if package else None
-
-
 def why_not_cpu() -> str | None:
     """Why the CPU extension cannot be built here, in one line."""
     if os.environ.get("SPENSE_CPU") == "0":
@@ -120,11 +96,11 @@ def why_not() -> str | None:
     if not ARCHS:
         return "SPENSE_CUDA_ARCHS is empty"
     if not find_nvcc():
-        return "no nvcc found (set CUDA_HOME)"
+        return NO_NVCC
     if not find_package("torch"):
         return NO_TORCH
     if not find_cutlass():
-        return "no CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME)"
+        return NO_CUTLASS
     return None
 
 
@@ -150,6 +126,8 @@ class Build(build_ext):
 
     def build_cpu(self, objects: Path, out: Path) -> None:
         torch = find_package("torch")
+        if not torch:
+            raise SystemExit(NO_TORCH)
         host = [
             *("g++", "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
             *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}", f"-I{KERNELS}"),

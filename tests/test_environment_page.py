@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [
     *(ROOT / "vllm_spense").rglob("*.py"),
-    *(ROOT / "benchmarks").glob("*.py"),
+    *(ROOT / "benchmarks").rglob("*.py"),
+    *(ROOT / "tools").rglob("*.py"),
     *(ROOT / "tests" / "gpu").glob("*.py"),
     *(ROOT / name for name in ("setup.py", "Makefile", "tests/asset_paths.py", "tests/conftest.py")),
 ]

@@ -7,12 +7,13 @@ of the instances, so that it is never out of date; the machine itself is compile
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
+
+from tools.find_cuda import NO_CUTLASS, NO_NVCC, find_cutlass, find_nvcc
 
 from .launcher import Emulator, Instance, host_source
 from .translate import strings, translate
@@ -24,40 +25,16 @@ OUTPUT = ROOT / "build" / "emulator"
 OPTIMISE = "-O1"  # of the translated kernels: the compile time counts as much as the run
 
 
-def find_nvcc() -> Path | None:
-    """As setup.py does."""
-    home = os.environ.get("CUDA_HOME")
-    places = [
-        os.environ.get("NVCC"),
-        home and f"{home}/bin/nvcc",
-        shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-    ]
-    return next((Path(p).resolve() for p in places if p and Path(p).exists()), None)
-
-
-def find_cutlass() -> Path | None:
-    """As setup.py does."""
-    if home := os.environ.get("CUTLASS_HOME"):
-        tree = Path(home)
-    else:
-        spec = importlib.util.find_spec("cutlass_library")
-        if not spec or not spec.origin:
-            return None
-        tree = Path(spec.origin).parent / "source"
-    return tree if (tree / "include/cutlass/cutlass.h").is_file() else None
-
-
 def why_not() -> str | None:
     """Why the emulator cannot be built here, in one line."""
     if platform.machine() != "x86_64":
         return "the emulator switches stacks in x86-64 assembly"
     if not find_nvcc():
-        return "no nvcc found (set CUDA_HOME)"
+        return NO_NVCC
     if not shutil.which("g++"):
         return "no g++ found"
     if not find_cutlass():
-        return "no CUTLASS headers (pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME)"
+        return NO_CUTLASS
     return None
 
 

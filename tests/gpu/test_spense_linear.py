@@ -1,7 +1,7 @@
 """``spense::linear`` on CUDA devices, every legal kernel configuration, against float64.
 
 One function per risk, simplest first: a failure further down means little while one further up fails.
-`benchmarks/gpu.py` runs each as a group of its own.
+`tools/gpu/command.py` runs each as a group of its own.
 """
 
 from __future__ import annotations

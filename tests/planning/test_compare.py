@@ -72,7 +72,7 @@ def test_a_file_that_is_no_run(tmp_path: Path, change: dict, words: str) -> None
 
 
 def benchmark(path: Path, device: str = "NVIDIA H200", pair: str = "Qwen3-32B/0.5") -> Path:
-    """Two points as benchmarks/serving_decode.py saves them, measured 10 % slower than predicted."""
+    """Two points as benchmarks/serving/decode.py saves them, measured 10 % slower than predicted."""
     decode = plan("Qwen3-32B", batch=8, context=128 + 64).decode
     prefill = plan("Qwen3-32B", prefill_tokens=4096).prefill
     points = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prediction_plots import (
+from benchmarks.serving.prediction import DOCUMENT, IMAGES, filled
+from benchmarks.serving.prediction_plots import (
     GPU,
     RATIOS,
     gate_up,
@@ -17,7 +18,6 @@ from benchmarks.prediction_plots import (
     write_growth,
     write_roofline,
 )
-from benchmarks.serving_prediction import DOCUMENT, IMAGES, filled
 from vllm_spense.planning import plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_tables_are_not_stale() -> None:
     text = DOCUMENT.read_text()
-    assert filled(text) == text, "run: python benchmarks/serving_prediction.py"
+    assert filled(text) == text, "run: python -m benchmarks.serving.prediction"
     for image in re.findall(r"\]\(img/(plan_\w+\.png)\)", text):
         assert (IMAGES / image).is_file(), image
 

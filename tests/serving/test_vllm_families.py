@@ -1,6 +1,6 @@
 """Real vLLM on CPU serves a Spense checkpoint of each model family with exactly the tokens of its dense twin.
 
-The table of models in docs/models.md is made from this list: `python tests/serving/model_table.py`.
+The table of models in docs/models.md is made from this list: `python -m tools.model_table`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.model_table import DOCUMENT, FAMILIES, TABLE, table
+from benchmarks.common.markdown import fill
 from tests.tiny_families import FAMILIES as OPTIONS
 from tests.tiny_families import make_family
 from tests.tiny_text import write_text
 from tests.vllm_runs import Pool, Run, token_prompts, torchvision
+from tools.model_table import DOCUMENT, FAMILIES, models
 from vllm_spense.evaluation import load_model
 from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
@@ -107,6 +108,5 @@ def distance(served: Run, directory: Path) -> float:
 
 def test_the_document_lists_what_is_tested() -> None:
     assert FAMILIES.keys() == OPTIONS.keys()
-    before, after = TABLE
     text = DOCUMENT.read_text()
-    assert text.split(before)[1].split(after)[0].strip() == table(), "run python tests/serving/model_table.py"
+    assert fill(text, "models", models()) == text, "run python -m tools.model_table"

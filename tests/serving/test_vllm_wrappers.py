@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.model_table import POOLING
-from tests.serving.model_table import WRAPPERS as TITLES
 from tests.tiny_text import write_text
 from tests.tiny_wrappers import IMAGE, WRAPPERS, make_headless, make_wrapper
 from tests.vllm_runs import Pool, Run, token_prompts, torchvision
+from tools.model_table import POOLING
+from tools.model_table import WRAPPERS as TITLES
 from vllm_spense.evaluation import load_model
 from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune

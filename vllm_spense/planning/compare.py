@@ -64,7 +64,7 @@ class Comparison:
 
 
 def read_run(path: str | Path, model: ModelShape) -> MeasuredRun:
-    """A :class:`MeasuredRun`, or what benchmarks/serving_decode.py wrote about ``model`` at its dense ratio.
+    """A :class:`MeasuredRun`, or what benchmarks/serving/decode.py wrote about ``model`` at its dense ratio.
 
     :class:`CheckpointError` names the file and the first wrong key.
     """
@@ -110,7 +110,7 @@ def _benchmark_run(raw: dict[str, Any], path: str | Path, model: ModelShape) -> 
         raise CheckpointError(
             f"no measured run of {name} on one of {', '.join(GPUS)} ({type(error).__name__}: {error})",
             file=path,
-            fix="measure this model and dense ratio with benchmarks/serving_decode.py, or name another",
+            fix="measure this model and dense ratio with benchmarks/serving/decode.py, or name another",
         ) from None
 
 
