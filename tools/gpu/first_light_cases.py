@@ -161,7 +161,7 @@ class Layer:
         generator = torch.Generator().manual_seed(seed)
         shape = (tokens, self.spec.in_features)
         if integers:
-            x = torch.randint(-1, 2, shape, generator=generator).to(UNIFORM_FP8)
+            x = torch.randint(-1, 2, shape, generator=generator).to(FP8_DTYPE)
             scale = torch.exp2(torch.arange(tokens) % 3 - 1.0)[:, None]
         else:
             x, scale = quantize_per_token(torch.randn(shape, generator=generator).bfloat16())
@@ -222,7 +222,7 @@ def clusters(machine: Machine, case: Case, spec: LinearSpec) -> str | None:
 def one_hot(machine: Machine, case: Case, spec: LinearSpec) -> str | None:
     """Each token picks one column, so y is the matrix itself."""
     layer = make_layer(spec, machine.device, False)
-    x = torch.eye(spec.in_features, device=machine.device).to(UNIFORM_FP8)
+    x = torch.eye(spec.in_features, device=machine.device).to(FP8_DTYPE)
     scale = torch.ones(len(x), 1, device=machine.device)
     y = layer.run(machine, case.config, x, scale, layer.empty(len(x)))
     return difference(y, (layer.weight * layer.tensors["weight_scale"].double()[:, None]).T.float())
