@@ -50,7 +50,7 @@ class Cost:
 
 
 def cost(directory: Path) -> Cost:
-    """Of a dense or Spense checkpoint of a Llama-like model; reads headers only."""
+    """Cost of a dense or Spense checkpoint of a Llama-like model; reads headers only."""
     layouts = linear_layouts(directory)
     mlp = [layout for name, layout in layouts.items() if ".mlp." in name]
     zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] / 2 for layout in mlp)

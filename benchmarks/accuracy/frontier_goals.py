@@ -40,7 +40,7 @@ SETTINGS = [
 
 
 class Comparison:
-    """Of the two methods in one setting: loss over dense in nats, by text and seed."""
+    """Losses of the two methods in one setting: loss over dense in nats, by text and seed."""
 
     def __init__(self, setting: Setting, figures: Figures) -> None:
         self.setting, self.figures = setting, figures
@@ -58,7 +58,7 @@ class Comparison:
         return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
     def ratio(self, text: str) -> float | None:
-        """Of the mean losses."""
+        """Ratio of the mean losses."""
         pairs = self.paired(text)
         return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 

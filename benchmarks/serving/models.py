@@ -103,12 +103,12 @@ class ServedModel:
         )
 
     def linear_bytes(self, variant: str) -> int:
-        """Of all linear layers as stored, scales left out."""
+        """Bytes of all linear layers as stored, scales left out."""
         layouts = self.modules(1.0 if variant == DENSE else float(variant)).values()
         return sum(LinearSpec.of([layout], UNIFORM_FP8).weight_bytes for layout in layouts)
 
     def cache_bytes(self, tokens: int) -> int:
-        """Of keys and values in bf16."""
+        """Bytes of keys and values in bf16."""
         return 4 * self.layers * self.shape.kv_heads * self.shape.head_size * tokens
 
     def cut(self, layers: int) -> ServedModel:

@@ -47,7 +47,7 @@ def category(kernel: str) -> str:
 
 
 def shorten(kernel: str) -> str:
-    """Of a long C++ name its types and functions in order, without cute's, which fill kilobytes."""
+    """Short form of a long C++ name: its types and functions in order, without cute's, which fill kilobytes."""
     if len(kernel) <= 160:
         return kernel
     words = re.findall(r"[A-Za-z_][\w:]*", kernel)
@@ -71,7 +71,7 @@ def profile(engine: Engine, point: Point, timeout: float) -> Kernels:
 
 
 def steps(point: Point) -> int:
-    """Of decoding; a prefill is one."""
+    """Steps of decoding; a prefill is one."""
     return point.output - 1 or 1
 
 

@@ -24,7 +24,7 @@ from vllm_spense.pruning import PruneConfig, prune
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHT_DTYPES = ("fp8", "bf16")
 REMOVED_OPTIONS = ("search_damping", "asymmetric", "rounding")
-"""Of the pruner, since the files were made; their provenance still names them."""
+"""Options of the pruner that are gone since the files were made; their provenance still names them."""
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": True,

@@ -107,7 +107,7 @@ def disassembly() -> dict[str, str]:
 
 
 def instructions(sass: str) -> list[Instruction]:
-    """Of one function, in order."""
+    """Instructions of one function, in order."""
     return [Instruction(int(a, 16), guard.strip(), op, x.strip()) for a, guard, op, x in LINE.findall(sass)]
 
 

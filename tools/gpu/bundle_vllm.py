@@ -53,7 +53,7 @@ def section(library: bytearray, name: bytes = b".nv_fatbin") -> tuple[int, int]:
 
 
 def images(library: bytearray) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Of each fat binary: kind, architecture, place and size of its images."""
+    """Images of each fat binary: kind, architecture, place and size of its images."""
     at, end = section(library)
     while at + FATBIN.size <= end:
         magic, _, head, size = FATBIN.unpack_from(library, at)

@@ -177,7 +177,7 @@ class Layer:
         return y
 
     def empty(self, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Of NaNs: what is never written shows."""
+        """A tensor of NaNs: what is never written shows."""
         shape = (tokens, self.spec.out_features)
         return torch.full(shape, float("nan"), dtype=dtype, device=self.weight.device)
 

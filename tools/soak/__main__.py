@@ -62,7 +62,7 @@ class Memory:
             thread.join()
 
     def growth(self) -> float:
-        """Of the mean over the last eighth against that over the eighth behind the middle, relative."""
+        """Growth of the mean over the last eighth against that over the eighth behind the middle, relative."""
         values = [size for _, size in self.readings]
         eighth = max(1, len(values) // 8)
         middle = values[len(values) // 2 :][:eighth]

@@ -46,7 +46,7 @@ class Continuation:
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, binomial: how much another draw of the items would move it."""
+        """Binomial standard error of the accuracy: how much another draw of the items would move it."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.items)
 
 

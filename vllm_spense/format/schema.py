@@ -32,7 +32,7 @@ Extent = Annotated[int, Field(strict=True, ge=0, le=MAX_FEATURES)]
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_.\-]+$")]
 WeightDtype = Literal["float8_e4m3fn", "bfloat16"]
 MAX_NESTING = 16
-"""Of the provenance: vLLM pickles the configuration for its workers, and pickle recurses."""
+"""Levels that provenance may have: vLLM pickles the configuration for its workers, and pickle recurses."""
 _VERSION_1: dict[WeightDtype, Codec] = {"float8_e4m3fn": FP8, "bfloat16": BF16}
 """Its names for codecs."""
 
@@ -133,11 +133,11 @@ class SpenseCheckpointConfig(_Strict):
 
     @property
     def codecs(self) -> Codecs:
-        """Of every module."""
+        """Codecs of every module."""
         return Codecs(_VERSION_1[self.weight_dtype], _VERSION_1[self.weight_dtype])
 
     def codecs_of(self, spec: ModuleSpec) -> Codecs:
-        """Of one of the modules."""
+        """Codecs of one of the modules."""
         return self.codecs
 
     def linear(self, module: str) -> LinearFormat:
@@ -164,11 +164,11 @@ class SpenseCheckpointConfig2(_Strict):
 
     @property
     def codecs(self) -> Codecs:
-        """Of the modules that name none."""
+        """Codecs of the modules that name none."""
         return Codecs.of(self.codec)
 
     def codecs_of(self, spec: ModuleSpec) -> Codecs:
-        """Of one of the modules."""
+        """Codecs of one of the modules."""
         own = spec.codec if isinstance(spec, CodecModuleSpec) else None
         return Codecs.of(own.model_dump() if isinstance(own, RegionCodecs) else own or self.codec)
 

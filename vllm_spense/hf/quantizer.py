@@ -176,7 +176,7 @@ class Decompress(ConversionOps):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the stored tensors of a layer but its bias."""
+        """Short names of what is stored of a layer, but its bias."""
         return tuple(LinearFormat(Layout("output", 2, 8, 1), self.codecs).tensors())
 
     def __deepcopy__(self, memo: object) -> Decompress:

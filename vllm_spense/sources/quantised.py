@@ -12,7 +12,7 @@ _FILES = {
     "hf_quant_config.json": "ModelOpt",
 }
 _KEYS = ("quantization_config", "compression_config", "quantization")
-"""Of transformers, of older compressed-tensors, of MLX."""
+"""Keys of transformers, of older compressed-tensors and of MLX."""
 _TENSORS = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",

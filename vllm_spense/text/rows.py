@@ -15,7 +15,7 @@ from vllm_spense.text.streams import text_of
 Row = tuple[int, Any]
 """Its number (the line's in a .jsonl file) and its value, which may be anything."""
 Wanted = Callable[[list[str]], list[str]]
-"""Of all columns those that are needed."""
+"""The columns that are needed, of all there are."""
 _JSON_START = re.compile(rb"(\xef\xbb\xbf)?\s*(\{\s*\"|\[\s*[{\"])")
 BATCH = 256
 """Rows of a parquet file that are in memory at once."""

@@ -37,7 +37,7 @@ def codec(name: str) -> Codec:
 
 
 def codec_names() -> tuple[str, ...]:
-    """Of all registered codecs, in the order of their registration."""
+    """Names of all registered codecs, in the order of their registration."""
     return tuple(_CODECS)
 
 
