@@ -33,7 +33,7 @@ MARK = "RESULT "
 LONGEST = 3600.0
 """Seconds that any answer may take."""
 SHARE = 0.1
-"""Share of the GPU's memory, free at the start: what vLLM checks even where the size of its cache is given."""
+"""Share of the GPU's memory, free at the start: vLLM checks it even where its cache's size is given."""
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",

@@ -47,7 +47,7 @@ def category(kernel: str) -> str:
 
 
 def shorten(kernel: str) -> str:
-    """Short form of a long C++ name: its types and functions in order, without cute's, which fill kilobytes."""
+    """A long C++ name's types and functions in order, without cute's, which fill kilobytes."""
     if len(kernel) <= 160:
         return kernel
     words = re.findall(r"[A-Za-z_][\w:]*", kernel)

@@ -62,7 +62,7 @@ class Memory:
             thread.join()
 
     def growth(self) -> float:
-        """Growth of the mean over the last eighth against that over the eighth behind the middle, relative."""
+        """Relative growth from the mean over the eighth behind the middle to that over the last."""
         values = [size for _, size in self.readings]
         eighth = max(1, len(values) // 8)
         middle = values[len(values) // 2 :][:eighth]
