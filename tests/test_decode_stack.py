@@ -28,7 +28,8 @@ from benchmarks.decode_stack import (
 from benchmarks.kernel_shapes import layer_spec
 from benchmarks.results_file import read
 from vllm_spense.ops import select_backend
-from vllm_spense.ops.backend import Tensors, decompressed
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.reference import decompressed
 
 CPU = torch.device("cpu")
 LAYERS = 3

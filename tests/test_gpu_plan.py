@@ -27,7 +27,7 @@ from benchmarks.kernel_spense_linear import Device, Parts, Recorder, finished, m
 from benchmarks.results_file import ROOT
 from benchmarks.supervise import supervise
 from benchmarks.tune_layers import missing
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate, label
 
 ROWS = kernel_shapes.rows()
 H200 = Device()

@@ -34,7 +34,7 @@ from benchmarks.gpu_tests import GROUPS, blocked, config_of, first_light_entry
 from benchmarks.kernel_spense_linear import describe_row, recheck
 from benchmarks.results_file import ROOT, kernel_sources
 from benchmarks.supervise import Ended, supervise
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 STAGE = {stage.name: stage for stage in STAGES}
 ROW = kernel_shapes.core_rows()[1]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from vllm_spense.format import CheckpointWriter, Layout, ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.export import export
 from vllm_spense.format.manifest import write_manifest
-from vllm_spense.ops.online import prune_and_pack
+from vllm_spense.format.online import prune_and_pack
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 144, 208, 4, 2, 32, 2, 512
 SPARSE = 112  # of 208: 56 columns per rank at TP 2, still a multiple of 8

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vllm_spense.format.layout import TENSOR_NAMES, Axis, Layout, Split
+from vllm_spense.format.online import prune_and_pack
 from vllm_spense.format.pack import unpack_linear
-from vllm_spense.ops.online import prune_and_pack
 
 SPLITS: tuple[Split, ...] = ("output", "input")
 AXES: tuple[Axis, ...] = ("output", "input")

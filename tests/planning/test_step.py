@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from vllm_spense.format import FP8_DTYPE
-from vllm_spense.ops import LinearSpec, tuning
-from vllm_spense.ops.kernel_config import LAUNCH, MEMORY_RATE, candidates, estimate
-from vllm_spense.ops.tuning import TuningEntry, TuningTable, shape_of
+from vllm_spense.ops import LinearSpec
+from vllm_spense.ops.linear import table
+from vllm_spense.ops.linear.configs import LAUNCH, MEMORY_RATE, candidates, estimate
+from vllm_spense.ops.linear.table import TuningEntry, TuningTable, shape_of
 from vllm_spense.planning.gpus import GPUS, find_gpu
 from vllm_spense.planning.shapes import Experts, read_model
 from vllm_spense.planning.step import (
@@ -32,7 +33,7 @@ def write_table(directory: Path, spec: LinearSpec, device: str = "NVIDIA H200", 
     """``tokens_32=(us, dense_us)`` …"""
     shape = dict(
         zip(
-            ("split", "out_features", "in_features", "sparse_sizes", "dense_sizes"),
+            ("split", "out_features", "in_features", "sparse_sizes", "dense_sizes", "weight_dtype"),
             shape_of(spec),
             strict=True,
         )
@@ -42,11 +43,11 @@ def write_table(directory: Path, spec: LinearSpec, device: str = "NVIDIA H200", 
         TuningEntry(**shape, **config, tokens=int(name.removeprefix("tokens_")), us=us, dense_us=dense)
         for name, (us, dense) in times.items()
     )
-    table = TuningTable(device=device, torch="2", date="d", command="c", entries=entries)
-    path = tuning.table_path(device)
+    made = TuningTable(device=device, torch="2", date="d", command="c", entries=entries)
+    path = table.table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(table.model_dump_json())
-    tuning.measured.cache_clear()
+    path.write_text(made.model_dump_json())
+    table.measured.cache_clear()
 
 
 def test_kv_reads_by_hand() -> None:

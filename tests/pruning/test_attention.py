@@ -28,7 +28,7 @@ from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import Checkpoint, dequantize
 from vllm_spense.format.export import export
 from vllm_spense.format.report import inspect
-from vllm_spense.ops.tune import layer_specs
+from vllm_spense.ops.linear.tune import layer_specs
 from vllm_spense.pruning import PruneConfig, PruneReport, attention, pipeline, prune
 from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.attention import move_groups, target

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from layers import make_part
 
 from vllm_spense.format import FP8_DTYPE, CheckpointError, Layout, ModuleSpec, unpack_linear
 from vllm_spense.format.layout import Axis
 from vllm_spense.format.validate import check_values
-from vllm_spense.ops import prune_and_pack
-from vllm_spense.ops.linear import dense_linear, full_weight
-from vllm_spense.ops.random_weights import fill_random
+from vllm_spense.ops.linear.op import dense_linear
+from vllm_spense.ops.linear.random import fill_random
+from vllm_spense.ops.linear.reference import decompressed
 from vllm_spense.serving.loading import Loaded, LoadPlan, check_heads, make_loader, make_plan
 
 SIZES = (1, 2, 4, 8)
@@ -36,8 +37,7 @@ class Fused:
         generator = torch.Generator().manual_seed(len(self.layouts))
         self.tensors = {}
         for name, layout in self.layouts.items():
-            weight = torch.randn(layout.out_features, layout.in_features, generator=generator)
-            self.tensors[name] = prune_and_pack(weight, layout, self.dtype)
+            self.tensors[name] = make_part(layout, self.dtype, generator)
             if self.bias:
                 self.tensors[name]["bias"] = torch.randn(layout.out_features, generator=generator).bfloat16()
 
@@ -136,10 +136,7 @@ class Rank:
     loaded: Loaded
 
     def matrix(self) -> torch.Tensor:
-        spec = self.plan.spec()
-        names = ("sparse_values", "sparse_meta", "dense_weight")
-        sizes = list(spec.sparse_sizes), list(spec.dense_sizes)
-        return full_weight(*(self.tensors[n] for n in names), *sizes, spec.split == "output").float()
+        return decompressed(self.plan.spec(), self.tensors).float()
 
     def apply(self, x: torch.Tensor, bias: bool) -> torch.Tensor:
         vector = self.tensors["bias"] if bias else None

@@ -17,7 +17,7 @@ import torch
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from vllm_spense.ops.dispatch import LinearSpec
+    from vllm_spense.ops.linear.spec import LinearSpec
 
 logger = init_logger("vllm.spense")  # only loggers below "vllm" show INFO
 

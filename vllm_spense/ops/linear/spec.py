@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import Layout
 
 
@@ -39,7 +40,8 @@ class LinearSpec:
 
     @property
     def quantize_activations(self) -> bool:
-        return self.weight_dtype == torch.float8_e4m3fn
+        """Whether x is rounded to FP8 per token: what FP8 weights are multiplied with."""
+        return self.weight_dtype == FP8_DTYPE
 
     @property
     def hybrid(self) -> bool:

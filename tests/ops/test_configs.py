@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_spense.format import FP8_DTYPE
-from vllm_spense.ops import LinearSpec, available_backends, extension, tuning
-from vllm_spense.ops.kernel_config import (
+from vllm_spense.ops import LinearSpec, available_backends, extension
+from vllm_spense.ops.linear import table
+from vllm_spense.ops.linear.configs import (
     KernelConfig,
     busiest,
     candidates,
@@ -20,7 +22,7 @@ from vllm_spense.ops.kernel_config import (
     shared_memory_cycles,
     tensor_cycles,
 )
-from vllm_spense.ops.tuning import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
+from vllm_spense.ops.linear.table import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
 
 HOPPER, BLACKWELL, ADA = (9, 0), (10, 0), (8, 9)
 GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800), FP8_DTYPE)
@@ -200,17 +202,32 @@ def test_dense_wins_by_the_mean_over_the_buckets() -> None:
 
 def test_tables_are_read_from_the_users_directory_first(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPENSE_TUNING_DIR", str(tmp_path / "user"))
-    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "package")
+    monkeypatch.setattr(table, "PACKAGED", tmp_path / "package")
     for directory, us in (("user", 5.0), ("package", 9.0)):
-        table = TuningTable(device="X 1", torch="2", date="d", command="c", entries=(entry(us=us), entry(32)))
+        made = TuningTable(device="X 1", torch="2", date="d", command="c", entries=(entry(us=us), entry(32)))
         (tmp_path / directory).mkdir()
-        (tmp_path / directory / "X_1.json").write_text(table.model_dump_json())
-    tuning.measured.cache_clear()
-    found = tuning.measured("X 1")[tuning.shape_of(GATE_UP)]
+        (tmp_path / directory / "X_1.json").write_text(made.model_dump_json())
+    table.measured.cache_clear()
+    found = table.measured("X 1")[table.shape_of(GATE_UP)]
     assert found[16].us == 5.0
     assert sorted(found) == [16, 32]
-    assert tuning.measured("Y") == {}
+    assert table.measured("Y") == {}
     assert table_path("X 1") == tmp_path / "user" / "X_1.json"
+
+
+def test_layers_of_other_weights_do_not_share_an_entry() -> None:
+    bf16 = replace(GATE_UP, weight_dtype=torch.bfloat16)
+    assert table.shape_of(GATE_UP) == entry(16).shape
+    assert table.shape_of(bf16) == entry(16, weight_dtype="bfloat16").shape
+    assert table.shape_of(bf16) != table.shape_of(GATE_UP)
+
+
+def test_tables_from_before_weights_had_names_are_of_fp8(tmp_path: Path) -> None:
+    made = TuningTable(device="X", torch="2", date="d", command="c", entries=(entry(16),))
+    raw = json.loads(made.model_dump_json())
+    assert raw["entries"][0].pop("weight_dtype") == "float8_e4m3fn"
+    (tmp_path / "X.json").write_text(json.dumps(raw))
+    assert table.read_table(tmp_path / "X.json") == made
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"device": 1}', "\xff"])
@@ -218,7 +235,7 @@ def test_a_broken_table_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "X.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"X\.json is not a tuning table .* `spense tune`"):
-        tuning.read_table(path)
+        table.read_table(path)
 
 
 def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
@@ -226,7 +243,7 @@ def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
     raw = json.loads(TuningTable(device="X", torch="2", date="d", command="c").model_dump_json())
     path.write_text(json.dumps(raw | {"speed": 1}))
     with pytest.raises(ValueError, match="speed"):
-        tuning.read_table(path)
+        table.read_table(path)
 
 
 @pytest.mark.parametrize(

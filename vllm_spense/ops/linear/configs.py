@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 
 DECODE_TOKENS = (8, 16, 32, 64, 128)
 PREFILL_TOKENS = (128, 256)
