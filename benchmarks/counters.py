@@ -53,7 +53,7 @@ def launch() -> None:
     from benchmarks.gpu_tests import config_of
     from benchmarks.kernel_shapes import MODELS, layer_spec
     from vllm_spense.ops import extension
-    from vllm_spense.ops.measure import TimedLayer
+    from vllm_spense.ops.linear.timing import TimedLayer
 
     if reason := extension.why_not_loaded():
         raise SystemExit(reason)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.first_light_cases import ALONE, CHECKS, CORE, FAMILIES, Case, Machine, cases, layer_of
 from benchmarks.results_file import RESULTS, ROOT
 from benchmarks.stand_ins import FAULTS, STAND_INS, Faulty, Gpu
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 SILENT = 12.0
 """Seconds without an event after which a case hangs: none takes one."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_spense.ops import LinearSpec, extension, online_layout
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
-from vllm_spense.ops.tune import H200 as CAPABILITY
-from vllm_spense.ops.tune import H200_PROCESSORS as PROCESSORS
+from vllm_spense.format.online import online_layout
+from vllm_spense.ops import LinearSpec, extension
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate
+from vllm_spense.ops.linear.tune import H200 as CAPABILITY
+from vllm_spense.ops.linear.tune import H200_PROCESSORS as PROCESSORS
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
 DECODE = 64

@@ -41,8 +41,8 @@ from benchmarks.kernel_worker import CONTEXT_LOST, EVENT
 from benchmarks.results_file import RESULTS, ClockLog, kernel_sources, provenance, read, write
 from benchmarks.supervise import Ended, supervise
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
-from vllm_spense.ops.tuning import read_table, shape_of, table_path
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate, label
+from vllm_spense.ops.linear.table import read_table, shape_of, table_path
 
 SILENT = 75.0
 """Seconds without an event after which it hangs: libraries take some to start and to search."""

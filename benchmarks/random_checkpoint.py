@@ -10,7 +10,7 @@ from benchmarks.kernel_shapes import Model as Shape
 from benchmarks.serving_models import ServedModel
 from vllm_spense.format import CheckpointWriter
 from vllm_spense.format.validate import expected_tensors
-from vllm_spense.ops.random_weights import fill_random
+from vllm_spense.ops.linear.random import fill_random
 
 SHAPE = Shape("random", 2048, 8192, 16, 4)
 VOCAB = 32000

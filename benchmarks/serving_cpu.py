@@ -28,7 +28,7 @@ from benchmarks.results_file import ROOT, cpu_kernel_sources, entry_of, fingerpr
 from benchmarks.serving_decode import elapsed
 from benchmarks.serving_engine import Engine, Point
 from benchmarks.serving_models import DENSE, ServedModel
-from vllm_spense.ops.cpu_linear import describe_cpu, why_not_here
+from vllm_spense.ops.linear.cpu import describe_cpu, why_not_here
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving_cpu.json"
 DOCUMENT = ROOT / "docs" / "performance.md"

@@ -15,8 +15,9 @@ from benchmarks.kernel_shapes import MODELS as SHAPES
 from benchmarks.kernel_shapes import Model as Shape
 from vllm_spense.format import Layout, ModuleSpec, SpenseCheckpointConfig
 from vllm_spense.format.export import dense_fp8_config
+from vllm_spense.format.online import online_layout
 from vllm_spense.format.schema import TORCH_DTYPE
-from vllm_spense.ops import LinearSpec, online_layout
+from vllm_spense.ops import LinearSpec
 from vllm_spense.planning.shapes import PRESETS
 
 DENSE = "dense"

@@ -1,14 +1,14 @@
 """The GPUs that a gain can be predicted for, as their data sheets describe them.
 
 Data sheets promise more than programs get. Memory is taken at the share that the kernels' estimate uses
-(``ops/kernel_config.py``), tensor cores at two thirds, as there. Neither is a measurement of ours.
+(``ops/linear/configs.py``), tensor cores at two thirds, as there. Neither is a measurement of ours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_spense.ops.kernel_config import MEMORY_RATE
+from vllm_spense.ops.linear.configs import MEMORY_RATE
 
 _H200_SHEET_RATE = 4.8e12
 ATTAINABLE = MEMORY_RATE / _H200_SHEET_RATE

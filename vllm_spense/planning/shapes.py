@@ -18,9 +18,9 @@ from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import Axis, Layout
+from vllm_spense.format.online import online_layout
 from vllm_spense.format.schema import MAX_FEATURES, SpenseCheckpointConfig, parse_config
-from vllm_spense.ops.online import online_layout
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.sources import check_source, load_config
 
 Kind = Literal["mlp", "attention"]

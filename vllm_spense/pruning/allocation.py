@@ -15,9 +15,9 @@ import torch
 
 from vllm_spense.format import FP8_DTYPE
 from vllm_spense.format.layout import META_GROUP
-from vllm_spense.ops.kernel_config import candidates, estimate
-from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tune import H200, H200_PROCESSORS
+from vllm_spense.ops.linear.configs import candidates, estimate
+from vllm_spense.ops.linear.spec import LinearSpec
+from vllm_spense.ops.linear.tune import H200, H200_PROCESSORS
 from vllm_spense.pruning.adapters import MlpShape
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.selection import dense_count
