@@ -22,24 +22,24 @@ from pathlib import Path
 import torch
 import vllm_spense
 from vllm_spense.format import FP8_DTYPE, Layout
-from vllm_spense.ops import LinearSpec, cpu_linear, prune_and_pack, quantize_per_token
-from vllm_spense.ops.linear import reference_linear
+from vllm_spense.format.online import prune_and_pack
+from vllm_spense.ops import LinearArguments, LinearSpec, quantize_per_token
+from vllm_spense.ops.linear import cpu
+from vllm_spense.ops.linear.reference import reference_linear
 
-assert cpu_linear.why_not_here() is None, cpu_linear.why_not_here()
+assert cpu.why_not_here() is None, cpu.why_not_here()
 here = Path(vllm_spense.__file__).parent
 assert here.is_relative_to(sys.prefix), here
 assert torch.ops.loaded_libraries == {str(here / "_cpu.abi3.so")}, torch.ops.loaded_libraries
 
 torch.manual_seed(0)
 layout = Layout("output", 48, 144, 16)
-spec = LinearSpec.of([layout], FP8_DTYPE)
+spec = LinearSpec.of([layout])
 parts = prune_and_pack(torch.randn(48, 144), layout)
-regions = [parts[name] for name in ("sparse_values", "sparse_meta", "dense_weight")]
-sizes = list(spec.sparse_sizes), list(spec.dense_sizes), True
+layer = LinearArguments.of(spec, parts)
 x = torch.randn(3, 144)
-expected = reference_linear(*quantize_per_token(x), *regions, parts["weight_scale"], None, *sizes, x.dtype)
-packed = cpu_linear.interleave(spec, *regions)
-y = torch.ops.spense.linear_cpu(x, *packed, parts["weight_scale"], None, *sizes)
+expected = reference_linear(*quantize_per_token(x), layer, x.dtype)
+y = torch.ops.spense.linear_cpu(x, *cpu.interleave(spec, layer).compiled())
 torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 assert expected.abs().max() > 1
 """

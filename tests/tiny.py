@@ -18,9 +18,9 @@ from vllm_spense.format import (
     codecs,
 )
 from vllm_spense.format.manifest import write_manifest
+from vllm_spense.format.online import prune_and_pack
 from vllm_spense.format.schema import checkpoint_config
 from vllm_spense.models.export import export
-from vllm_spense.ops.online import prune_and_pack
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 144, 208, 4, 2, 32, 2, 512
 SPARSE = 112  # of 208: 56 columns per rank at TP 2, still a multiple of 8

@@ -1,8 +1,8 @@
 """vllm-spense: 2:4 sparse + dense (Spense) FP8 linear layers for vLLM.
 
 Most commands of the ``spense`` tool are one function here; the others are ``recovery.recover``,
-``planning.plan`` and ``ops.tune.tune``. They are imported on first use, so that ``import vllm_spense`` needs
-neither transformers nor vLLM. From then on ``from_pretrained`` of transformers reads Spense checkpoints
+``planning.plan`` and ``ops.linear.tune.tune``. They are imported on first use, so that ``import vllm_spense``
+needs neither transformers nor vLLM. From then on ``from_pretrained`` of transformers reads Spense checkpoints
 (:mod:`vllm_spense.hf`).
 """
 

@@ -1,7 +1,7 @@
 """What a pruned SmolLM2 costs: stored bytes of its linear layers, and a predicted decode time.
 
 Bytes are counted in the FP8 Spense format, whatever the measured checkpoint stores. The decode time is
-:func:`vllm_spense.ops.kernel_config.estimate` on an H200: bytes, operations and how tiles fall on the
+:func:`vllm_spense.ops.linear.configs.estimate` on an H200: bytes, operations and how tiles fall on the
 multiprocessors, from data sheets, **not measured**. SmolLM2's own layers are so small that the launch of a
 kernel would be most of it, so each layer is enlarged to its shape in Qwen3-32B first, with the same share of
 2:4 rows or columns. Neither figure knows norms, embeddings, the head and attention between its projections.
@@ -19,8 +19,8 @@ from vllm_spense.format import Checkpoint, Layout
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.models.families import fused_with
 from vllm_spense.models.presets import PRESETS
-from vllm_spense.ops.kernel_config import candidates, estimate
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.configs import candidates, estimate
+from vllm_spense.ops.linear.spec import LinearSpec
 
 TOKENS = 8  # one decode step of a small batch: the narrowest tile
 ALIGNMENT = 64

@@ -1,8 +1,8 @@
 """What the Spense kernels are compared with: dense FP8 products, and 2:4 products of a library.
 
-Every function gives calls that take turns on rotating weights, as :func:`vllm_spense.ops.measure.time_graph`
-wants them, and a note on what the figure leaves out. They raise where the baseline does not run; callers
-record that.
+Every function gives calls that take turns on rotating weights, as
+:func:`vllm_spense.ops.linear.timing.time_graph` wants them, and a note on what the figure leaves out. They
+raise where the baseline does not run; callers record that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
 from vllm_spense.ops import LinearSpec, quantize_per_token
-from vllm_spense.ops.measure import ROTATE_BYTES, dense_calls, time_graph
+from vllm_spense.ops.linear.timing import ROTATE_BYTES, dense_calls, time_graph
 
 Calls = list[Callable[[], object]]
 FP8 = torch.float8_e4m3fn

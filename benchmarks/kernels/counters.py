@@ -50,7 +50,7 @@ def launch() -> None:
     from benchmarks.kernels.shapes import MODELS, layer_spec
     from benchmarks.kernels.verdicts import config_of
     from vllm_spense.ops import extension
-    from vllm_spense.ops.measure import TimedLayer
+    from vllm_spense.ops.linear.timing import TimedLayer
 
     if reason := extension.why_not_loaded():
         raise SystemExit(reason)

@@ -26,8 +26,9 @@ from benchmarks.common.markdown import insert, table
 from benchmarks.common.results import ROOT, provenance, read, write
 from vllm_spense.format.layout import Split
 from vllm_spense.format.linear import UNIFORM_FP8
-from vllm_spense.ops import LinearSpec, cpu_linear, online_layout, prune_and_pack, quantize_per_token
-from vllm_spense.ops.cpu_backend import CpuDenseBackend
+from vllm_spense.format.online import online_layout, prune_and_pack
+from vllm_spense.ops import LinearArguments, LinearSpec, quantize_per_token
+from vllm_spense.ops.linear.cpu import ISAS, CpuDenseBackend, best_isa, describe_cpu, interleave, why_not_here
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_linear.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -78,13 +79,16 @@ def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, list[Call]]]:
     yield DENSE[2], [lambda x, w=w: scaled(x, w) for w in copies(wide.to(torch.float8_e4m3fn))]
     every = [prepared | {"weight_packed": w} for w in copies(wide)]
     yield DENSE[3], [lambda x, p=p: fp32.apply(spec, p, x, None) for p in every]
-    regions = [tensors[name] for name in ("sparse_values", "sparse_meta", "dense_weight")]
     count = math.ceil(COLD / spec.weight_bytes)
-    packed = [cpu_linear.interleave(spec, *(r.clone() for r in regions)) for _ in range(count)]
-    sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), split == "output")
+
+    def packed() -> tuple[Any, ...]:
+        cloned = {name: tensor.clone() for name, tensor in tensors.items()}
+        return interleave(spec, LinearArguments.of(spec, cloned)).compiled()
+
+    every_packed = [packed() for _ in range(count)]
     run = torch.ops.spense.linear_cpu
-    for isa, name in enumerate(cpu_linear.ISAS[: cpu_linear.best_isa()], 1):
-        yield f"`{name}`", [lambda x, p=p, i=isa: run(x, *p, scale, None, *sizes, i) for p in packed]
+    for isa, name in enumerate(ISAS[: best_isa()], 1):
+        yield f"`{name}`", [lambda x, p=p, i=isa: run(x, *p, i) for p in every_packed]
 
 
 def measure(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
@@ -125,9 +129,9 @@ def main() -> None:
     options = parser.parse_args()
     results = read(RESULTS)
     if not options.report:
-        if reason := cpu_linear.why_not_here():
+        if reason := why_not_here():
             sys.exit(reason)
-        cpu = f"{cpu_linear.describe_cpu()}, {torch.get_num_threads()} threads"
+        cpu = f"{describe_cpu()}, {torch.get_num_threads()} threads"
         results[cpu] = {"layers": measure(options.seconds), "made": provenance()}
         write(RESULTS, results)
     insert(DOCUMENT, "cpu-linear", tables(results))

@@ -43,10 +43,10 @@ from benchmarks.common.results import (
     save_entry,
 )
 from benchmarks.kernels.shapes import LAYERS, MODELS, Model, layer_spec
-from vllm_spense.ops import LinearSpec, quantize_per_token, select_backend
-from vllm_spense.ops.backend import Tensors, regions
-from vllm_spense.ops.linear import reference_linear
-from vllm_spense.ops.measure import random_layer
+from vllm_spense.ops import LinearArguments, LinearSpec, quantize_per_token, select_backend
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.random import random_layer
+from vllm_spense.ops.linear.reference import reference_linear
 
 TINY = Model("tiny", 256, 512, 4, 2, head_size=64)
 RATIO = 0.5
@@ -90,9 +90,7 @@ def unit_layer(spec: LinearSpec, device: torch.device, seed: int) -> Tensors:
 
 def definition(spec: LinearSpec, tensors: Tensors, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The layer on its checkpoint tensors: activations quantised, then an fp32 product."""
-    values, meta, dense, *sizes = regions(spec, tensors)
-    scale = tensors["weight_scale"]
-    return reference_linear(*quantize_per_token(x), values, meta, dense, scale, None, *sizes, dtype)
+    return reference_linear(*quantize_per_token(x), LinearArguments.of(spec, tensors), dtype)
 
 
 # --- the stack ----------------------------------------------------------------------------------------------

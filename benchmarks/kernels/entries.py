@@ -12,7 +12,7 @@ from benchmarks.kernels.baselines import DENSE
 from benchmarks.kernels.shapes import Row
 from benchmarks.kernels.verdicts import blocked, untested
 from vllm_spense.devices import fp8_peak
-from vllm_spense.ops.kernel_config import candidates, label
+from vllm_spense.ops.linear.configs import candidates, label
 
 FACTS = ("device", "kernels", "command", "commit", "date", "versions")
 """Fields of a row that say where it comes from."""

@@ -15,7 +15,7 @@ from benchmarks.common.supervise import Ended, supervise
 from benchmarks.kernels.entries import describe_row, line_of
 from benchmarks.kernels.shapes import Row
 from benchmarks.kernels.worker import CONTEXT_LOST, EVENT
-from vllm_spense.ops.kernel_config import KernelConfig
+from vllm_spense.ops.linear.configs import KernelConfig
 
 SILENT = 75.0
 """Seconds without an event after which it hangs: libraries take some to start and to search."""

@@ -9,9 +9,10 @@ import torch
 
 from vllm_spense.devices import H200
 from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.online import online_layout
 from vllm_spense.models.presets import PRESETS
-from vllm_spense.ops import LinearSpec, extension, online_layout
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
+from vllm_spense.ops import LinearSpec, extension
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
 DECODE = 64

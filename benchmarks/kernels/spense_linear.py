@@ -36,8 +36,8 @@ from benchmarks.kernels.shapes import Device, Row
 from benchmarks.kernels.verdicts import blocked, untested
 from vllm_spense.devices import MEMORY_RATE, fp8_peak
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import KernelConfig, estimate, label
-from vllm_spense.ops.tuning import read_table, shape_of, table_path
+from vllm_spense.ops.linear.configs import KernelConfig, estimate, label
+from vllm_spense.ops.linear.table import read_table, shape_of, table_path
 
 CORE_BASELINES = ("scaled_mm",)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_spense.ops import LinearSpec
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 
 def needed(spec: LinearSpec, config: KernelConfig) -> list[str]:

@@ -16,10 +16,11 @@ import torch
 from benchmarks.kernels import shapes
 from benchmarks.kernels.baselines import BASELINES, copy_bandwidth
 from vllm_spense.format.linear import UNIFORM_FP8
-from vllm_spense.ops import LinearSpec, cuda_linear
-from vllm_spense.ops.kernel_config import KernelConfig
-from vllm_spense.ops.linear import reference_linear
-from vllm_spense.ops.measure import TimedLayer, time_graph
+from vllm_spense.ops import LinearArguments, LinearSpec
+from vllm_spense.ops.linear import cuda
+from vllm_spense.ops.linear.configs import KernelConfig
+from vllm_spense.ops.linear.reference import reference_linear
+from vllm_spense.ops.linear.timing import TimedLayer, time_graph
 
 EVENT = "@@ "
 WRONG = 1e-2
@@ -77,16 +78,13 @@ class Bench:
         """Against the definition, for some of the tokens: a fast wrong kernel must not make a row."""
         spec, tensors = layer.spec, layer.copies[0]
         xq, xs = layer.inputs(tokens, seed=1)
-        names = ("sparse_values", "sparse_meta", "weight_packed", "weight_scale")
-        sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output")
-        weights: list[Any] = [*(tensors[name] for name in names), None, *sizes]
+        given = LinearArguments.of(spec, tensors, layout="blocked")
         y = torch.full((tokens, spec.out_features), float("nan"), dtype=torch.bfloat16, device=self.device)
-        arguments: list[Any] = [config, xq, xs, *weights, y]
-        cuda_linear.run(*arguments)
+        cuda.run(config, xq, xs, given, y)
         some = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS), device=self.device).long()
         if self._wanted is None or self._wanted[0] != (spec, tokens):
-            arguments = [xq.view(torch.uint8)[some].view(xq.dtype), xs[some], *weights, torch.float32]
-            self._wanted = (spec, tokens), reference_linear(*arguments)
+            few = xq.view(torch.uint8)[some].view(xq.dtype)
+            self._wanted = (spec, tokens), reference_linear(few, xs[some], given, torch.float32)
         want = self._wanted[1]
         return ((y[some].float() - want).norm() / want.norm()).item()
 

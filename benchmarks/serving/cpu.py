@@ -26,7 +26,7 @@ from benchmarks.kernels.shapes import Model as Shape
 from benchmarks.serving.decode import elapsed
 from benchmarks.serving.engine import Engine, Point
 from benchmarks.serving.models import DENSE, ServedModel
-from vllm_spense.ops.cpu_linear import describe_cpu, why_not_here
+from vllm_spense.ops.linear.cpu import describe_cpu, why_not_here
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving_cpu.json"
 DOCUMENT = ROOT / "docs" / "performance.md"

@@ -16,10 +16,11 @@ from benchmarks.kernels.shapes import Model as Shape
 from vllm_spense.format import Layout, ModuleSpec
 from vllm_spense.format.codecs import FP8
 from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.online import online_layout
 from vllm_spense.format.schema import AnyCheckpointConfig, checkpoint_config
 from vllm_spense.models.export import dense_fp8_config
 from vllm_spense.models.presets import PRESETS
-from vllm_spense.ops import LinearSpec, online_layout
+from vllm_spense.ops import LinearSpec
 
 DENSE = "dense"
 """The variant that Spense is compared with: dense FP8 in vLLM's own kernels."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spense.cli.plot import new_figure
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.planning import GPUS, read_model
 from vllm_spense.planning.shapes import ModelShape
 from vllm_spense.planning.step import decode, layer_time, moved_bytes

@@ -9,7 +9,7 @@ import torch
 from benchmarks.kernels.shapes import Model as Shape
 from benchmarks.serving.models import ServedModel
 from vllm_spense.format import CheckpointWriter
-from vllm_spense.ops.random_weights import fill_random
+from vllm_spense.ops.linear.random import fill_random
 
 SHAPE = Shape("random", 2048, 8192, 16, 4, 128)
 VOCAB = 32000

@@ -25,7 +25,8 @@ from benchmarks.kernels.decode_stack import (
 )
 from benchmarks.kernels.shapes import layer_spec
 from vllm_spense.ops import select_backend
-from vllm_spense.ops.backend import Tensors, decompressed
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.reference import decompressed
 
 CPU = torch.device("cpu")
 LAYERS = 3

@@ -11,8 +11,8 @@ from benchmarks.kernels import shapes as kernel_shapes
 from benchmarks.kernels.shapes import MODELS, Device, Row, layer_spec
 from benchmarks.kernels.spense_linear import parts_of
 from tools.gpu.tune_layers import missing
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, label
-from vllm_spense.ops.tuning import shape_of
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate, label
+from vllm_spense.ops.linear.table import shape_of
 
 ROWS = kernel_shapes.rows()
 

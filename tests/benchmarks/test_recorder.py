@@ -14,7 +14,7 @@ from benchmarks.kernels.entries import describe_row, finished
 from benchmarks.kernels.recorder import Parts, Recorder, measure_rows
 from benchmarks.kernels.shapes import Device, Row
 from benchmarks.kernels.spense_linear import parts_of
-from vllm_spense.ops.kernel_config import KernelConfig
+from vllm_spense.ops.linear.configs import KernelConfig
 
 WORKER = """
 import json, os, sys, time

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.kernels.shapes import MODELS, layer_spec
 from benchmarks.kernels.verdicts import blocked, untested
 from tools.gpu.groups import GROUPS
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 
 def entry(state: str, **fields: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vllm_spense.cli.app import app, main
 from vllm_spense.cli.plan import speedups
-from vllm_spense.ops import tuning
+from vllm_spense.ops.linear import table
 from vllm_spense.planning import plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -20,11 +20,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(autouse=True)
 def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPENSE_TUNING_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "PACKAGED", tmp_path)
+    monkeypatch.setattr(table, "PACKAGED", tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    tuning.measured.cache_clear()
+    table.measured.cache_clear()
     yield
-    tuning.measured.cache_clear()
+    table.measured.cache_clear()
 
 
 def output(*arguments: object) -> str:

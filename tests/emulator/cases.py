@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_spense.ops.linear import full_weight
-from vllm_spense.ops.repack import block_metadata, pad_pitch
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.reference import full_weight
+from vllm_spense.ops.linear.repack import block_metadata, pad_pitch
 
 from .launcher import Emulator, Instance, Launch, LinearArgs, Sm90Config
 from .translate import kernel_name
@@ -85,9 +86,8 @@ class Problem:
         self.weight_scale = torch.rand(self.rows, generator=random) * 0.1 + 0.02
         self.bias = torch.randn(self.rows, generator=random).to(DTYPES[case.dtype][1]) if case.bias else None
 
-        whole = full_weight(
-            values, metadata, weight, list(case.sparse), list(case.dense), not case.rows
-        ).double()
+        extents = (list(case.sparse), list(case.dense), not case.rows)
+        whole = full_weight(LinearArguments(values, metadata, weight, None, None, *extents)).double()
         y = (self.x.double() @ whole.t()) * self.x_scale.double()[:, None] * self.weight_scale.double()
         if self.bias is not None:
             y = y + self.bias.double()

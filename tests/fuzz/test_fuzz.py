@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,13 +84,14 @@ def skip_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def swap_nibbles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decompression that is wrong for one pattern of two values."""
-    linear = sys.modules["vllm_spense.ops.linear"]  # the package has an operator of that name
-    plain = linear.decompress
+    from vllm_spense.ops.linear import reference
+
+    plain = reference.decompress
 
     def wrong(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         return plain(values, torch.where(meta == 0x44, 0x48, meta))
 
-    monkeypatch.setattr(linear, "decompress", wrong)
+    monkeypatch.setattr(reference, "decompress", wrong)
 
 
 def forget_json_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,17 +6,16 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import layers
 import pytest
 import torch
 
-from vllm_spense.format.codecs.fp8 import FP8_DTYPE
-from vllm_spense.ops import cuda_linear, extension
-from vllm_spense.ops.backend import Tensors, decompressed
-from vllm_spense.ops.cuda_backend import CudaBackend
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, label
-from vllm_spense.ops.measure import random_layer
-from vllm_spense.ops.quantize import quantize_per_token
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops import LinearArguments, LinearSpec, extension, quantize_per_token
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear import cuda
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, label
+from vllm_spense.ops.linear.cuda import CudaBackend
+from vllm_spense.ops.linear.reference import decompressed
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 NAN = float("nan")
@@ -25,12 +24,12 @@ NAN = float("nan")
 def output_layer(features: int, *shards: tuple[int, int]) -> LinearSpec:
     """Output split over ``features`` inputs; (sparse rows, dense rows) of each fused shard."""
     sparse, dense = (tuple(shard[i] for shard in shards) for i in range(2))
-    return LinearSpec("output", sum(sparse) + sum(dense), features, sparse, dense, FP8_DTYPE)
+    return LinearSpec("output", sum(sparse) + sum(dense), features, sparse, dense)
 
 
 def input_layer(rows: int, sparse: int, dense: int) -> LinearSpec:
     """Input split: the first ``sparse`` columns are 2:4."""
-    return LinearSpec("input", rows, sparse + dense, (sparse,), (dense,), FP8_DTYPE)
+    return LinearSpec("input", rows, sparse + dense, (sparse,), (dense,))
 
 
 def configs(spec: LinearSpec, tokens: int) -> list[KernelConfig]:
@@ -78,7 +77,7 @@ class Layer:
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         """Of the size of the outputs, so that a wrong one shows."""
         generator = torch.Generator().manual_seed(5)
-        spread = 64 * 1e-4 * self.spec.in_features**0.5
+        spread = self.spec.in_features**0.5
         return (torch.randn(self.spec.out_features, generator=generator) * spread).to(
             self.scale.device, dtype
         )
@@ -100,16 +99,15 @@ class Layer:
             y = y * xs.double() * self.scale.double()
         return y if bias is None else y + bias.double()
 
-    def operands(
-        self, unit_scale: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Values, metadata, dense weights and channel scales as the kernels take them."""
-        p = self.prepared
-        scale = torch.ones_like(self.scale) if unit_scale else self.scale
-        return p["sparse_values"], p["sparse_meta"], p["weight_packed"], scale
+    def arguments(self, bias: torch.Tensor | None = None, *, unit_scale: bool = False) -> LinearArguments:
+        """The layer as the kernels take it."""
+        layer = LinearArguments.of(self.spec, self.prepared, bias, "blocked")
+        return layer._replace(weight_scale=torch.ones_like(self.scale)) if unit_scale else layer
 
-    def sizes(self) -> tuple[list[int], list[int], bool]:
-        return list(self.spec.sparse_sizes), list(self.spec.dense_sizes), self.spec.split == "output"
+    def on(self, device: torch.device) -> LinearArguments:
+        """The layer in the checkpoint's layout."""
+        tensors = {name: tensor.to(device) for name, tensor in self.checkpoint.items()}
+        return LinearArguments.of(self.spec, tensors)
 
     def run(
         self,
@@ -125,15 +123,13 @@ class Layer:
         """One configuration into an output of NaNs (or into ``y`` as it is)."""
         if y is None:
             y = torch.full((xq.shape[0], self.spec.out_features), NAN, dtype=dtype, device=xq.device)
-        cuda_linear.run(config, xq, xs, *self.operands(unit_scale), bias, *self.sizes(), y)
+        cuda.run(config, xq, xs, self.arguments(bias, unit_scale=unit_scale), y)
         return y
 
 
 @functools.lru_cache(maxsize=64)
 def make_layer(spec: LinearSpec, device: torch.device, seed: int = 0) -> Layer:
-    checkpoint = random_layer(spec, torch.device("cpu"), seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    checkpoint["weight_scale"] = (torch.rand(spec.out_features, generator=generator) + 0.5) * 1e-4
+    checkpoint = layers.make_layer(layers.layouts_of(spec), seed=seed).tensors()
     on_device = {name: tensor.to(device) for name, tensor in checkpoint.items()}
     prepared = CudaBackend().prepare(spec, on_device)
     layer = Layer(spec, checkpoint, prepared, decompressed(spec, checkpoint).to(device).double())

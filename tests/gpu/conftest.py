@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spense.ops import cuda_linear, extension
-from vllm_spense.ops.kernel_config import KernelConfig
-from vllm_spense.ops.linear import reference_linear
+from vllm_spense.ops import extension
+from vllm_spense.ops.linear import cuda as back_end
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.configs import KernelConfig
+from vllm_spense.ops.linear.reference import reference_linear
 
 REHEARSAL = os.environ.get("SPENSE_GPU_REHEARSAL", "")
 REPORT = os.environ.get("SPENSE_TEST_REPORT")
@@ -53,7 +55,7 @@ def kernels(device: torch.device) -> Iterator[None]:
     """The compiled kernels, or the definition in their place."""
     if REHEARSAL:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_linear, "run", _definition)
+            patch.setattr(back_end, "run", _definition)
             yield
         return
     if reason := extension.why_not_loaded():
@@ -61,15 +63,20 @@ def kernels(device: torch.device) -> Iterator[None]:
     yield
 
 
-def _definition(config: KernelConfig, x: torch.Tensor, *rest: Any, overlap: bool = True) -> None:
-    *layer, y = rest
+def _definition(
+    config: KernelConfig,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    layer: LinearArguments,
+    y: torch.Tensor,
+    overlap: bool = True,
+) -> None:
     if REHEARSAL == "crash" and (config.tile_rows, config.tile_tokens, config.cluster) == (64, 16, 2):
         os.abort()
     if REHEARSAL == "skip-column":  # a kernel that never reads column 5
         x = x.clone()
         x.view(torch.uint8)[:, 5] = 0
-    arguments: list[Any] = [x, *layer, y.dtype]
-    y.copy_(reference_linear(*arguments))
+    y.copy_(reference_linear(x, x_scale, layer, y.dtype))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_spense.ops import linear_silu_mul, quantize_per_token, quantize_with_amax
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 
 from .cases import make_layer, output_layer
 from .diagnosis import wrong
@@ -36,9 +36,8 @@ def test_pairs(cuda: torch.device, spec, tokens: int, tile: int, cluster: int, m
     layer, xq, xs, wanted = expected(spec, tokens, cuda)
     y = torch.full_like(wanted, float("nan"), dtype=torch.bfloat16)
     amax = torch.zeros(tokens, 1, device=cuda)
-    torch.ops.spense.linear_silu_mul_sm90(
-        *(xq, xs, *layer.operands(), None, *layer.sizes()[:2], tile, cluster, multicast, True, y, amax)
-    )
+    shards = layer.arguments().compiled()[:-1]
+    torch.ops.spense.linear_silu_mul_sm90(xq, xs, *shards, tile, cluster, multicast, True, y, amax)
     assert not (problem := wrong(y, wanted)), problem
     assert torch.equal(amax, y.float().abs().amax(1, keepdim=True))
 
@@ -48,7 +47,7 @@ def test_operator_then_quantisation(cuda: torch.device, dtype: torch.dtype) -> N
     spec = LAYERS["half"]
     bias = make_layer(spec, cuda).bias(dtype)
     layer, xq, xs, wanted = expected(spec, 33, cuda, bias)
-    y, amax = linear_silu_mul(xq, xs, *layer.operands(), bias, *layer.sizes()[:2], dtype)
+    y, amax = linear_silu_mul(xq, xs, layer.arguments(bias), dtype)
     assert not (problem := wrong(y, wanted)), problem
     for got, once_more in zip(quantize_with_amax(y, amax), quantize_per_token(y), strict=True):
         assert torch.equal(got.view(torch.uint8), once_more.view(torch.uint8))
@@ -56,7 +55,7 @@ def test_operator_then_quantisation(cuda: torch.device, dtype: torch.dtype) -> N
 
 def test_the_same_bits_every_time(cuda: torch.device) -> None:
     layer, xq, xs, _ = expected(LAYERS["deep"], 16, cuda)
-    arguments = (xq, xs, *layer.operands(), None, *layer.sizes()[:2], torch.bfloat16)
+    arguments = (xq, xs, layer.arguments(), torch.bfloat16)
     first = linear_silu_mul(*arguments)
     for _ in range(5):
         for a, b in zip(first, linear_silu_mul(*arguments), strict=True):

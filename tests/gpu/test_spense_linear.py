@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from vllm_spense.format.codecs.fp8 import FP8_DTYPE
-from vllm_spense.ops import cuda_linear, extension, linear, quantize_per_token, select_backend
-from vllm_spense.ops.backend import decompressed
-from vllm_spense.ops.kernel_config import KernelConfig, label
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops import LinearArguments, LinearSpec, extension, quantize_per_token, select_backend
+from vllm_spense.ops.linear import cuda as back_end
+from vllm_spense.ops.linear.configs import KernelConfig, label
+from vllm_spense.ops.linear.op import linear
+from vllm_spense.ops.linear.reference import decompressed
 
 from .cases import (
     NAN,
@@ -331,12 +332,6 @@ def test_back_to_back_calls_into_one_output(
         assert torch.equal(y, want)
 
 
-def arguments(
-    layer: Layer, xq: torch.Tensor, xs: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> tuple:
-    return (xq, xs, *layer.operands(), bias, *layer.sizes(), dtype)
-
-
 @pytest.mark.parametrize("tokens", [1, 7, 64, 300])
 @pytest.mark.parametrize("spec", [SHARDS["gate_up"], INPUT["1120+928"], RAGGED["777x1936"]], ids=str)
 def test_operator(cuda: torch.device, kernels: None, spec: LinearSpec, tokens: int) -> None:
@@ -347,7 +342,7 @@ def test_operator(cuda: torch.device, kernels: None, spec: LinearSpec, tokens: i
     xq, xs = layer.inputs(tokens)
     bias = layer.bias(torch.float32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        y = torch.ops.spense.linear(*arguments(layer, xq, xs, bias, dtype))
+        y = torch.ops.spense.linear(xq, xs, *layer.arguments(bias).flat(), dtype)
         assert y.dtype == dtype
         expected = layer.expected(xq, xs, bias if dtype == torch.float32 else bias.to(dtype))
         assert (problem := wrong(y, expected)) is None, problem
@@ -356,7 +351,7 @@ def test_operator(cuda: torch.device, kernels: None, spec: LinearSpec, tokens: i
 def test_no_tokens(cuda: torch.device, kernels: None) -> None:
     layer = make_layer(SHARDS["gate_up"], cuda)
     xq, xs = layer.inputs(3)
-    y = linear(*arguments(layer, xq[:0], xs[:0], None, torch.bfloat16))
+    y = linear(xq[:0], xs[:0], layer.arguments(), torch.bfloat16)
     assert y.shape == (0, layer.spec.out_features)
 
 
@@ -364,9 +359,7 @@ def test_no_tokens(cuda: torch.device, kernels: None) -> None:
 def test_checkpoint_layout_runs_the_definition(cuda: torch.device, spec: LinearSpec) -> None:
     layer = make_layer(spec, cuda)
     xq, xs = layer.inputs(9)
-    t = {name: tensor.to(cuda) for name, tensor in layer.checkpoint.items()}
-    weights = (t["sparse_values"], t["sparse_meta"], t["dense_weight"], t["weight_scale"])
-    y = linear(xq, xs, *weights, None, *layer.sizes(), torch.float32)
+    y = linear(xq, xs, layer.on(cuda), torch.float32)
     assert relative_error(y, layer.expected(xq, xs)) < 1e-5
 
 
@@ -387,8 +380,8 @@ def test_back_end(cuda: torch.device, kernels: None, spec: LinearSpec) -> None:
 def test_opcheck(cuda: torch.device, kernels: None, spec: LinearSpec) -> None:
     layer = make_layer(spec, cuda)
     xq, xs = layer.inputs(5)
-    call = arguments(layer, xq, xs, layer.bias(torch.bfloat16), torch.bfloat16)
-    torch.library.opcheck(linear, call, test_utils=FP8_CHECKS)
+    call = (xq, xs, *layer.arguments(layer.bias(torch.bfloat16)).flat(), torch.bfloat16)
+    torch.library.opcheck(torch.ops.spense.linear.default, call, test_utils=FP8_CHECKS)
 
 
 def test_compiled(cuda: torch.device, kernels: None) -> None:
@@ -401,7 +394,7 @@ def test_compiled(cuda: torch.device, kernels: None) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         for layer in layers:
             q, scale = quantize_per_token(x * 2)
-            x = linear(q, scale, *layer.operands(), None, *layer.sizes(), x.dtype)
+            x = linear(q, scale, layer.arguments(), x.dtype)
         return x
 
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)
@@ -416,18 +409,10 @@ def test_calls_that_make_no_sense_are_refused(cuda: torch.device, kernels: None)
     layer = make_layer(SHARDS["gate_up"], cuda)
     config = configs(layer.spec, 16)[0]
     xq, xs = layer.inputs(16)
-    values, meta, dense, scale = layer.operands()
-    sparse_sizes, dense_sizes, output = layer.sizes()
+    good = layer.arguments()
+    values, meta, dense, *_ = good
     y = torch.full((16, layer.spec.out_features), NAN, dtype=torch.bfloat16, device=cuda)
-    good: dict[str, Any] = {"x": xq, "x_scale": xs, "values": values, "meta": meta, "dense": dense}
-    good |= {
-        "scale": scale,
-        "bias": None,
-        "sparse": sparse_sizes,
-        "dense_sizes": dense_sizes,
-        "output": output,
-        "y": y,
-    }
+    call: dict[str, Any] = {"x": xq, "x_scale": xs, "y": y}
     wrong_calls: list[tuple[str, dict[str, Any]]] = [
         ("x must be a CUDA tensor", {"x": xq.cpu()}),
         ("x has the wrong dtype", {"x": xq.bfloat16()}),
@@ -438,29 +423,28 @@ def test_calls_that_make_no_sense_are_refused(cuda: torch.device, kernels: None)
         ("y must be", {"y": y[:, :64].contiguous()}),
         ("y must be", {"y": y[:3]}),
         ("bf16, fp16 or fp32", {"y": y.double()}),
-        ("sparse_meta must be contiguous with 3", {"meta": layer.checkpoint["sparse_meta"].to(cuda)}),
-        ("sparse_meta must be a CUDA tensor", {"meta": meta.cpu()}),
-        ("block layout", {"meta": meta[:4].contiguous()}),
-        ("sparse_values must be", {"values": values[:64].contiguous()}),
-        ("dense_weight must be", {"dense": dense[:64].contiguous()}),
-        ("region sizes sum", {"sparse": [400, 408]}),
-        ("fused shards", {"sparse": [160] * 5, "dense_sizes": [80] * 5}),
+        ("sparse_meta must be contiguous with 3", {"sparse_meta": layer.checkpoint["sparse_meta"].to(cuda)}),
+        ("sparse_meta must be a CUDA tensor", {"sparse_meta": meta.cpu()}),
+        ("block layout", {"sparse_meta": meta[:4].contiguous()}),
+        ("sparse_values must be", {"sparse_values": values[:64].contiguous()}),
+        ("dense_weight must be", {"dense_weight": dense[:64].contiguous()}),
+        ("region sizes sum", {"sparse_sizes": [400, 408]}),
+        ("fused shards", {"sparse_sizes": [160] * 5, "dense_sizes": [80] * 5}),
         ("bias must be", {"bias": layer.bias(torch.float32)}),
         ("bias must be", {"bias": layer.bias(torch.bfloat16).cpu()}),
-        ("no tensor", {"dense": dense[:0]}),
+        ("no tensor", {"dense_weight": dense[:0]}),
     ]
     for message, change in wrong_calls:
+        changed = {name: value for name, value in change.items() if name in good._fields}
+        others = call | {name: value for name, value in change.items() if name in call}
+        assert len(changed) + len(others) == len(change) + len(call.keys() - change.keys())
         with pytest.raises((RuntimeError, ValueError), match=message):
-            cuda_linear.run(config, *(good | change).values())
+            back_end.run(config, layer=good._replace(**changed), **others)
     impossible = KernelConfig("sm90", 128, 24)
     with pytest.raises(RuntimeError, match="refused the call"):
-        cuda_linear.run(impossible, *good.values())
+        back_end.run(impossible, layer=good, **call)
     with pytest.raises(ValueError, match="scales"):
-        linear(
-            *arguments(layer, xq, xs, None, torch.bfloat16)[:1],
-            None,
-            *arguments(layer, xq, xs, None, y.dtype)[2:],
-        )
+        linear(xq, None, good, torch.bfloat16)
     torch.cuda.synchronize()
     assert y.isnan().all(), "a refused call wrote something"
 
@@ -512,11 +496,12 @@ def test_small_cases_for_the_sanitizer(
     layer = make_layer(spec, torch.device("cpu"))
     xq, xs = layer.inputs(tokens)
     y = torch.full((tokens, spec.out_features), NAN, dtype=torch.bfloat16).to(device)
-    values, meta, dense, scale = (t.to(device) for t in layer.operands())
+    given = (t.to(device) if isinstance(t, torch.Tensor) else t for t in layer.arguments())
+    there = LinearArguments(*given)
     x_there, scale_there = xq.to(device), xs.to(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    cuda_linear.run(config, x_there, scale_there, values, meta, dense, scale, None, *layer.sizes(), y)
+    back_end.run(config, x_there, scale_there, there, y)
     assert (problem := wrong(y.cpu(), layer.expected(xq, xs))) is None, problem
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops import LinearArguments, LinearSpec
 
 from .cases import input_layer, make_layer, output_layer
 from .diagnosis import probe_columns, relative_error, wrong
@@ -26,20 +26,11 @@ EXACT = {torch.bfloat16: 2e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
 def multiply(
-    spec: LinearSpec,
-    tensors: dict[str, torch.Tensor],
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    out: torch.dtype,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
+    layer: LinearArguments, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.dtype
 ) -> torch.Tensor:
-    from vllm_spense.ops.triton_linear import triton_linear  # imports Triton, which a CPU may lack
+    from vllm_spense.ops.linear import triton_kernel  # imports Triton, which a CPU may lack
 
-    weights = (tensors["sparse_values"], tensors["sparse_meta"], tensors["dense_weight"])
-    scale = tensors["weight_scale"] if scale is None else scale
-    sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output")
-    return triton_linear(x, x_scale, *weights, scale, bias, *sizes, out)
+    return triton_kernel.multiply(x, x_scale, layer, out)
 
 
 @pytest.mark.parametrize("tokens", [1, 13, 16, 50, 64, 130])
@@ -48,16 +39,13 @@ def test_fp8_activations(cuda: torch.device, spec: LinearSpec, tokens: int) -> N
     if torch.cuda.get_device_capability(cuda) < (8, 9):
         pytest.skip("FP8 activations need compute capability 8.9")
     layer = make_layer(spec, cuda)
-    tensors = {name: tensor.to(cuda) for name, tensor in layer.checkpoint.items()}
     xq, xs = layer.inputs(tokens)
-    y = multiply(spec, tensors, xq, xs, torch.bfloat16)
+    y = multiply(layer.on(cuda), xq, xs, torch.bfloat16)
     if problem := wrong(y, layer.expected(xq, xs)):
         ones = torch.ones(16, 1, device=cuda)
-        unit = torch.ones_like(layer.scale)
+        unit = layer.on(cuda)._replace(weight_scale=torch.ones_like(layer.scale))
         columns = range(min(512, spec.in_features))
-        text = probe_columns(
-            lambda x: multiply(spec, tensors, x, ones, torch.bfloat16, scale=unit), layer.weight, columns, 16
-        )
+        text = probe_columns(lambda x: multiply(unit, x, ones, torch.bfloat16), layer.weight, columns, 16)
         pytest.fail(f"{problem}\n{text}", pytrace=False)
 
 
@@ -66,10 +54,9 @@ def test_fp8_activations(cuda: torch.device, spec: LinearSpec, tokens: int) -> N
 @pytest.mark.parametrize("spec", LAYERS.values(), ids=LAYERS)
 def test_float_activations(cuda: torch.device, spec: LinearSpec, tokens: int, dtype: torch.dtype) -> None:
     layer = make_layer(spec, cuda)
-    tensors = {name: tensor.to(cuda) for name, tensor in layer.checkpoint.items()}
     x = torch.randn(tokens, spec.in_features, generator=torch.Generator().manual_seed(3)).to(cuda, dtype)
     bias = layer.bias(dtype)
-    y = multiply(spec, tensors, x, None, torch.float32, bias)
+    y = multiply(layer.on(cuda)._replace(bias=bias), x, None, torch.float32)
     expected = x.double() @ layer.weight.T * layer.scale.double() + bias.double()
     assert relative_error(y, expected) < EXACT[dtype]
 
@@ -80,9 +67,8 @@ def test_bias_and_output_dtypes(cuda: torch.device, spec: LinearSpec, dtype: tor
     if torch.cuda.get_device_capability(cuda) < (8, 9):
         pytest.skip("FP8 activations need compute capability 8.9")
     layer = make_layer(spec, cuda)
-    tensors = {name: tensor.to(cuda) for name, tensor in layer.checkpoint.items()}
     xq, xs = layer.inputs(17)
     bias = layer.bias(dtype)
-    y = multiply(spec, tensors, xq, xs, dtype, bias)
+    y = multiply(layer.on(cuda)._replace(bias=bias), xq, xs, dtype)
     assert y.dtype == dtype
     assert (problem := wrong(y, layer.expected(xq, xs, bias))) is None, problem

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_spense.format import FP8_DTYPE
-from vllm_spense.ops import LinearSpec, cuda_device, extension, tuning
-from vllm_spense.ops.cuda_backend import CudaBackend
-from vllm_spense.ops.kernel_config import illegal, pairs, sm90_configs
-from vllm_spense.ops.tuning import TuningEntry
+from vllm_spense.ops import LinearSpec, cuda_device, extension
+from vllm_spense.ops.linear import table
+from vllm_spense.ops.linear.configs import illegal, pairs, sm90_configs
+from vllm_spense.ops.linear.cuda import CudaBackend
+from vllm_spense.ops.linear.table import TuningEntry
 
-SPEC = LinearSpec("input", 5120, 25600, (12800,), (12800,), FP8_DTYPE)
+SPEC = LinearSpec("input", 5120, 25600, (12800,), (12800,))
 DEVICE = torch.device("cuda", 0)
 
 
@@ -31,7 +31,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Non
         monkeypatch.setattr(extension, "why_not_loaded", lambda: None)
         monkeypatch.setattr(extension, "cutlass_capabilities", lambda: {(9, 0), (10, 0), (10, 3)})
 
-    asked = (cuda_device.clusters, cuda_device.why_not, tuning.measured)
+    asked = (cuda_device.clusters, cuda_device.why_not, table.measured)
     for function in asked:
         function.cache_clear()
     yield become
@@ -109,8 +109,8 @@ def test_blackwell_runs_dense_until_a_measurement_says_otherwise(
     runs: bool,
 ) -> None:
     device(10, minor)
-    table = {} if us is None else {entry(us, 10.0).shape: {16: entry(us, 10.0)}}
-    monkeypatch.setattr(tuning, "measured", lambda name: table)
+    entries = {} if us is None else {entry(us, 10.0).shape: {16: entry(us, 10.0)}}
+    monkeypatch.setattr(table, "measured", lambda name: entries)
     reason = CudaBackend().why_not(SPEC, DEVICE)
     assert (reason is None) == runs, reason
     if us is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX
-from vllm_spense.ops.quantize import MIN_SCALE, quantize_per_token
+from vllm_spense.ops.activations import MIN_SCALE, quantize_per_token
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RELATIVE = 2.0**-4  # half a step of 3 mantissa bits

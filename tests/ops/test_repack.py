@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.layers import make_layer
 from tests.tiny import unpacked
 from vllm_spense.format import FP8_DTYPE, Layout
+from vllm_spense.format.online import prune_and_pack
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
-from vllm_spense.ops import linear, prune_and_pack, quantize_per_token
-from vllm_spense.ops.repack import PAD, block_metadata, blocked_shape, pad_pitch, unblock_metadata
+from vllm_spense.ops import quantize_per_token
+from vllm_spense.ops.linear.op import linear
+from vllm_spense.ops.linear.repack import (
+    PAD,
+    block,
+    block_metadata,
+    blocked_shape,
+    pad_pitch,
+    unblock,
+    unblock_metadata,
+)
 
 SHAPES = [(1, 8), (64, 256), (65, 128), (128, 512), (200, 136), (127, 640), (129, 1120)]
 
@@ -78,13 +89,28 @@ def test_pitch_padding_keeps_the_values_and_adds_zeros(columns: int) -> None:
 
 @pytest.mark.parametrize("layout", [Layout("output", 40, 72, 24), Layout("input", 24, 80, 40)])
 def test_the_operator_takes_the_kernels_layout_too(layout: Layout) -> None:
-    packed = prune_and_pack(torch.randn(layout.out_features, layout.in_features), layout)
+    layer = make_layer([layout]).arguments()
     x, scale = quantize_per_token(torch.randn(3, layout.in_features))
-    sizes = ([layout.sparse], [layout.dense], layout.split == "output", torch.float32)
-    canonical = (packed["sparse_values"], packed["sparse_meta"], packed["dense_weight"])
-    blocked = (pad_pitch(canonical[0]), block_metadata(canonical[1]), pad_pitch(canonical[2]))
-    expected = linear(x, scale, *canonical, packed["weight_scale"], None, *sizes)
-    assert torch.equal(linear(x, scale, *blocked, packed["weight_scale"], None, *sizes), expected)
+    expected = linear(x, scale, layer, torch.float32)
+    assert torch.equal(linear(x, scale, block(layer), torch.float32), expected)
+
+
+@pytest.mark.parametrize("layout", [Layout("output", 40, 72, 24), Layout("input", 24, 80, 40)])
+def test_a_layer_comes_back(layout: Layout) -> None:
+    layer = make_layer([layout]).arguments()
+    blocked = block(layer)
+    assert (layer.layout, blocked.layout) == ("checkpoint", "blocked")
+    again = unblock(blocked, layout.in_features)
+    assert again.layout == "checkpoint"
+    for old, new in zip(layer[:3], again[:3], strict=True):
+        assert torch.equal(old.view(torch.uint8), new.contiguous().view(torch.uint8))
+    assert again[3:] == layer[3:]
+
+
+def test_the_definition_does_not_read_strips() -> None:
+    layer = make_layer([Layout("output", 40, 72, 24)]).arguments()._replace(layout="strips")
+    with pytest.raises(ValueError, match="not 'strips'"):
+        linear(*quantize_per_token(torch.randn(3, 72)), layer, torch.float32)
 
 
 def kernel_reads(values: torch.Tensor, blocked: torch.Tensor, rows: int, stage_columns: int) -> torch.Tensor:

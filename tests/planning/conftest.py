@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spense.ops import tuning
+from vllm_spense.ops.linear import table
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The directory of the user's tuning tables, empty."""
     directory = tmp_path / "tables"
     monkeypatch.setenv("SPENSE_TUNING_DIR", str(directory))
-    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
-    tuning.measured.cache_clear()
+    monkeypatch.setattr(table, "PACKAGED", tmp_path / "packaged")
+    table.measured.cache_clear()
     yield directory
-    tuning.measured.cache_clear()
+    table.measured.cache_clear()

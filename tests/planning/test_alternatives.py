@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.planning.test_step import B200, DOWN, GATE_UP, H200
-from vllm_spense.ops.kernel_config import LAUNCH
+from vllm_spense.ops.linear.configs import LAUNCH
 from vllm_spense.planning import plan, read_model
 from vllm_spense.planning.alternatives import (
     FORMATS,

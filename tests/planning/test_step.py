@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from vllm_spense.devices import GPUS, MEMORY_RATE, find_gpu
-from vllm_spense.format import FP8_DTYPE
-from vllm_spense.ops import LinearSpec, tuning
-from vllm_spense.ops.kernel_config import LAUNCH, candidates, estimate
-from vllm_spense.ops.tuning import TuningEntry, TuningTable, shape_of
+from vllm_spense.ops import LinearSpec
+from vllm_spense.ops.linear import table
+from vllm_spense.ops.linear.configs import LAUNCH, candidates, estimate
+from vllm_spense.ops.linear.table import TuningEntry, TuningTable, shape_of
 from vllm_spense.planning.shapes import Experts, read_model
 from vllm_spense.planning.step import (
     ALL_REDUCE_SECONDS,
@@ -24,15 +24,15 @@ from vllm_spense.planning.step import (
 )
 
 H100, H200, B200 = (GPUS[name] for name in ("H100", "H200", "B200"))
-GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800), FP8_DTYPE)
-DOWN = LinearSpec("input", 5120, 25600, (12800,), (12800,), FP8_DTYPE)
+GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800))
+DOWN = LinearSpec("input", 5120, 25600, (12800,), (12800,))
 
 
 def write_table(directory: Path, spec: LinearSpec, device: str = "NVIDIA H200", **times) -> None:
     """``tokens_32=(us, dense_us)`` …"""
     shape = dict(
         zip(
-            ("split", "out_features", "in_features", "sparse_sizes", "dense_sizes"),
+            ("split", "out_features", "in_features", "sparse_sizes", "dense_sizes", "weight_dtype"),
             shape_of(spec),
             strict=True,
         )
@@ -42,11 +42,11 @@ def write_table(directory: Path, spec: LinearSpec, device: str = "NVIDIA H200", 
         TuningEntry(**shape, **config, tokens=int(name.removeprefix("tokens_")), us=us, dense_us=dense)
         for name, (us, dense) in times.items()
     )
-    table = TuningTable(device=device, torch="2", date="d", command="c", entries=entries)
-    path = tuning.table_path(device)
+    made = TuningTable(device=device, torch="2", date="d", command="c", entries=entries)
+    path = table.table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(table.model_dump_json())
-    tuning.measured.cache_clear()
+    path.write_text(made.model_dump_json())
+    table.measured.cache_clear()
 
 
 def test_kv_reads_by_hand() -> None:
@@ -88,8 +88,8 @@ def test_prefill_attention_by_hand() -> None:
 def test_linear_layers_are_the_kernels_estimate() -> None:
     phase = decode(read_model("Qwen3-32B", 0.5), H200, 1, 32, 1, "bf16")
     dense = [
-        LinearSpec("output", 51200, 5120, (0, 0), (25600, 25600), FP8_DTYPE),
-        LinearSpec("input", 5120, 25600, (0,), (25600,), FP8_DTYPE),
+        LinearSpec("output", 51200, 5120, (0, 0), (25600, 25600)),
+        LinearSpec("input", 5120, 25600, (0,), (25600,)),
     ]
 
     def best(spec: LinearSpec) -> float:

@@ -28,7 +28,7 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.format.report import inspect
 from vllm_spense.models.export import export
 from vllm_spense.models.parts import decoder_layers
-from vllm_spense.ops.tune import layer_specs
+from vllm_spense.ops.linear.tune import layer_specs
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
 from vllm_spense.pruning.choice import attention
 from vllm_spense.pruning.choice.attention import move_groups, target

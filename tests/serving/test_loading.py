@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.tiny import unpacked
-from vllm_spense.format import FP8_DTYPE, CheckpointError, Layout, ModuleSpec
+from tests.layers import packed_part
+from vllm_spense.format import FP8_DTYPE, CheckpointError, Codecs, Layout, LinearFormat, ModuleSpec
+from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.layout import Axis
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.format.validate import check_values
-from vllm_spense.ops import prune_and_pack
-from vllm_spense.ops.linear import dense_linear, full_weight
-from vllm_spense.ops.random_weights import fill_random
+from vllm_spense.ops.linear.op import dense_linear
+from vllm_spense.ops.linear.random import fill_random
+from vllm_spense.ops.linear.reference import decoded
 from vllm_spense.serving.loading import Loaded, LoadPlan, check_heads, make_loader, make_plan
 
 SIZES = (1, 2, 4, 8)
@@ -31,14 +33,13 @@ class Fused:
     shard_ids: tuple[object, ...]
     heads: tuple[int, ...] = ()  # of q, k and v: key/value heads are replicated where ranks outnumber them
     bias: bool = True
-    dtype: torch.dtype = FP8_DTYPE
+    codec: str = "fp8"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(len(self.layouts))
         self.tensors = {}
         for name, layout in self.layouts.items():
-            weight = torch.randn(layout.out_features, layout.in_features, generator=generator)
-            self.tensors[name] = prune_and_pack(weight, layout, self.dtype)
+            self.tensors[name] = packed_part(layout, self.codec, generator)
             if self.bias:
                 self.tensors[name]["bias"] = torch.randn(layout.out_features, generator=generator).bfloat16()
 
@@ -59,7 +60,7 @@ class Fused:
         return make_plan(
             "fused",
             {n: ModuleSpec.of(self.layouts[n], self.bias) for n in names},
-            self.dtype,
+            Codecs.of(self.codec),
             list(promised),
             axis=self.axis,
             in_features=self.in_features,
@@ -137,14 +138,11 @@ class Rank:
     loaded: Loaded
 
     def matrix(self) -> torch.Tensor:
-        spec = self.plan.spec()
-        names = ("sparse_values", "sparse_meta", "dense_weight")
-        sizes = list(spec.sparse_sizes), list(spec.dense_sizes)
-        return full_weight(*(self.tensors[n] for n in names), *sizes, spec.split == "output").float()
+        return decoded(self.plan.spec(), {name: self.tensors[name] for name in self.plan.names})
 
     def apply(self, x: torch.Tensor, bias: bool) -> torch.Tensor:
         vector = self.tensors["bias"] if bias else None
-        return dense_linear(x, None, self.matrix(), self.tensors.get("weight_scale"), vector, torch.float32)
+        return dense_linear(x, None, self.matrix(), None, vector, torch.float32)
 
 
 def load(layer: Fused, rank: int, size: int, skip: tuple[str, str] | None = None) -> Rank:
@@ -170,30 +168,28 @@ def full_reference(layer: Fused, x: torch.Tensor) -> list[torch.Tensor]:
     results = []
     for module, layout in layer.layouts.items():
         tensors = layer.tensors[module]
-        weight = unpacked(tensors, layout).float()
-        if "weight_scale" in tensors:
-            weight = weight * tensors["weight_scale"][:, None]
+        weight = LinearFormat(layout, Codecs.of(layer.codec)).decode(tensors)
         results.append(x @ weight.T + (tensors["bias"].float() if layer.bias else 0))
     return results
 
 
-@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", codec_names())
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_rank_holds_its_part_of_the_matrix(kind: str, size: int, dtype: torch.dtype) -> None:
-    layer = KINDS[kind](dtype=dtype)
+def test_each_rank_holds_its_part_of_the_matrix(kind: str, size: int, codec: str) -> None:
+    layer = KINDS[kind](codec=codec)
     seen: list[list[int]] = [[] for _ in layer.layouts]
     for rank in range(size):
         mine = load(layer, rank, size)
         mine.plan.check_complete(mine.loaded)
-        check_values({n: t for n, t in mine.tensors.items() if n != "bias"}, module="fused")
+        check_values({n: mine.tensors[n] for n in mine.plan.names}, mine.plan.codecs, module="fused")
         rows = mine.matrix().split([m.local.out_features for m in mine.plan.modules])
         start = 0
         for i, (module, layout) in enumerate(layer.layouts.items()):
             owned = layer.indices(i, rank, size)
             seen[i] += owned
             tensors = layer.tensors[module]
-            full = unpacked(tensors, layout).float()
+            full = LinearFormat(layout, Codecs.of(layer.codec)).decode(tensors)
             assert torch.equal(rows[i], full[owned] if layer.axis == "output" else full[:, owned])
             for name in ("weight_scale", "bias"):
                 if name in mine.tensors:
@@ -458,19 +454,19 @@ def spec_of(layout: Layout) -> ModuleSpec:
 def test_extents_that_do_not_fit_the_model(specs: dict, arguments: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         make_plan(
-            "fused", {n: spec_of(x) for n, x in specs.items()}, FP8_DTYPE, [1, 2, 4, 8], rank=0, **arguments
+            "fused", {n: spec_of(x) for n, x in specs.items()}, UNIFORM_FP8, [1, 2, 4, 8], rank=0, **arguments
         )
     assert "Fix: " in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", codec_names())
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_contents_are_valid(kind: str, dtype: torch.dtype) -> None:
-    plan = KINDS[kind](dtype=dtype).plan(1, 2)
+def test_random_contents_are_valid(kind: str, codec: str) -> None:
+    plan = KINDS[kind](codec=codec).plan(1, 2)
     tensors = {n: torch.full(plan.shape(n), 255).to(plan.dtype(n)) for n in plan.names}
     bias = torch.nn.Parameter(torch.full(plan.shape("bias"), float("nan")), requires_grad=False)
     fill_random(tensors, bias)
-    check_values({**tensors, "bias": bias.data}, module="fused")
+    check_values({**tensors, "bias": bias.data}, plan.codecs, module="fused")
     again = {n: torch.zeros_like(t) for n, t in tensors.items()}
     fill_random(again, None)
     for name, tensor in tensors.items():
@@ -495,7 +491,7 @@ def test_a_module_that_fills_several_parts(size: int) -> None:
         return make_plan(
             "fused",
             specs,
-            FP8_DTYPE,
+            UNIFORM_FP8,
             [1],
             axis="output",
             in_features=HIDDEN,

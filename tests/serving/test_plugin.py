@@ -22,8 +22,9 @@ from vllm_spense.format import (
 )
 from vllm_spense.format.codecs import codec
 from vllm_spense.format.layout import Split
+from vllm_spense.format.online import prune_and_pack
 from vllm_spense.format.schema import checkpoint_config
-from vllm_spense.ops import prune_and_pack, quantize_per_token
+from vllm_spense.ops import quantize_per_token
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM = 48, 96, 4, 2, 8
 MLP, ATTN = "model.layers.0.mlp", "model.layers.0.self_attn"

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
-from vllm_spense.ops.linear import OUT_DTYPES
+from vllm_spense.format.online import online_layout, prune_and_pack
+from vllm_spense.ops import LinearSpec, select_backend
+from vllm_spense.ops.linear.reference import OUT_DTYPES
 from vllm_spense.serving.method import install
 
 N, K = 48, 64
@@ -44,13 +45,15 @@ def run(
 def test_vllm_dense_fp8_agrees_with_the_definition(case, with_bias: bool) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_spense.serving.runtime import DenseFp8, SpenseRuntime
+    from vllm_spense.serving.dense import DenseFp8
+    from vllm_spense.serving.runtime import SpenseRuntime
 
     spec, tensors, x = case
     bias = torch.randn(N).bfloat16() if with_bias else None
     with set_current_vllm_config(VllmConfig()):
         dense = run(DenseFp8(spec, torch.bfloat16), dict(tensors), x, bias)
-    ours = run(SpenseRuntime(spec, torch.device("cpu"), "reference"), dict(tensors), x, bias)
+    reference = select_backend(spec, torch.device("cpu"), "reference")
+    ours = run(SpenseRuntime(spec, reference), dict(tensors), x, bias)
     assert dense.dtype == ours.dtype == torch.bfloat16
     error = (dense.float() - ours.float()).norm() / ours.float().norm()
     assert error < BOUND
@@ -108,7 +111,7 @@ def test_leading_dimensions_are_kept(case) -> None:
     from vllm_spense.serving.runtime import SpenseRuntime
 
     spec, tensors, x = case
-    runtime = SpenseRuntime(spec, torch.device("cpu"))
+    runtime = SpenseRuntime(spec, select_backend(spec, torch.device("cpu")))
     y = run(runtime, dict(tensors), x.view(1, 5, K), None)
     assert y.shape == (1, 5, N)
     assert torch.equal(y[0], run(runtime, dict(tensors), x, None))
@@ -131,7 +134,8 @@ def test_a_process_that_runs_on_a_cpu_has_asked_for_amx() -> None:
     """Linux kills what uses tiles unasked, and vLLM's attention uses them where the CPU has them."""
     program = """
 import ctypes, torch
-from vllm_spense.ops import LinearSpec, online_layout, prune_and_pack
+from vllm_spense.format.online import online_layout, prune_and_pack
+from vllm_spense.ops import LinearSpec
 from vllm_spense.serving.runtime import make_runtime
 
 def permitted():

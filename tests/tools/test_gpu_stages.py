@@ -32,7 +32,7 @@ from tools.gpu.first_light_cases import CORE, FAMILIES, cases, difference
 from tools.gpu.groups import GROUPS
 from tools.gpu.run import Run
 from tools.gpu.stages import STAGES, limit_of, run_stages
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 STAGE = {stage.name: stage for stage in STAGES}
 ROW = kernel_shapes.core_rows()[1]

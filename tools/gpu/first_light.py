@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.common.results import RESULTS, ROOT
 from tools.gpu.first_light_cases import ALONE, CHECKS, CORE, FAMILIES, Case, Machine, cases, layer_of
 from tools.gpu.stand_ins import FAULTS, STAND_INS, Faulty, Gpu
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 SILENT = 12.0
 """Seconds without an event after which a case hangs: none takes one."""

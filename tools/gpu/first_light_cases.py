@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.format.linear import UNIFORM_FP8
-from vllm_spense.ops.backend import Tensors, decompressed
-from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, label
-from vllm_spense.ops.quantize import quantize_per_token
-from vllm_spense.ops.random_weights import fill_random
-from vllm_spense.ops.repack import block_metadata, pad_pitch
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.activations import quantize_per_token
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.configs import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, label
+from vllm_spense.ops.linear.random import fill_random
+from vllm_spense.ops.linear.reference import decompressed
+from vllm_spense.ops.linear.repack import block
+from vllm_spense.ops.linear.spec import LinearSpec
 
 FAMILIES = {
     "F0": "clusters that run at once, by instance",
@@ -51,8 +53,16 @@ class Machine(Protocol):
     def clusters(self, config: KernelConfig) -> int:
         """How many clusters run at once."""
 
-    def run(self, config: KernelConfig, *arguments: Any, overlap: bool = True) -> None:
-        """As ``vllm_spense.ops.cuda_linear.run``."""
+    def run(
+        self,
+        config: KernelConfig,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        layer: LinearArguments,
+        y: torch.Tensor,
+        overlap: bool = True,
+    ) -> None:
+        """As ``vllm_spense.ops.linear.cuda.run``."""
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call as a graph to replay."""
@@ -170,10 +180,7 @@ class Layer:
     def run(
         self, machine: Machine, config: KernelConfig, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        t, spec = self.tensors, self.spec
-        weights = (t["sparse_values"], t["sparse_meta"], t["dense_weight"], t["weight_scale"], None)
-        sizes = (list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output")
-        machine.run(config, x, scale, *weights, *sizes, y)
+        machine.run(config, x, scale, LinearArguments.of(self.spec, self.tensors, layout="blocked"), y)
         return y
 
     def empty(self, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -199,12 +206,8 @@ def make_layer(spec: LinearSpec, device: torch.device, integers: bool, seed: int
         for name in ("sparse_values", "dense_weight"):
             tensors[name].copy_(torch.randint(-2, 3, tuple(tensors[name].shape), generator=generator))
     exponents = torch.arange(spec.out_features) % 4 - 2.0
-    prepared = {
-        "sparse_values": pad_pitch(tensors["sparse_values"]),
-        "sparse_meta": block_metadata(tensors["sparse_meta"]),
-        "dense_weight": pad_pitch(tensors["dense_weight"]),
-        "weight_scale": torch.exp2(exponents) * (1.0 if integers else 1e-3),
-    }
+    tensors["weight_scale"] = torch.exp2(exponents) * (1.0 if integers else 1e-3)
+    prepared = block(LinearArguments.of(spec, tensors)).prepared()
     prepared = {name: tensor.to(device) for name, tensor in prepared.items()}
     layer = Layer(spec, prepared, decompressed(spec, tensors).float().to(device).double())
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.common.results import ROOT
 from benchmarks.common.supervise import Ended, stopping, supervise
 from benchmarks.kernels.verdicts import config_of
-from vllm_spense.ops.kernel_config import KernelConfig, label
+from vllm_spense.ops.linear.configs import KernelConfig, label
 
 LINEAR, TRITON = "tests/gpu/test_spense_linear.py", "tests/gpu/test_triton_linear.py"
 SILU_MUL, PRUNING = "tests/gpu/test_linear_silu_mul.py", "tests/gpu/test_pruning.py"

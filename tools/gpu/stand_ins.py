@@ -16,8 +16,9 @@ import torch
 
 from tools.gpu.first_light_cases import Machine
 from vllm_spense.devices import H200
-from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, pairs
-from vllm_spense.ops.linear import reference_linear
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.configs import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, pairs
+from vllm_spense.ops.linear.reference import reference_linear
 
 SM90_PROCESSORS = H200.processors
 FAULTS = ("hang", "crash", "wrong")
@@ -27,13 +28,13 @@ class Gpu:
     """The compiled kernel on the current CUDA device."""
 
     def __init__(self, library: Path) -> None:
-        from vllm_spense.ops import cuda_linear
+        from vllm_spense.ops.linear import cuda
 
         if not torch.cuda.is_available():
             raise RuntimeError("there is no CUDA device")
         torch.ops.load_library(str(library))
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.run = cuda_linear.run
+        self.run = cuda.run
 
     def clusters(self, config: KernelConfig) -> int:
         shape = (config.tile_rows, config.tile_tokens, config.cluster, config.multicast)
@@ -59,9 +60,16 @@ class Definition:
     def clusters(self, config: KernelConfig) -> int:
         return SM90_PROCESSORS // config.cluster
 
-    def run(self, config: KernelConfig, *arguments: Any, overlap: bool = True) -> None:
-        *layer, y = arguments
-        y.copy_(reference_linear(*layer, y.dtype))
+    def run(
+        self,
+        config: KernelConfig,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        layer: LinearArguments,
+        y: torch.Tensor,
+        overlap: bool = True,
+    ) -> None:
+        y.copy_(reference_linear(x, x_scale, layer, y.dtype))
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
         return call
@@ -86,8 +94,16 @@ class Emulated(Definition):
         self.cases, self.launcher, self.kernel_name = cases, launcher, translate.kernel_name
         self.seed = 0
 
-    def run(self, config: KernelConfig, *arguments: Any, overlap: bool = True) -> None:
-        x, x_scale, values, metadata, dense, scale, _bias, sparse_sizes, dense_sizes, output, y = arguments
+    def run(
+        self,
+        config: KernelConfig,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        layer: LinearArguments,
+        y: torch.Tensor,
+        overlap: bool = True,
+    ) -> None:
+        values, metadata, dense, scale, _bias, sparse_sizes, dense_sizes, output = layer.compiled()
         cases, launcher = self.cases, self.launcher
         buffers = cases.Buffers()
         args = launcher.LinearArgs(tokens=len(x), out_features=y.shape[1], in_features=x.shape[1])

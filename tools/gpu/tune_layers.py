@@ -17,8 +17,9 @@ import torch
 from benchmarks.common.results import RESULTS, read
 from benchmarks.kernels.shapes import layer_specs
 from benchmarks.kernels.verdicts import blocked
-from vllm_spense.ops import LinearSpec, tune
-from vllm_spense.ops.tuning import TuningTable, read_table, shape_of, table_path
+from vllm_spense.ops import LinearSpec
+from vllm_spense.ops.linear import tune
+from vllm_spense.ops.linear.table import TuningTable, read_table, shape_of, table_path
 
 CORE_TOKENS = (1, 8, 16, 32, 64, 256, 2048, 8192)
 

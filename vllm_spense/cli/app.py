@@ -379,8 +379,8 @@ def tune(
 ) -> None:
     """Measure the kernels for this checkpoint's layers on this GPU, for dispatch to read."""
     from vllm_spense.format.checkpoint import Checkpoint
-    from vllm_spense.ops.tune import TOKENS, layer_specs, plan
-    from vllm_spense.ops.tune import tune as run
+    from vllm_spense.ops.linear.tune import TOKENS, layer_specs, plan
+    from vllm_spense.ops.linear.tune import tune as run
 
     specs, counts = layer_specs(Checkpoint(directory), tensor_parallel), tokens or list(TOKENS)
     if dry_run:

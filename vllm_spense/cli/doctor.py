@@ -133,17 +133,18 @@ def _registration(version: str) -> Finding:
 
 
 def _backends() -> Iterator[Finding]:
-    from vllm_spense.ops import available_backends, cpu_linear, extension
+    from vllm_spense.ops import available_backends, extension
+    from vllm_spense.ops.linear import cpu
 
     yield Finding("back ends", "ok", ", ".join(b.name for b in available_backends()))
     reason = extension.why_not_loaded()
     text = f"built{', with CUTLASS' if extension.cutlass_capabilities() else ''}"
     fix = "without them GPUs run Triton or vLLM's dense FP8 kernels"
     yield Finding("CUDA kernels", "note" if reason else "ok", reason or text, fix if reason else "")
-    reason = cpu_linear.why_not_here()
+    reason = cpu.why_not_here()
     fix = "without them CPUs run fp32 GEMMs on four times the memory"
     yield Finding(
-        "CPU kernels", "note" if reason else "ok", reason or cpu_linear.describe_cpu(), fix if reason else ""
+        "CPU kernels", "note" if reason else "ok", reason or cpu.describe_cpu(), fix if reason else ""
     )
 
 

@@ -1,23 +1,25 @@
-"""``torch.ops.spense.*``: the Spense linear layer, its reference definition and its back ends.
+"""Operators on Spense layers, a folder for each, and what they share.
 
-Importing it registers the operators, the CUDA one too; it needs torch and pydantic.
+Importing this package defines ``linear``, ``dense_linear``, ``triton_linear`` and ``linear_silu_mul`` of
+``torch.ops.spense``, on CPUs and CUDA devices. That takes torch and pydantic; compiled kernels and Triton are
+loaded when a layer is to run on them.
 """
 
-from vllm_spense.ops.dispatch import Backend, LinearSpec, available_backends, select_backend
-from vllm_spense.ops.linear import dense_linear, linear
-from vllm_spense.ops.online import online_layout, prune_and_pack
-from vllm_spense.ops.quantize import quantize_per_token, quantize_with_amax
-from vllm_spense.ops.silu_mul import linear_silu_mul
+from vllm_spense.ops.activations import quantize_per_token, quantize_with_amax
+from vllm_spense.ops.backend import Backend
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.op import dense_linear
+from vllm_spense.ops.linear.select import available_backends, select_backend
+from vllm_spense.ops.linear.spec import LinearSpec
+from vllm_spense.ops.mlp.silu_mul import linear_silu_mul
 
 __all__ = [
     "Backend",
+    "LinearArguments",
     "LinearSpec",
     "available_backends",
     "dense_linear",
-    "linear",
     "linear_silu_mul",
-    "online_layout",
-    "prune_and_pack",
     "quantize_per_token",
     "quantize_with_amax",
     "select_backend",

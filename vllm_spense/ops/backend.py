@@ -1,4 +1,4 @@
-"""What a back end is, and what several of them share.
+"""What a back end of an operator is, and how one is chosen.
 
 A back end turns the loaded checkpoint tensors into the tensors it computes on, once (``prepare``), and
 runs one operator on them per forward (``apply``). Prepared shapes and dtypes depend on the spec
@@ -7,27 +7,25 @@ alone, so reloading weights can copy into the old storage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
-from vllm_spense.ops.linear import full_weight
-from vllm_spense.ops.quantize import quantize_per_token
-from vllm_spense.ops.spec import LinearSpec
-
 Tensors = dict[str, torch.Tensor]
+Spec = TypeVar("Spec")
+Spec_contra = TypeVar("Spec_contra", contravariant=True)
 
 
-class Backend(Protocol):
-    """One way to run a layer; stateless."""
+class Backend(Protocol[Spec_contra]):
+    """One way to run a layer that ``Spec`` describes; stateless."""
 
     name: str
 
-    def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
+    def why_not(self, spec: Spec_contra, device: torch.device) -> str | None:
         """None when this back end can run the layer there, else the reason in one line."""
 
-    def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    def prepare(self, spec: Spec_contra, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """From checkpoint tensors to run-time tensors.
 
         Given are both regions and the metadata, empty ones included, and in FP8 the scales; no bias.
@@ -37,7 +35,7 @@ class Backend(Protocol):
 
     def apply(
         self,
-        spec: LinearSpec,
+        spec: Spec_contra,
         tensors: Mapping[str, torch.Tensor],
         x: torch.Tensor,
         bias: torch.Tensor | None,
@@ -45,22 +43,17 @@ class Backend(Protocol):
         """``x [M, K]`` to ``y [M, N]`` in x's dtype."""
 
 
-def regions(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-    """A layer's tensors and extents, in the order in which functions of a whole weight take them."""
-    return (
-        *(tensors[name] for name in ("sparse_values", "sparse_meta", "dense_weight")),
-        *(list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output"),
-    )
-
-
-def decompressed(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``[N, K]`` of a layer's checkpoint tensors: stored values, zeros written out, no scale."""
-    return full_weight(*regions(spec, tensors))
-
-
-def activations(spec: LinearSpec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return quantize_per_token(x) if spec.quantize_activations else (x, None)
-
-
-def scale_only(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {"weight_scale": tensors["weight_scale"]} if "weight_scale" in tensors else {}
+def select(
+    backends: Sequence[Backend[Spec]], spec: Spec, device: torch.device, name: str | None = None
+) -> Backend[Spec]:
+    """The first legal back end, or the named one; ``ValueError`` says why a named one cannot run."""
+    for backend in backends:
+        if name is not None and backend.name != name:
+            continue
+        reason = backend.why_not(spec, device)
+        if reason is None:
+            return backend
+        if name is not None:
+            raise ValueError(f"back end {name!r} cannot run this layer: {reason}")
+    known = ", ".join(b.name for b in backends)
+    raise ValueError(f"unknown back end {name!r} (known: {known})")

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import KernelConfig, pairs, sm90_configs
+from vllm_spense.ops.linear.configs import KernelConfig, pairs, sm90_configs
 
 
 @functools.cache

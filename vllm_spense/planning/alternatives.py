@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_spense.devices import BLACKWELL, HOPPER, Gpu
-from vllm_spense.ops.kernel_config import LAUNCH
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.configs import LAUNCH
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.planning.shapes import ModelShape
 from vllm_spense.planning.step import PAYS, Phase, layer_time
 

@@ -17,11 +17,11 @@ from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Axis, Layout
 from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.online import online_layout
 from vllm_spense.format.schema import MAX_FEATURES, AnyCheckpointConfig, parse_config
 from vllm_spense.models.families import FAMILIES, ROW_PARALLEL, family_of, fused_with, in_attention
 from vllm_spense.models.presets import PRESETS
-from vllm_spense.ops.online import online_layout
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.sources import check_source, load_config
 
 Kind = Literal["mlp", "attention"]

@@ -1,7 +1,7 @@
 """Seconds of one step of the engine, by what they are spent on, for Spense and for dense FP8.
 
 The dense model is the same one with all linear layers in FP8 (``spense export --format fp8``), in a dense
-kernel as good as ours: on Hopper the estimate of ``ops/kernel_config.py`` for a layer without 2:4 region.
+kernel as good as ours: on Hopper the estimate of ``ops/linear/configs.py`` for a layer without 2:4 region.
 A tuning table of the GPU, where it has the layer, replaces both times.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 from vllm_spense.devices import Gpu
-from vllm_spense.ops.kernel_config import LAUNCH, candidates, estimate
-from vllm_spense.ops.repack import PITCH
-from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tuning import MAX_BUCKET, TuningEntry, bucket, dense_ratio, measured, shape_of
+from vllm_spense.ops.linear.configs import LAUNCH, candidates, estimate
+from vllm_spense.ops.linear.repack import PITCH
+from vllm_spense.ops.linear.spec import LinearSpec
+from vllm_spense.ops.linear.table import MAX_BUCKET, TuningEntry, bucket, dense_ratio, measured, shape_of
 from vllm_spense.planning.shapes import ModelShape, RankLinear
 
 KvDtype = Literal["bf16", "fp8"]
@@ -109,7 +109,7 @@ def prefill(model: ModelShape, gpu: Gpu, size: int, tokens: int) -> Phase:
 
 def compressed(spec: LinearSpec, gpu: Gpu) -> bool:
     """Whether our kernels run the layer: it has a 2:4 region, its columns fit TMA, and dense FP8 was not
-    measured faster over the layer's table (``ops/tuning.usable``)."""
+    measured faster over the layer's table (``ops/linear/table.usable``)."""
     if not spec.hybrid or spec.in_features % PITCH:
         return False
     ratio = dense_ratio(measured(gpu.device).get(shape_of(spec), {}))

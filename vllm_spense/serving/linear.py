@@ -9,8 +9,9 @@ import torch
 from vllm_spense.format.linear import Codecs
 from vllm_spense.format.schema import ModuleSpec
 from vllm_spense.format.validate import check_values
-from vllm_spense.ops.dispatch import LinearSpec, Tensors
-from vllm_spense.ops.random_weights import fill_random
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.random import fill_random
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
 from vllm_spense.serving.loading import LoadPlan, check_heads, make_loader, make_plan
 from vllm_spense.serving.method import SpenseMethod

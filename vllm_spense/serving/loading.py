@@ -18,7 +18,7 @@ from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import Axis, Layout
 from vllm_spense.format.linear import Codecs, LinearFormat
 from vllm_spense.format.schema import ModuleSpec
-from vllm_spense.ops.dispatch import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 
 Loaded = set[tuple[str, int]]
 _QKV = {"q": 0, "k": 1, "v": 2}

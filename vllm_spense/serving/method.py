@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_spense.ops.dispatch import LinearSpec, Tensors
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
 from vllm_spense.serving.loading import Loaded
 from vllm_spense.serving.runtime import Runtime, make_runtime

@@ -9,8 +9,9 @@ import torch
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Axis, Layout, Split
 from vllm_spense.format.linear import LinearFormat
-from vllm_spense.ops.dispatch import LinearSpec, Tensors
-from vllm_spense.ops.online import online_layout, prune_and_pack
+from vllm_spense.format.online import online_layout, prune_and_pack
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
 from vllm_spense.serving.loading import Loaded, LoadPlan, ModuleSlice, shard_indices
 from vllm_spense.serving.method import SpenseMethod

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm_spense.models.families import in_attention
 
 if TYPE_CHECKING:
-    from vllm_spense.ops.dispatch import LinearSpec
+    from vllm_spense.ops.linear.spec import LinearSpec
 
 logger = init_logger("vllm.spense")  # only loggers below "vllm" show INFO
 

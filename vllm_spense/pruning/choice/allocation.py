@@ -17,8 +17,8 @@ from vllm_spense.devices import H200
 from vllm_spense.format.layout import META_GROUP
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.models.parts import MlpShape
-from vllm_spense.ops.kernel_config import candidates, estimate
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.configs import candidates, estimate
+from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.pruning.choice.selection import dense_count
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.warnings import warn

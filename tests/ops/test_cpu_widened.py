@@ -7,8 +7,9 @@ import torch
 
 from vllm_spense.format import FP8_DTYPE
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
-from vllm_spense.ops.linear import full_weight
-from vllm_spense.ops.widen import widened_weight
+from vllm_spense.ops import LinearArguments
+from vllm_spense.ops.linear.cpu import widened_weight
+from vllm_spense.ops.linear.reference import full_weight
 
 NAN = (0x7F, 0xFF)
 NUMBERS = torch.tensor([byte for byte in range(256) if byte not in NAN], dtype=torch.uint8)
@@ -25,15 +26,14 @@ def draw(choices: torch.Tensor, rows: int, columns: int, seed: int) -> torch.Ten
     return choices[index[:count]].view(rows, columns)
 
 
-def layer(sparse: list[int], dense: list[int], other: int, output_split: bool) -> tuple:
-    """Arguments of both functions; ``other``: K of an output split, N of an input split."""
+def layer(sparse: list[int], dense: list[int], other: int, output_split: bool) -> LinearArguments:
+    """What both functions take; ``other``: K of an output split, N of an input split."""
     shape = (sum(sparse), other) if output_split else (other, sum(sparse))
     rest = (sum(dense), other) if output_split else (other, sum(dense))
-    return (
-        draw(NUMBERS, shape[0], shape[1] // 2, 0).view(FP8_DTYPE),
-        draw(META, shape[0], shape[1] // 8, 1),
-        draw(NUMBERS, *rest, 2).view(FP8_DTYPE),
-        *(sparse, dense, output_split),
+    values = draw(NUMBERS, shape[0], shape[1] // 2, 0).view(FP8_DTYPE)
+    meta = draw(META, shape[0], shape[1] // 8, 1)
+    return LinearArguments(
+        values, meta, draw(NUMBERS, *rest, 2).view(FP8_DTYPE), None, None, sparse, dense, output_split
     )
 
 
@@ -51,12 +51,12 @@ CASES = {
 
 @pytest.mark.parametrize("part", [1, 100, 1000, 1 << 19])
 @pytest.mark.parametrize("arguments", CASES.values(), ids=CASES)
-def test_bits(arguments: tuple, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_spense.ops.widen._PART", part)
-    wanted = full_weight(*arguments).float()
+def test_bits(arguments: LinearArguments, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_spense.ops.linear.cpu._PART", part)
+    wanted = full_weight(arguments).float()
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
     try:
-        got = widened_weight(*arguments)
+        got = widened_weight(arguments)
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_every_number() -> None:
         torch.empty(0, len(NUMBERS) // 2, dtype=FP8_DTYPE),
         torch.empty(0, len(NUMBERS) // 8, dtype=torch.uint8),
     )
-    got = widened_weight(*empty, numbers, [0], [1], True)
+    got = widened_weight(LinearArguments(*empty, numbers, None, None, [0], [1], True))
     assert torch.equal(got.view(torch.int32), numbers.float().view(torch.int32))
 
 
@@ -83,12 +83,14 @@ def test_every_pair_of_places(nibble: int) -> None:
     for group, pair in enumerate([(1.5, -0.25), (-3.0, 2.0)]):
         wanted[4 * group + nibble % 4], wanted[4 * group + nibble // 4] = pair
     empty = torch.empty(0, 8, dtype=FP8_DTYPE)
-    assert widened_weight(values, meta, empty, [1], [0], True).tolist() == [wanted]
+    layer = LinearArguments(values, meta, empty, None, None, [1], [0], True)
+    assert widened_weight(layer).tolist() == [wanted]
 
 
 def test_columns_of_a_larger_matrix() -> None:
     """Views that are not contiguous, as a tensor-parallel slice may be."""
-    values, meta, dense, *sizes = CASES["down"]
-    wide = [torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]] for tensor in (values, meta, dense)]
+    down = CASES["down"]
+    wide = [torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]] for tensor in down[:3]]
     assert not wide[0].is_contiguous()
-    assert torch.equal(widened_weight(*wide, *sizes), full_weight(values, meta, dense, *sizes).float())
+    views = LinearArguments(*wide, *down[3:])
+    assert torch.equal(widened_weight(views), full_weight(down).float())

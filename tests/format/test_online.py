@@ -8,7 +8,7 @@ import torch
 from tests.tiny import unpacked
 from vllm_spense.format import FP8_DTYPE, Layout, quantize_per_channel
 from vllm_spense.format.layout import Split
-from vllm_spense.ops import online_layout, prune_and_pack
+from vllm_spense.format.online import online_layout, prune_and_pack
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_spense.format.layout import Layout
-from vllm_spense.format.linear import Codecs
+from vllm_spense.format.linear import UNIFORM_FP8, Codecs
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class LinearSpec:
     in_features: int
     sparse_sizes: tuple[int, ...]
     dense_sizes: tuple[int, ...]
-    codecs: Codecs
+    codecs: Codecs = UNIFORM_FP8
 
     @classmethod
-    def of(cls, layouts: Sequence[Layout], codecs: Codecs) -> LinearSpec:
+    def of(cls, layouts: Sequence[Layout], codecs: Codecs = UNIFORM_FP8) -> LinearSpec:
         """The layer that these modules form when they are fused along their outputs."""
         fused = layouts if layouts[0].split == "output" else layouts[:1]
         return cls(
@@ -38,6 +38,7 @@ class LinearSpec:
 
     @property
     def quantize_activations(self) -> bool:
+        """Whether x is rounded to FP8 per token: what FP8 weights are multiplied with."""
         return self.codecs.activations == "dynamic_per_token"
 
     @property

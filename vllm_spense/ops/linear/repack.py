@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_spense.ops.linear.arguments import LinearArguments
+
 BLOCK_COLUMNS = 128
 BLOCK_BYTES = 16
 PITCH = 16
@@ -57,3 +59,26 @@ def pad_pitch(matrix: torch.Tensor) -> torch.Tensor:
         return matrix
     padded = torch.nn.functional.pad(matrix.view(torch.uint8), (0, extra))
     return padded.view(matrix.dtype)
+
+
+def block(layer: LinearArguments) -> LinearArguments:
+    """A layer in the checkpoint's layout to the layout ``blocked``."""
+    return layer._replace(
+        sparse_values=pad_pitch(layer.sparse_values),
+        sparse_meta=block_metadata(layer.sparse_meta),
+        dense_weight=pad_pitch(layer.dense_weight),
+        layout="blocked",
+    )
+
+
+def unblock(layer: LinearArguments, in_features: int) -> LinearArguments:
+    """Inverse of :func:`block` for a layer of ``in_features`` columns."""
+    rows, columns, dense_columns = sum(layer.sparse_sizes), in_features, in_features
+    if not layer.output_split:
+        rows, columns, dense_columns = layer.out_features, sum(layer.sparse_sizes), sum(layer.dense_sizes)
+    return layer._replace(
+        sparse_values=layer.sparse_values[:, : columns // 2],
+        sparse_meta=unblock_metadata(layer.sparse_meta, rows, columns),
+        dense_weight=layer.dense_weight[:, :dense_columns],
+        layout="checkpoint",
+    )

@@ -19,35 +19,27 @@ import numpy as np
 import pytest
 import torch
 
+from tests.layers import ACCUMULATION, ROUNDING, assert_within_rounding, layouts_of, make_layer
 from vllm_spense.format import FP8_DTYPE
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES, decompress
-from vllm_spense.ops import triton_backend
-from vllm_spense.ops.linear import full_weight, linear
-from vllm_spense.ops.quantize import quantize_per_token
-from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.triton_backend import TritonBackend
+from vllm_spense.ops import LinearArguments, quantize_per_token
+from vllm_spense.ops.linear.spec import LinearSpec
+from vllm_spense.ops.linear.triton import TritonBackend, triton_linear
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
 INTERPRETED = ROUNDING | {torch.bfloat16: 2.0**-7}
 """The interpreter cuts bf16 off where a GPU rounds."""
-ACCUMULATION = 2.0**-20
-"""Both sides sum in fp32; relative to the sum of the products' magnitudes."""
 TENSOR_CORES = 2.0**-16
 FP8_TENSOR_CORES = 2.0**-9
 """Some 14 bits (Hopper, Ada) within one tile of features."""
 SHARED_MEMORY = 99 * 1024
 """Per block on sm_86, sm_89 and sm_120, the smallest of what the kernel is for."""
 FINITE = [code for code in range(256) if code & 0x7F != 0x7F]
-Arguments = tuple[Any, ...]
+Arguments = tuple[torch.Tensor, torch.Tensor | None, LinearArguments, torch.dtype]
 
 
 # --- layers ---------------------------------------------------------------------------------------------
-
-
-def weights(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, generator=generator).to(FP8_DTYPE)
 
 
 def arguments(
@@ -61,27 +53,13 @@ def arguments(
     bias: bool = True,
 ) -> Arguments:
     """Operator arguments; ``other``: features of an output split, rows of an input split."""
-    g = torch.Generator().manual_seed(tokens + other)
-    s, d = sum(sparse), sum(dense)
-    shape, dense_shape = ((s, other), (d, other)) if split == "output" else ((other, s), (other, d))
-    nibbles = torch.tensor(LEGAL_NIBBLES)
-    low, high = (nibbles[torch.randint(6, (shape[0], shape[1] // 8), generator=g)] for _ in range(2))
-    rows, features = (s + d, other) if split == "output" else (other, s + d)
-    x = torch.randn(tokens, features, generator=g)
+    extent = sum(sparse) + sum(dense)
+    rows, features = (extent, other) if split == "output" else (other, extent)
+    spec = LinearSpec(split, rows, features, tuple(sparse), tuple(dense))
+    layer = make_layer(layouts_of(spec), bias=bias, seed=tokens + other)
+    x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens + other))
     xq, x_scale = quantize_per_token(x) if x_dtype == FP8_DTYPE else (x.to(x_dtype), None)
-    return (
-        xq,
-        x_scale,
-        weights((shape[0], shape[1] // 2), g),
-        (low | high << 4).to(torch.uint8),
-        weights(dense_shape, g),
-        torch.rand(rows, generator=g) + 0.5,
-        torch.randn(rows, generator=g).bfloat16() if bias else None,
-        sparse,
-        dense,
-        split == "output",
-        out,
-    )
+    return xq, x_scale, layer.arguments(), out
 
 
 def check(
@@ -90,18 +68,8 @@ def check(
     rounding: dict[torch.dtype, float] = INTERPRETED,
     accumulation: float = ACCUMULATION,
 ) -> None:
-    """``y`` within the rounding of ``spense::linear``'s result."""
-    x, x_scale, *tensors, scale, bias, sparse, dense, output_split, out = given
-    expected = linear(*given[:-1], torch.float32)
-    weight = full_weight(*tensors, sparse, dense, output_split).float().abs()
-    magnitude = x.float().abs() @ weight.T
-    for factor in (x_scale, scale):
-        magnitude = magnitude if factor is None else magnitude * factor
-    magnitude = magnitude if bias is None else magnitude + bias.float().abs()
-    assert (y.dtype, y.shape) == (out, expected.shape)
-    error = (y.float() - expected).abs()
-    bound = rounding[out] * expected.abs() + (1 + rounding[out]) * accumulation * magnitude + 1e-30
-    assert (error <= bound).all(), f"worst {float((error / bound).max()):.2f} times the bound"
+    x, x_scale, layer, out = given
+    assert_within_rounding(y, x, x_scale, layer, out, rounding=rounding, accumulation=accumulation)
 
 
 # --- in Triton's interpreter ----------------------------------------------------------------------------
@@ -109,15 +77,14 @@ def check(
 
 def interpreted(given: Arguments, capability: int | None = None) -> torch.Tensor:
     """Runs in the interpreting process; with the tiles of a GPU of some ``capability``, or its own."""
-    from vllm_spense.ops import triton_linear
+    from vllm_spense.ops.linear import triton_kernel
 
     if capability is None:
-        return triton_backend.triton_linear(*given)
-    x, _, _, _, dense, *_, sparse_sizes, dense_sizes, output_split, out = given
-    rows = sum(sparse_sizes) + sum(dense_sizes) if output_split else dense.shape[0]
-    y = torch.empty(x.shape[0], rows, dtype=out)
-    launch = triton_linear.plan(y, *given[:-1], capability)
-    triton_linear._kernel[launch.grid](**launch.arguments | {"PTX": False})
+        return triton_linear(*given)
+    x, x_scale, layer, out = given
+    y = torch.empty(x.shape[0], layer.out_features, dtype=out)
+    launch = triton_kernel.plan(y, x, x_scale, layer, capability)
+    triton_kernel._kernel[launch.grid](**launch.arguments | {"PTX": False})
     return y
 
 
@@ -138,7 +105,9 @@ def applied(spec: LinearSpec, tensors: dict[str, torch.Tensor], x: torch.Tensor,
 
 
 def opchecked(given: Arguments, checks: tuple[str, ...]) -> None:
-    torch.library.opcheck(triton_backend.triton_linear, given, test_utils=checks)
+    x, x_scale, layer, out = given
+    flat = (x, x_scale, *layer.flat(), out)
+    torch.library.opcheck(torch.ops.spense.triton_linear.default, flat, test_utils=checks)
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +169,8 @@ def test_output_dtypes(interpreter: ProcessPoolExecutor, out: torch.dtype, bias:
 
 
 def test_without_scales(interpreter: ProcessPoolExecutor) -> None:
-    given = arguments(*LAYERS["columns"], 3)
-    given = (given[0], None, *given[2:5], None, *given[6:])
+    x, _, layer, out = arguments(*LAYERS["columns"], 3)
+    given = (x, None, layer._replace(weight_scale=None), out)
     check(given, interpreter.submit(interpreted, given).result())
 
 
@@ -220,7 +189,8 @@ def test_every_weight_exactly(interpreter: ProcessPoolExecutor, x_dtype: torch.d
     meta = (nibbles | nibbles.roll(1) << 4).repeat_interleave(8)[:, None].expand(48, 16).contiguous()
     dense = codes.repeat(12).view(48, 64).view(FP8_DTYPE)
     x = torch.eye(192).to(x_dtype)
-    given = (x, None, values, meta, dense, None, None, [128], [64], False, torch.float32)
+    layer = LinearArguments(values, meta, dense, None, None, [128], [64], False)
+    given = (x, None, layer, torch.float32)
     y = interpreter.submit(interpreted, given).result()
     expected = torch.cat((decompress(values, meta), dense), dim=1).float()
     assert expected.unique().numel() == len(FINITE) - 1  # 0 and -0 are equal
@@ -238,7 +208,7 @@ def test_a_token_does_not_see_the_others(interpreter: ProcessPoolExecutor) -> No
 
 @pytest.mark.parametrize("split", ["output", "input"])
 def test_opcheck(interpreter: ProcessPoolExecutor, split: str) -> None:
-    """``test_schema`` needs an allclose that FP8 lacks on CPUs: it runs in ``tests/ops/test_linear.py``."""
+    """``test_schema`` needs an allclose that FP8 lacks on CPUs: it runs in ``tests/ops/test_op.py``."""
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     given = arguments(split, [8], [16], 24, 5)
     interpreter.submit(opchecked, given, checks).result()
@@ -251,28 +221,26 @@ def test_opcheck(interpreter: ProcessPoolExecutor, split: str) -> None:
 def test_other_dtypes_are_refused(
     interpreter: ProcessPoolExecutor, out: torch.dtype, weight: torch.dtype, message: str
 ) -> None:
-    given = list(arguments("output", [8], [8], 8, 1, torch.bfloat16, out))
-    given[4] = given[4].to(weight)
+    x, _, layer, _ = arguments("output", [8], [8], 8, 1, torch.bfloat16, out)
+    given = (x, None, layer._replace(dense_weight=layer.dense_weight.to(weight)), out)
     with pytest.raises(ValueError, match=message):
-        interpreter.submit(interpreted, tuple(given)).result()
+        interpreter.submit(interpreted, given).result()
 
 
 # --- the back end ---------------------------------------------------------------------------------------
 
-SPEC = LinearSpec("output", 48, 32, (8, 8), (16, 16), FP8_DTYPE)
+SPEC = LinearSpec("output", 48, 32, (8, 8), (16, 16))
 
 
 @pytest.mark.parametrize(("capability", "quantised"), [((8, 9), True), ((8, 0), False)])
 def test_back_end_equals_the_definition(
     interpreter: ProcessPoolExecutor, capability: tuple[int, int], quantised: bool
 ) -> None:
-    given = arguments("output", list(SPEC.sparse_sizes), list(SPEC.dense_sizes), 32, 1, bias=False)
-    names = ("sparse_values", "sparse_meta", "dense_weight", "weight_scale")
+    layer = make_layer(layouts_of(SPEC))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tensors = dict(zip(names, given[2:6], strict=True))
-    eager, compiled = interpreter.submit(applied, SPEC, tensors, x, capability).result()
+    eager, compiled = interpreter.submit(applied, SPEC, layer.tensors(), x, capability).result()
     xq, x_scale = quantize_per_token(x * 2) if quantised else (x * 2, None)
-    check((xq, x_scale, *given[2:-1], torch.bfloat16), eager)
+    check((xq, x_scale, layer.arguments(), torch.bfloat16), eager)
     assert torch.equal(eager, compiled)
 
 
@@ -293,7 +261,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_back_end_does_not_import_triton() -> None:
-    code = "import sys, vllm_spense.ops.triton_backend; print('triton' in sys.modules)"
+    code = "import sys, vllm_spense.ops.linear.triton; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -360,11 +328,11 @@ def evaluate(ptx: str, outputs: int, *inputs: np.ndarray) -> list[np.ndarray]:
 
 def test_ptx_spreads_bytes() -> None:
     """Every metadata byte in every lane, with random values."""
-    from vllm_spense.ops import triton_linear
+    from vllm_spense.ops.linear import triton_kernel
 
     values, meta = compressed_words()
     given = [*values.view(np.uint32).T, meta.view(np.uint32)[:, 0]]
-    out = evaluate(triton_linear._SPREAD_BYTES.value, 8, *given)
+    out = evaluate(triton_kernel._SPREAD_BYTES.value, 8, *given)
     words = np.stack([np.stack(out[:4], -1), np.stack(out[4:], -1)], -1)  # element, even or odd group
     assert torch.equal(
         torch.from_numpy(words.reshape(len(meta), 8).view(np.uint8)), dense_bytes(values, meta)
@@ -373,9 +341,9 @@ def test_ptx_spreads_bytes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ptx_spreads_halves(dtype: torch.dtype) -> None:
-    from vllm_spense.ops import triton_linear
+    from vllm_spense.ops.linear import triton_kernel
 
-    ptx = triton_linear._SPREAD_BF16 if dtype == torch.bfloat16 else triton_linear._SPREAD_FP16
+    ptx = triton_kernel._SPREAD_BF16 if dtype == torch.bfloat16 else triton_kernel._SPREAD_FP16
     values, meta = compressed_words()
     out = evaluate(ptx.value, 16, *values.view(np.uint32).T, meta.view(np.uint32)[:, 0])
     words = np.stack(out, -1).reshape(len(meta), 4, 4).transpose(0, 2, 1)  # word, element → element, word
@@ -385,9 +353,9 @@ def test_ptx_spreads_halves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ptx_widens_bytes(dtype: torch.dtype) -> None:
-    from vllm_spense.ops import triton_linear
+    from vllm_spense.ops.linear import triton_kernel
 
-    ptx = triton_linear._WIDEN_BF16 if dtype == torch.bfloat16 else triton_linear._WIDEN_FP16
+    ptx = triton_kernel._WIDEN_BF16 if dtype == torch.bfloat16 else triton_kernel._WIDEN_FP16
     codes = np.array(list(itertools.product(FINITE[::7] + FINITE[:9], FINITE)), dtype=np.uint8)
     codes = np.ascontiguousarray(np.concatenate((codes, codes[:, ::-1]), axis=1))
     out = evaluate(ptx.value, 2, codes.view(np.uint32)[:, 0])
@@ -466,16 +434,15 @@ COMPILED = [
 def test_compiles(capability: int, name: str, tokens: int, x_dtype: torch.dtype) -> None:
     from triton.runtime.driver import driver
 
-    from vllm_spense.ops import triton_linear
+    from vllm_spense.ops.linear import triton_kernel
 
     split, sparse, dense, other = MODEL[name]
-    given = arguments(split, sparse, dense, other, tokens, x_dtype, torch.bfloat16)
-    rows = sum(sparse) + sum(dense) if split == "output" else other
-    y = torch.empty(tokens, rows, dtype=torch.bfloat16)
-    launch = triton_linear.plan(y, *given[:-1], capability)
+    x, x_scale, layer, out = arguments(split, sparse, dense, other, tokens, x_dtype, torch.bfloat16)
+    y = torch.empty(tokens, layer.out_features, dtype=out)
+    launch = triton_kernel.plan(y, x, x_scale, layer, capability)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", Target(capability))
-        kernel = triton_linear._kernel.warmup(grid=launch.grid, **launch.arguments)
+        kernel = triton_kernel._kernel.warmup(grid=launch.grid, **launch.arguments)
     ptx = kernel.asm["ptx"]
     mma = FP8_MMA.get(capability, r"mma\.sync\S*" + (r"\.bf16" if x_dtype == torch.bfloat16 else r"\.f16"))
     assert re.search(mma, ptx)
@@ -498,5 +465,8 @@ def test_on_a_gpu(name: str, x_dtype: torch.dtype) -> None:
     accumulation = FP8_TENSOR_CORES if x_dtype == FP8_DTYPE else TENSOR_CORES
     for tokens, out in zip([1, 17, 40, 70, 200], itertools.cycle(ROUNDING), strict=False):
         given = arguments(*LAYERS[name], tokens, x_dtype, out)
-        y = triton_backend.triton_linear(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in given))
+        x, x_scale, layer, _ = given
+        tensors = (a.cuda() if isinstance(a, torch.Tensor) else a for a in (x, x_scale, *layer))
+        on_gpu, scale_on_gpu, *layer_on_gpu = tensors
+        y = triton_linear(on_gpu, scale_on_gpu, LinearArguments(*layer_on_gpu), out)
         check(given, y.cpu(), ROUNDING, accumulation)

@@ -19,11 +19,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_spense.ops import cuda_device, extension
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, illegal
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate, illegal
+from vllm_spense.ops.linear.spec import LinearSpec
 
 MAX_BUCKET = 32768
-PACKAGED = Path(__file__).parent / "tables"
+PACKAGED = Path(__file__).parents[1] / "tables"
 
 
 class _Strict(BaseModel):
@@ -46,6 +46,8 @@ class TuningEntry(_Strict):
     multicast: bool
     us: float
     dense_us: float | None = None
+    codec: str = "fp8"
+    """Name of the layer's codec; older tables do not say and hold FP8 alone."""
 
     @property
     def config(self) -> KernelConfig:
@@ -54,7 +56,8 @@ class TuningEntry(_Strict):
     @property
     def shape(self) -> tuple:
         """What :func:`shape_of` gives for the layer's spec."""
-        return (self.split, self.out_features, self.in_features, self.sparse_sizes, self.dense_sizes)
+        extents = (self.out_features, self.in_features, self.sparse_sizes, self.dense_sizes)
+        return (self.split, *extents, self.codec)
 
 
 class TuningTable(_Strict):
@@ -68,8 +71,9 @@ class TuningTable(_Strict):
 
 
 def shape_of(spec: LinearSpec) -> tuple:
-    """The part of a spec that decides speed; the kernels, and so the tables, know FP8 weights alone."""
-    return (spec.split, spec.out_features, spec.in_features, spec.sparse_sizes, spec.dense_sizes)
+    """The part of a spec that decides speed; two layers with the same share an entry."""
+    extents = (spec.out_features, spec.in_features, spec.sparse_sizes, spec.dense_sizes)
+    return (spec.split, *extents, spec.codecs.name)
 
 
 def bucket(tokens: int) -> int:
@@ -147,9 +151,13 @@ def _choose(spec: LinearSpec, tokens: int, index: int) -> KernelConfig:
     entries = measured(properties.name).get(shape_of(spec), {})
     capability = (properties.major, properties.minor)
     config = pick(
-        *(spec, tokens, capability, properties.multi_processor_count, entries),
-        capability in extension.cutlass_capabilities(),
-        lambda config: cuda_device.clusters(config, index),
+        spec,
+        tokens,
+        capability,
+        properties.multi_processor_count,
+        entries,
+        cutlass=capability in extension.cutlass_capabilities(),
+        clusters=lambda config: cuda_device.clusters(config, index),
     )
     if config is None:
         raise RuntimeError(f"no compiled kernel runs {spec} on compute capability {capability}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.layers import make_layer
 from vllm_spense.format import FP8_DTYPE, Layout
 from vllm_spense.format.layout import Split
-from vllm_spense.ops import LinearSpec, available_backends, prune_and_pack, select_backend
-from vllm_spense.ops.dispatch import Tensors
+from vllm_spense.ops import LinearSpec, available_backends, select_backend
+from vllm_spense.ops.backend import Tensors
 
 CPU = torch.device("cpu")
 RUNNABLE = [b for b in available_backends() if b.name in ("cpu-fp32", "reference")]
@@ -27,30 +28,9 @@ LAYOUTS = [
 def make(
     layout: Layout, shards: int, weight_dtype: torch.dtype = FP8_DTYPE, seed: int = 0
 ) -> tuple[LinearSpec, Tensors]:
-    """Spec and checkpoint tensors of ``shards`` fused layers, the empty regions with a size of 0."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for _ in range(shards):
-        weight = torch.randn(layout.out_features, layout.in_features, generator=generator)
-        parts.append(prune_and_pack(weight, layout, weight_dtype))
-    tensors: Tensors = {}
-    for name in ("sparse_values", "sparse_meta", "dense_weight"):
-        dtype = torch.uint8 if name == "sparse_meta" else weight_dtype
-        empty = torch.empty(layout.shape(name), dtype=dtype)
-        bits = torch.uint8 if dtype.itemsize == 1 else dtype
-        tensors[name] = torch.cat([p.get(name, empty).view(bits) for p in parts]).view(dtype)
-    if weight_dtype == FP8_DTYPE:
-        tensors["weight_scale"] = torch.cat([p["weight_scale"] for p in parts])
-    fused = shards if layout.split == "output" else 1
-    spec = LinearSpec(
-        layout.split,
-        layout.out_features * shards,
-        layout.in_features,
-        (layout.sparse,) * fused,
-        (layout.dense,) * fused,
-        weight_dtype,
-    )
-    return spec, tensors
+    """Spec and checkpoint tensors of ``shards`` fused layers."""
+    layer = make_layer([layout] * shards, weight_dtype, seed=seed)
+    return layer.spec, layer.tensors()
 
 
 def test_the_best_legal_back_end_runs_a_cpu_layer() -> None:

@@ -2,98 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pytest
 import torch
 
+from tests.layers import ROUNDING, Layer, assert_within_rounding, make_layer
 from vllm_spense.format import FP8_DTYPE, Layout
 from vllm_spense.format.layout import Split
-from vllm_spense.ops import dense_linear, linear, prune_and_pack, quantize_per_token
-from vllm_spense.ops.linear import full_weight
+from vllm_spense.ops import LinearArguments, dense_linear, quantize_per_token
+from vllm_spense.ops.linear.op import linear
+from vllm_spense.ops.linear.reference import full_weight
 
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
-"""Relative error of rounding once to the output dtype."""
-ACCUMULATION = 2.0**-20
-"""fp32 sums of up to 576 products, relative to the sum of their magnitudes (16 ulp; any order)."""
 FULL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 FP8_CHECKS = FULL[1:]
 """test_schema compares inputs by allclose, whose multiplication does not exist for fp8 on CPUs."""
 
 
-@dataclass
-class Layer:
-    """A (fused) layer: operator arguments and, for the reference, each shard's own tensors."""
-
-    layouts: list[Layout]
-    shards: list[dict[str, torch.Tensor]]
-    weight_dtype: torch.dtype
-    bias: torch.Tensor | None
-
-    @property
-    def output_split(self) -> bool:
-        return self.layouts[0].split == "output"
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Shards stacked region by region; the regions that a file leaves out have a size of 0."""
-        result = {}
-        for name in ("sparse_values", "sparse_meta", "dense_weight"):
-            dtype = torch.uint8 if name == "sparse_meta" else self.weight_dtype
-            parts = [
-                shard.get(name, torch.empty(layout.shape(name), dtype=dtype))
-                for shard, layout in zip(self.shards, self.layouts, strict=True)
-            ]
-            bits = [p.view(torch.uint8) if p.dtype == FP8_DTYPE else p for p in parts]
-            result[name] = torch.cat(bits).view(dtype)
-        return result
-
-    @property
-    def scale(self) -> torch.Tensor | None:
-        scales = [s["weight_scale"] for s in self.shards if "weight_scale" in s]
-        return torch.cat(scales) if scales else None
-
-    def sizes(self) -> tuple[list[int], list[int]]:
-        fused = self.layouts if self.output_split else self.layouts[:1]
-        return [x.sparse for x in fused], [x.dense for x in fused]
-
-    def arguments(self, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.dtype) -> tuple:
-        t = self.tensors()
-        return (
-            x,
-            x_scale,
-            t["sparse_values"],
-            t["sparse_meta"],
-            t["dense_weight"],
-            self.scale,
-            self.bias,
-            *self.sizes(),
-            self.output_split,
-            out,
-        )
-
-
-def make_layer(
-    layouts: Sequence[Layout], weight_dtype: torch.dtype, bias: bool = False, seed: int = 0
-) -> Layer:
-    generator = torch.Generator().manual_seed(seed)
-    shards = [
-        prune_and_pack(torch.randn(x.out_features, x.in_features, generator=generator) * 0.1, x, weight_dtype)
-        for x in layouts
-    ]
-    rows = sum(x.out_features for x in layouts)
-    return Layer(
-        list(layouts),
-        shards,
-        weight_dtype,
-        torch.randn(rows, generator=generator).bfloat16() if bias else None,
-    )
-
-
 def slow_matrix(layer: Layer) -> torch.Tensor:
     """Stored values as float64 ``[N, K]`` in output order: shard after shard, S then D, group by group."""
     rows: list[list[float]] = []
-    for layout, tensors in zip(layer.layouts, layer.shards, strict=True):
+    for layout, tensors in zip(layer.layouts, layer.parts, strict=True):
         sparse: list[list[float]] = []
         if layout.sparse:
             values, meta = tensors["sparse_values"].double().tolist(), tensors["sparse_meta"].tolist()
@@ -112,28 +39,6 @@ def slow_matrix(layer: Layer) -> torch.Tensor:
             left, right = sparse or [[]] * count, dense or [[]] * count
             rows += [a + b for a, b in zip(left, right, strict=True)]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def check(
-    layer: Layer,
-    weight: torch.Tensor,
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    y: torch.Tensor,
-    out: torch.dtype,
-) -> None:
-    """Every output within the bound of the float64 result; ``weight`` comes from :func:`slow_matrix`."""
-    if layer.scale is not None:
-        weight = weight * layer.scale.double()[:, None]
-    wide = x.double() * (1 if x_scale is None else x_scale.double())
-    bias = torch.zeros(len(weight)).double() if layer.bias is None else layer.bias.double()
-    expected = wide @ weight.T + bias
-    magnitude = wide.abs() @ weight.abs().T + bias.abs()
-    assert y.dtype == out
-    assert y.shape == expected.shape
-    error = (y.double() - expected).abs()
-    bound = ROUNDING[out] * expected.abs() + (1 + ROUNDING[out]) * ACCUMULATION * magnitude
-    assert (error <= bound).all(), f"worst {float((error / bound).max()):.2f} times the bound"
 
 
 def activations(
@@ -163,6 +68,7 @@ FUSED = [
 CASES = [[x] for x in SINGLE] + FUSED
 SMALL = [x for x in CASES if x[0].in_features < 576]
 WEIGHTS = (FP8_DTYPE, torch.bfloat16)
+LINEAR = torch.ops.spense.linear.default
 
 
 def name(layouts: list[Layout]) -> str:
@@ -174,27 +80,28 @@ def name(layouts: list[Layout]) -> str:
 def test_against_float64(layouts: list[Layout], weight_dtype: torch.dtype) -> None:
     """M 0, 1, 7 (large layers: 7) × bias × output dtype for every layout; both operators."""
     layer = make_layer(layouts, weight_dtype, bias=True)
-    weight, bias = slow_matrix(layer), layer.bias
-    matrix = full_weight(*layer.tensors().values(), *layer.sizes(), layer.output_split).float()
+    weight, given = slow_matrix(layer), layer.arguments()
+    matrix = full_weight(given).float()
     assert torch.equal(matrix.double(), weight)
-    for layer.bias in (None, bias):
+    for arguments in (given._replace(bias=None), given):
         for tokens in (0, 1, 7) if layouts in SMALL else (7,):
             x, x_scale = activations(tokens, layouts[0].in_features, weight_dtype)
             for out in ROUNDING:
-                arguments = layer.arguments(x, x_scale, out)
-                y = linear(*arguments)
-                check(layer, weight, x, x_scale, y, out)
-                dense = dense_linear(x, x_scale, matrix, layer.scale, layer.bias, out)
+                y = linear(x, x_scale, arguments, out)
+                assert_within_rounding(y, x, x_scale, arguments, out, weight=weight)
+                dense = dense_linear(x, x_scale, matrix, arguments.weight_scale, arguments.bias, out)
                 assert torch.equal(dense, y)
 
 
 def test_the_bound_notices_one_wrong_weight() -> None:
     layer = make_layer([Layout("output", 24, 144, 8)], FP8_DTYPE)
     x, x_scale = activations(7, 144, FP8_DTYPE)
-    y = linear(*layer.arguments(x, x_scale, torch.bfloat16))
-    layer.shards[0]["sparse_meta"][3, 5] = 0xE4 if layer.shards[0]["sparse_meta"][3, 5] != 0xE4 else 0x4E
+    given = layer.arguments()
+    y = linear(x, x_scale, given, torch.bfloat16)
+    assert_within_rounding(y, x, x_scale, given, torch.bfloat16, weight=slow_matrix(layer))
+    layer.parts[0]["sparse_meta"][3, 5] = 0xE4 if layer.parts[0]["sparse_meta"][3, 5] != 0xE4 else 0x4E
     with pytest.raises(AssertionError, match="times the bound"):
-        check(layer, slow_matrix(layer), x, x_scale, y, torch.bfloat16)
+        assert_within_rounding(y, x, x_scale, given, torch.bfloat16, weight=slow_matrix(layer))
 
 
 def test_gate_comes_before_up() -> None:
@@ -202,17 +109,17 @@ def test_gate_comes_before_up() -> None:
     gate, up = Layout("output", 16, 8, 8), Layout("output", 16, 8, 8)
     layer = make_layer([gate, up], torch.bfloat16)
     x = torch.randn(3, 8).bfloat16()
-    fused = linear(*layer.arguments(x, None, torch.float32))
+    fused = linear(x, None, layer.arguments(), torch.float32)
     for i, rows in enumerate((slice(0, 16), slice(16, 32))):
-        alone = Layer([layer.layouts[i]], [layer.shards[i]], torch.bfloat16, None)
-        torch.testing.assert_close(fused[:, rows], linear(*alone.arguments(x, None, torch.float32)))
+        alone = Layer([layer.layouts[i]], [layer.parts[i]], torch.bfloat16, None)
+        torch.testing.assert_close(fused[:, rows], linear(x, None, alone.arguments(), torch.float32))
 
 
 @pytest.mark.parametrize("out", [torch.float64, torch.float8_e4m3fn, torch.int32], ids=str)
 def test_other_output_dtypes_are_refused(out: torch.dtype) -> None:
     layer = make_layer([Layout("output", 24, 144, 8)], torch.bfloat16)
     with pytest.raises(ValueError, match="must be one of"):
-        linear(*layer.arguments(torch.zeros(1, 144).bfloat16(), None, out))
+        linear(torch.zeros(1, 144).bfloat16(), None, layer.arguments(), out)
 
 
 def test_a_token_does_not_see_the_others() -> None:
@@ -221,7 +128,7 @@ def test_a_token_does_not_see_the_others() -> None:
     assert scale is not None
     poisoned = x.clone()
     poisoned[1:] = 0x7F if poisoned.dtype == torch.uint8 else float("nan")
-    y = linear(*layer.arguments(poisoned, scale, torch.float32))
+    y = linear(poisoned, scale, layer.arguments(), torch.float32)
     assert torch.isfinite(y[0]).all()
     assert not torch.isfinite(y[1:]).any()
 
@@ -233,9 +140,9 @@ OPCHECK = [[Layout("output", 24, 16, 8)] * 2, [Layout("input", 24, 16, 8)], [Lay
 def test_opcheck(layouts: list[Layout]) -> None:
     layer = make_layer(layouts, torch.bfloat16, bias=True)
     x, _ = activations(5, 16, torch.bfloat16)
-    arguments = layer.arguments(x, None, torch.bfloat16)
-    torch.library.opcheck(linear, arguments, test_utils=FULL)
-    matrix = full_weight(*arguments[2:5], *arguments[7:10]).float()
+    given = layer.arguments()
+    torch.library.opcheck(LINEAR, (x, None, *given.flat(), torch.bfloat16), test_utils=FULL)
+    matrix = full_weight(given).float()
     scale, x_scale = torch.ones(matrix.shape[0]), torch.ones(5, 1)
     torch.library.opcheck(
         dense_linear, (x, x_scale, matrix, scale, layer.bias, torch.float16), test_utils=FULL
@@ -247,12 +154,11 @@ def test_opcheck(layouts: list[Layout]) -> None:
 def test_opcheck_fp8(layouts: list[Layout]) -> None:
     layer = make_layer(layouts, FP8_DTYPE, bias=True)
     x, x_scale = activations(5, 16, FP8_DTYPE)
-    arguments = layer.arguments(x, x_scale, torch.bfloat16)
-    torch.library.opcheck(linear, arguments, test_utils=FP8_CHECKS)
-    matrix = full_weight(*arguments[2:5], *arguments[7:10]).float()
-    torch.library.opcheck(
-        dense_linear, (x, x_scale, matrix, layer.scale, layer.bias, torch.float32), test_utils=FP8_CHECKS
-    )
+    given = layer.arguments()
+    torch.library.opcheck(LINEAR, (x, x_scale, *given.flat(), torch.bfloat16), test_utils=FP8_CHECKS)
+    matrix = full_weight(given).float()
+    dense = (x, x_scale, matrix, given.weight_scale, given.bias, torch.float32)
+    torch.library.opcheck(dense_linear, dense, test_utils=FP8_CHECKS)
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
@@ -263,11 +169,11 @@ def test_fake_implementations(layouts: list[Layout], weight_dtype: torch.dtype) 
     for tokens in (0, 7):
         for out in ROUNDING:
             x, x_scale = activations(tokens, layouts[0].in_features, weight_dtype)
-            real = layer.arguments(x, x_scale, out)
-            meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in real]
-            y = linear(*meta)
+            real = layer.arguments()
+            meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in (x, x_scale, *real)]
+            y = linear(meta[0], meta[1], LinearArguments(*meta[2:]), out)
             assert y.device.type == "meta"
-            assert (y.shape, y.dtype) == (linear(*real).shape, out)
+            assert (y.shape, y.dtype) == (linear(x, x_scale, real, out).shape, out)
             weight = torch.empty(sum(n.out_features for n in layouts), x.shape[1], device="meta")
             fake = dense_linear(meta[0], meta[1], weight, None, None, out)
             assert (fake.shape, fake.dtype) == (y.shape, out)
@@ -277,12 +183,13 @@ def test_fake_implementations(layouts: list[Layout], weight_dtype: torch.dtype) 
 def test_compiled_equals_eager(split: Split) -> None:
     """Quantisation and both operators in one graph, without a break, for several batch sizes."""
     layer = make_layer([Layout(split, 24, 144, 16)], FP8_DTYPE, bias=True)
-    weights = layer.arguments(*activations(1, 144, FP8_DTYPE), torch.bfloat16)[2:]
-    matrix = full_weight(*weights[:3], *weights[5:8]).float()
+    given = layer.arguments()
+    matrix, scale, bias = full_weight(given).float(), given.weight_scale, given.bias
 
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, scale = quantize_per_token(x * 2)
-        return linear(q, scale, *weights), dense_linear(q, scale, matrix, weights[3], weights[4], x.dtype)
+        q, x_scale = quantize_per_token(x * 2)
+        y = linear(q, x_scale, given, x.dtype)
+        return y, dense_linear(q, x_scale, matrix, scale, bias, x.dtype)
 
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)
     for tokens in (2, 7, 19):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from vllm_spense.format import FP8_DTYPE
-from vllm_spense.ops import LinearSpec, available_backends, extension, tuning
-from vllm_spense.ops.kernel_config import (
+from vllm_spense.format import Codecs
+from vllm_spense.ops import LinearSpec, available_backends, extension
+from vllm_spense.ops.linear import table
+from vllm_spense.ops.linear.configs import (
     KernelConfig,
     busiest,
     candidates,
@@ -20,12 +22,12 @@ from vllm_spense.ops.kernel_config import (
     shared_memory_cycles,
     tensor_cycles,
 )
-from vllm_spense.ops.tuning import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
+from vllm_spense.ops.linear.table import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
 
 HOPPER, BLACKWELL, ADA = (9, 0), (10, 0), (8, 9)
-GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800), FP8_DTYPE)
-DOWN = LinearSpec("input", 5120, 25600, (12800,), (12800,), FP8_DTYPE)
-RAGGED = LinearSpec("input", 1001, 2064, (1048,), (1016,), FP8_DTYPE)
+GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800))
+DOWN = LinearSpec("input", 5120, 25600, (12800,), (12800,))
+RAGGED = LinearSpec("input", 1001, 2064, (1048,), (1016,))
 
 
 @pytest.mark.parametrize("spec", [GATE_UP, DOWN, RAGGED])
@@ -57,7 +59,7 @@ def test_each_architecture_has_its_kernels() -> None:
         (GATE_UP, KernelConfig("cutlass", 128, 256), ADA, "9.0 and 10.x"),
         (RAGGED, KernelConfig("cutlass", 128, 256), HOPPER, "multiple of 16"),
         (
-            LinearSpec("output", 1004, 512, (504,), (500,), FP8_DTYPE),
+            LinearSpec("output", 1004, 512, (504,), (500,)),
             KernelConfig("cutlass", 128, 256),
             HOPPER,
             "multiple of 8",
@@ -75,7 +77,7 @@ def test_the_estimate_knows_the_two_limits() -> None:
     prefill = min(estimate(GATE_UP, 8192, c, 132) for c in candidates(GATE_UP, 8192, HOPPER, False))
     operations = 2 * 8192 * 5120 * (25600 * 0.5 + 25600)
     assert prefill > operations / 1979e12
-    dense = LinearSpec("output", 51200, 5120, (0, 0), (25600, 25600), FP8_DTYPE)
+    dense = LinearSpec("output", 51200, 5120, (0, 0), (25600, 25600))
     assert estimate(dense, 16, KernelConfig("sm90", 128, 16), 132) > decode
 
 
@@ -83,8 +85,7 @@ def test_one_processor_is_bound_by_the_bytes_it_loads() -> None:
     """2:4 weights are 0.625 of dense ones, beside the same activations."""
     config = KernelConfig("sm90", 128, 8)
     sparse, dense = (
-        estimate(LinearSpec("output", 12800, 5120, (s,), (12800 - s,), FP8_DTYPE), 1, config, 1)
-        for s in (12800, 0)
+        estimate(LinearSpec("output", 12800, 5120, (s,), (12800 - s,)), 1, config, 1) for s in (12800, 0)
     )
     assert sparse / dense == pytest.approx((128 * 0.625 + 8) / (128 + 8), rel=0.01)
 
@@ -110,7 +111,7 @@ def test_prefill_gains_what_shared_memory_allows() -> None:
     """1024 cycles of a dense stage against 928 of a sparse one, alone or mixed."""
 
     def best(sparse: int) -> float:
-        spec = LinearSpec("input", 5120, 25600, (sparse,), (25600 - sparse,), FP8_DTYPE)
+        spec = LinearSpec("input", 5120, 25600, (sparse,), (25600 - sparse,))
         return min(estimate(spec, 16384, c, 132) for c in candidates(spec, 16384, HOPPER, True))
 
     assert best(0) / best(25600) == pytest.approx(1024 / 928, rel=0.01)
@@ -202,17 +203,32 @@ def test_dense_wins_by_the_mean_over_the_buckets() -> None:
 
 def test_tables_are_read_from_the_users_directory_first(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPENSE_TUNING_DIR", str(tmp_path / "user"))
-    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "package")
+    monkeypatch.setattr(table, "PACKAGED", tmp_path / "package")
     for directory, us in (("user", 5.0), ("package", 9.0)):
-        table = TuningTable(device="X 1", torch="2", date="d", command="c", entries=(entry(us=us), entry(32)))
+        made = TuningTable(device="X 1", torch="2", date="d", command="c", entries=(entry(us=us), entry(32)))
         (tmp_path / directory).mkdir()
-        (tmp_path / directory / "X_1.json").write_text(table.model_dump_json())
-    tuning.measured.cache_clear()
-    found = tuning.measured("X 1")[tuning.shape_of(GATE_UP)]
+        (tmp_path / directory / "X_1.json").write_text(made.model_dump_json())
+    table.measured.cache_clear()
+    found = table.measured("X 1")[table.shape_of(GATE_UP)]
     assert found[16].us == 5.0
     assert sorted(found) == [16, 32]
-    assert tuning.measured("Y") == {}
+    assert table.measured("Y") == {}
     assert table_path("X 1") == tmp_path / "user" / "X_1.json"
+
+
+def test_layers_of_other_codecs_do_not_share_an_entry() -> None:
+    bf16 = replace(GATE_UP, codecs=Codecs.of("bf16"))
+    assert table.shape_of(GATE_UP) == entry(16).shape
+    assert table.shape_of(bf16) == entry(16, codec="bf16").shape
+    assert table.shape_of(bf16) != table.shape_of(GATE_UP)
+
+
+def test_tables_from_before_there_were_codecs_are_of_fp8(tmp_path: Path) -> None:
+    made = TuningTable(device="X", torch="2", date="d", command="c", entries=(entry(16),))
+    raw = json.loads(made.model_dump_json())
+    assert raw["entries"][0].pop("codec") == "fp8"
+    (tmp_path / "X.json").write_text(json.dumps(raw))
+    assert table.read_table(tmp_path / "X.json") == made
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"device": 1}', "\xff"])
@@ -220,7 +236,7 @@ def test_a_broken_table_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "X.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"X\.json is not a tuning table .* `spense tune`"):
-        tuning.read_table(path)
+        table.read_table(path)
 
 
 def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
@@ -228,7 +244,7 @@ def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
     raw = json.loads(TuningTable(device="X", torch="2", date="d", command="c").model_dump_json())
     path.write_text(json.dumps(raw | {"speed": 1}))
     with pytest.raises(ValueError, match="speed"):
-        tuning.read_table(path)
+        table.read_table(path)
 
 
 @pytest.mark.parametrize(
@@ -236,9 +252,9 @@ def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
     [
         (GATE_UP, "cpu", "runs on CUDA devices"),
         (LinearSpec("output", 64, 64, (32,), (32,), torch.bfloat16), "cuda", "FP8 weights"),
-        (LinearSpec("output", 64, 64, (0,), (64,), FP8_DTYPE), "cuda", "no 2:4 region"),
-        (LinearSpec("output", 64, 72, (32,), (32,), FP8_DTYPE), "cuda", "multiple of 16"),
-        (LinearSpec("output", 320, 64, (32,) * 5, (32,) * 5, FP8_DTYPE), "cuda", "at most 4"),
+        (LinearSpec("output", 64, 64, (0,), (64,)), "cuda", "no 2:4 region"),
+        (LinearSpec("output", 64, 72, (32,), (32,)), "cuda", "multiple of 16"),
+        (LinearSpec("output", 320, 64, (32,) * 5, (32,) * 5), "cuda", "at most 4"),
     ],
 )
 def test_layers_the_cuda_back_end_cannot_run(spec: LinearSpec, device: str, message: str) -> None:

@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_spense.format import FP8_DTYPE, Layout
-from vllm_spense.ops import LinearSpec, cpu_linear, prune_and_pack, quantize_per_token, select_backend
-from vllm_spense.ops.cpu_linear import ISAS, interleave
-from vllm_spense.ops.linear import OUT_DTYPES, full_weight, reference_linear
+from tests.layers import assert_within_rounding, make_layer
+from vllm_spense.format import FP8_DTYPE, Codecs, Layout
+from vllm_spense.ops import LinearArguments, quantize_per_token, select_backend
+from vllm_spense.ops.linear import cpu
+from vllm_spense.ops.linear.cpu import ISAS, interleave
+from vllm_spense.ops.linear.reference import OUT_DTYPES, full_weight, reference_linear
 
 CPU = torch.device("cpu")
 BUILT = (
@@ -21,16 +23,14 @@ BUILT = (
     and shutil.which("g++") is not None
     and os.environ.get("SPENSE_CPU") != "0"
 )
-REASON = cpu_linear.why_not_here()
+REASON = cpu.why_not_here()
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ISA = [
     pytest.param(i, id=name, marks=needs_kernels)
     for i, name in enumerate(ISAS, 1)
-    if REASON or i <= cpu_linear.best_isa()
+    if REASON or i <= cpu.best_isa()
 ]
 every_isa = pytest.mark.parametrize("isa", ISA)
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
-ACCUMULATION = 2.0**-20
 TOKENS = (0, 1, 2, 3, 7, 8, 17, 30, 47)
 """Each size of a block of tokens, on either side of where weights are widened first."""
 SHAPES = [
@@ -53,53 +53,39 @@ def name(layouts: list[Layout]) -> str:
 
 
 class Layer:
-    """Checkpoint tensors of a (fused) layer with random weights, or with the given ones."""
+    """A layer in the checkpoint's layout whose tensors a test may change."""
 
-    def __init__(self, layouts: list[Layout], seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.spec = LinearSpec.of(layouts, FP8_DTYPE)
-        parts = [
-            prune_and_pack(torch.randn(x.out_features, x.in_features, generator=generator), x)
-            for x in layouts
-        ]
-        self.regions = [
-            torch.cat(
-                [
-                    part.get(key, torch.empty(x.shape(key), dtype=dtype)).view(torch.uint8)
-                    for part, x in zip(parts, layouts, strict=True)
-                ]
-            ).view(dtype)
-            for key, dtype in (
-                ("sparse_values", FP8_DTYPE),
-                ("sparse_meta", torch.uint8),
-                ("dense_weight", FP8_DTYPE),
-            )
-        ]
-        self.scale = torch.cat([part["weight_scale"] for part in parts])
-
-    @property
-    def sizes(self) -> tuple[list[int], list[int], bool]:
-        return list(self.spec.sparse_sizes), list(self.spec.dense_sizes), self.spec.split == "output"
-
-    def matrix(self) -> torch.Tensor:
-        return full_weight(*self.regions, *self.sizes)
+    def __init__(self, layouts: list[Layout]) -> None:
+        layer = make_layer(layouts)
+        self.spec, self.given = layer.spec, layer.arguments()
 
     def twin(self) -> Layer:
         """The same weights without a 2:4 region."""
         twin = object.__new__(Layer)
         n, k = self.spec.out_features, self.spec.in_features
         twin.spec = replace(self.spec, split="output", sparse_sizes=(0,), dense_sizes=(n,))
-        empty = torch.empty(0, k // 2, dtype=FP8_DTYPE), torch.empty(0, k // 8, dtype=torch.uint8)
-        twin.regions = [*empty, self.matrix()]
-        twin.scale = self.scale
+        tensors = {
+            "sparse_values": torch.empty(0, k // 2, dtype=FP8_DTYPE),
+            "sparse_meta": torch.empty(0, k // 8, dtype=torch.uint8),
+            "dense_weight": full_weight(self.given),
+        }
+        scale = self.given.weight_scale
+        assert scale is not None
+        twin.given = LinearArguments.of(twin.spec, tensors | {"weight_scale": scale})
         return twin
 
-    def run(self, x: torch.Tensor, bias: torch.Tensor | None = None, isa: int = 0) -> torch.Tensor:
-        packed = interleave(self.spec, *(region.clone() for region in self.regions))
-        return torch.ops.spense.linear_cpu(x, *packed, self.scale, bias, *self.sizes, isa)
+    def strips(self) -> LinearArguments:
+        """What the kernels take; the layer itself stays as it is."""
+        values, meta, dense = (tensor.clone() for tensor in self.given[:3])
+        copied = self.given._replace(sparse_values=values, sparse_meta=meta, dense_weight=dense)
+        return interleave(self.spec, copied)
 
-    def reference(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return reference_linear(*quantize_per_token(x), *self.regions, self.scale, bias, *self.sizes, x.dtype)
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None = None, isa: int = 0) -> torch.Tensor:
+        layer = self.strips()._replace(bias=bias)
+        return torch.ops.spense.linear_cpu(x, *layer.compiled(), isa)
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        return reference_linear(*quantize_per_token(x), self.given, x.dtype)
 
 
 def tokens(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
@@ -119,19 +105,12 @@ def test_the_extension_is_there() -> None:
 def test_against_float64(layouts: list[Layout], isa: int) -> None:
     layer = Layer(layouts)
     n, k = layer.spec.out_features, layer.spec.in_features
-    weight = layer.matrix().double() * layer.scale.double()[:, None]
     for out in OUT_DTYPES:
         for m in TOKENS:
             x = tokens(m, k, out)
             bias = tokens(1, n, out, seed=2)[0] if m % 2 else None
-            q, scale = quantize_per_token(x)
-            wide, added = q.double() * scale.double(), 0 if bias is None else bias.double()
-            expected = wide @ weight.T + added
-            magnitude = wide.abs() @ weight.abs().T + (0 if bias is None else bias.double().abs())
             y = layer.run(x, bias, isa)
-            assert (y.dtype, y.shape) == (out, (m, n))
-            bound = ROUNDING[out] * expected.abs() + (1 + ROUNDING[out]) * ACCUMULATION * magnitude
-            assert ((y.double() - expected).abs() <= bound).all()
+            assert_within_rounding(y, *quantize_per_token(x), layer.given._replace(bias=bias), out)
 
 
 @every_isa
@@ -165,12 +144,12 @@ def test_every_weight_and_position(split: str, m: int, isa: int) -> None:
     finite = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
     layout = Layout(split, 512, 32, 256 if split == "output" else 16)
     layer = Layer([layout])
-    for region in (layer.regions[0], layer.regions[2]):
+    for region in (layer.given.sparse_values, layer.given.dense_weight):
         region.view(torch.uint8).copy_(
             finite[torch.arange(region.numel()).reshape(region.shape[::-1]).T % 254]
         )
     nibbles = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE])
-    meta = layer.regions[1]
+    meta = layer.given.sparse_meta
     pick = torch.arange(meta.numel()).reshape(meta.shape)
     meta.copy_((nibbles[pick % 6] | nibbles[pick // 6 % 6] << 4).to(torch.uint8))
     for column in range(32):
@@ -184,7 +163,7 @@ def test_every_weight_and_position(split: str, m: int, isa: int) -> None:
 def test_subnormals_where_the_thread_flushes_them(m: int, isa: int) -> None:
     """e4m3's subnormals are ordinary numbers; the CPU must never see them as fp32's."""
     layer = Layer([Layout("output", 32, 64, 16)])
-    for region in (layer.regions[0], layer.regions[2]):
+    for region in (layer.given.sparse_values, layer.given.dense_weight):
         region.view(torch.uint8).bitwise_and_(0x87).bitwise_or_(1)
     x = tokens(m, 64, torch.float32)
     wanted = layer.reference(x)
@@ -199,8 +178,8 @@ def test_subnormals_where_the_thread_flushes_them(m: int, isa: int) -> None:
 def identity(k: int) -> Layer:
     """A layer whose sums are the quantised activations."""
     layer = Layer([Layout("output", k, k, 0)])
-    layer.regions[2].copy_(torch.eye(k).to(FP8_DTYPE))
-    layer.scale = torch.ones(k)
+    layer.given.dense_weight.copy_(torch.eye(k).to(FP8_DTYPE))
+    layer.given = layer.given._replace(weight_scale=torch.ones(k))
     return layer
 
 
@@ -237,9 +216,9 @@ def test_what_is_not_finite_is_seen_in_its_token_only(m: int, isa: int) -> None:
 def test_weights_are_rearranged_in_place_where_they_fit() -> None:
     for layout, moved in ((Layout("output", 64, 64, 32), 0), (Layout("output", 40, 64, 8), 2)):
         layer = Layer([layout])
-        places = [region.data_ptr() for region in layer.regions]
-        packed = interleave(layer.spec, *layer.regions)
-        assert sum(p.data_ptr() not in places for p in packed) in (moved, 3 * bool(moved))
+        places = [region.data_ptr() for region in layer.given[:3]]
+        packed = interleave(layer.spec, layer.given)
+        assert sum(p.data_ptr() not in places for p in packed[:3]) in (moved, 3 * bool(moved))
         assert packed.dense_weight.numel() == -(-layout.dense // 16) * 16 * 64
 
 
@@ -250,10 +229,10 @@ def test_weights_are_rearranged_in_place_where_they_fit() -> None:
         ({"x": torch.zeros(2, 64).half().double()}, "x must be bf16, fp16 or fp32"),
         ({"x": torch.zeros(64, 2).T}, "x must be a contiguous CPU tensor"),
         ({"x": torch.zeros(2, 80)}, "sparse_values must be .* interleaved"),
-        ({"meta": torch.zeros(16, 4, dtype=torch.uint8)}, "sparse_meta must be .* interleaved"),
-        ({"dense": torch.zeros(16, 48, dtype=torch.uint8)}, "dense_weight must be .* interleaved"),
+        ({"sparse_meta": torch.zeros(16, 4, dtype=torch.uint8)}, "sparse_meta must be .* interleaved"),
+        ({"dense_weight": torch.zeros(16, 48, dtype=torch.uint8)}, "dense_weight must be .* interleaved"),
         ({"bias": torch.zeros(32).bfloat16()}, "bias must be .* in the dtype of x"),
-        ({"scale": torch.ones(32).double()}, "weight_scale must be .* fp32"),
+        ({"weight_scale": torch.ones(32).double()}, "weight_scale must be .* fp32"),
         ({"sparse_sizes": [16, 0]}, "one size of each region per fused shard"),
         ({"dense_sizes": [8]}, "region sizes sum to 24, not to 32"),
         ({"sparse_sizes": [-16], "dense_sizes": [48]}, "a region of -16 and 48 is not within 0 to 32"),
@@ -264,19 +243,9 @@ def test_weights_are_rearranged_in_place_where_they_fit() -> None:
 )
 def test_wrong_arguments_are_refused(change: dict[str, object], said: str) -> None:
     layer = Layer([Layout("output", 32, 64, 16)])
-    values, meta, dense = interleave(layer.spec, *layer.regions)
-    arguments = {
-        "x": torch.zeros(2, 64),
-        "values": values,
-        "meta": meta,
-        "dense": dense,
-        "scale": layer.scale,
-        "bias": None,
-        "sparse_sizes": [16],
-        "dense_sizes": [16],
-        "output_split": True,
-        "isa": 0,
-    }
+    arguments = {"x": torch.zeros(2, 64), **layer.strips()._asdict(), "isa": 0}
+    del arguments["layout"]
+    assert arguments.keys() > change.keys()
     with pytest.raises(RuntimeError, match=said):
         torch.ops.spense.linear_cpu(*(arguments | change).values())
 
@@ -284,23 +253,20 @@ def test_wrong_arguments_are_refused(change: dict[str, object], said: str) -> No
 @needs_kernels
 def test_as_a_torch_operator() -> None:
     layer = Layer([Layout("output", 32, 64, 16)])
-    packed = interleave(layer.spec, *(region.clone() for region in layer.regions))
-    arguments = (tokens(5, 64), *packed, layer.scale, tokens(1, 32)[0], *layer.sizes)
-    torch.library.opcheck(torch.ops.spense.linear_cpu.default, arguments)
+    strips = layer.strips()._replace(bias=tokens(1, 32)[0])
+    torch.library.opcheck(torch.ops.spense.linear_cpu.default, (tokens(5, 64), *strips.compiled()))
 
 
 @needs_kernels
 def test_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer([Layout("input", 32, 64, 16)])
+    layer = make_layer([Layout("input", 32, 64, 16)])
     backend = select_backend(layer.spec, CPU)
     assert backend.name == "cpu"
-    names = ("sparse_values", "sparse_meta", "dense_weight")
-    given = dict(zip(names, (r.clone() for r in layer.regions), strict=True)) | {"weight_scale": layer.scale}
     x = tokens(64, 5).T  # not contiguous
-    assert torch.allclose(
-        backend.apply(layer.spec, backend.prepare(layer.spec, given), x, None), layer.reference(x)
-    )
-    bf16 = replace(layer.spec, weight_dtype=torch.bfloat16)
+    expected = reference_linear(*quantize_per_token(x), layer.arguments(), x.dtype)
+    y = backend.apply(layer.spec, backend.prepare(layer.spec, layer.tensors()), x, None)
+    assert torch.allclose(y, expected)
+    bf16 = replace(layer.spec, codecs=Codecs.of("bf16"))
     assert "take FP8 weights" in str(backend.why_not(bf16, CPU))
-    monkeypatch.setattr(cpu_linear, "why_not_here", lambda: "the CPU extension is not built")
+    monkeypatch.setattr(cpu, "why_not_here", lambda: "the CPU extension is not built")
     assert select_backend(layer.spec, CPU).name == "cpu-fp32"

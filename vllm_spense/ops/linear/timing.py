@@ -10,29 +10,16 @@ from functools import partial
 import torch
 
 from vllm_spense.format.codecs.fp8 import FP8_DTYPE
+from vllm_spense.ops.activations import quantize_per_token
 from vllm_spense.ops.backend import Tensors
-from vllm_spense.ops.cuda_backend import CudaBackend
-from vllm_spense.ops.cuda_linear import run
-from vllm_spense.ops.kernel_config import KernelConfig
-from vllm_spense.ops.quantize import quantize_per_token
-from vllm_spense.ops.random_weights import fill_random
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.configs import KernelConfig
+from vllm_spense.ops.linear.cuda import CudaBackend, run
+from vllm_spense.ops.linear.random import random_layer
+from vllm_spense.ops.linear.spec import LinearSpec
 
 ROTATE_BYTES = 400_000_000
 """Weights touched between two uses of one copy: several times the L2 of any current device."""
-
-
-def random_layer(spec: LinearSpec, device: torch.device, seed: int = 0) -> Tensors:
-    """Checkpoint tensors of an FP8 layer with valid random contents."""
-    (sparse_rows, sparse_columns), dense = spec.sparse_shape, spec.dense_shape
-    tensors = {
-        "sparse_values": torch.empty(sparse_rows, sparse_columns // 2, dtype=FP8_DTYPE, device=device),
-        "sparse_meta": torch.empty(sparse_rows, sparse_columns // 8, dtype=torch.uint8, device=device),
-        "dense_weight": torch.empty(dense, dtype=FP8_DTYPE, device=device),
-        "weight_scale": torch.empty(spec.out_features, device=device),
-    }
-    fill_random(tensors, None, seed)
-    return tensors
 
 
 def time_graph(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
@@ -81,12 +68,8 @@ class TimedLayer:
         calls: list[Callable[[], object]] = []
         for tensors in self.copies:
             y = torch.empty(tokens, spec.out_features, dtype=torch.bfloat16, device=xq.device)
-            arguments = (
-                *(config, xq, xs, tensors["sparse_values"], tensors["sparse_meta"]),
-                *(tensors["weight_packed"], tensors["weight_scale"], None),
-                *(list(spec.sparse_sizes), list(spec.dense_sizes), spec.split == "output", y),
-            )
-            calls.append(partial(run, *arguments))
+            layer = LinearArguments.of(spec, tensors, layout="blocked")
+            calls.append(partial(run, config, xq, xs, layer, y))
         return calls
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.spec import LinearSpec
 
 
 def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, seed: int = 0) -> None:
@@ -29,3 +31,18 @@ def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, see
             tensor.copy_(noise.clamp_(-448, 448))
     if bias is not None:
         bias.data.zero_()
+
+
+def random_layer(spec: LinearSpec, device: torch.device, seed: int = 0) -> Tensors:
+    """Checkpoint tensors of an FP8 layer with valid random contents."""
+    (sparse_rows, sparse_columns), dense = spec.sparse_shape, spec.dense_shape
+    tensors = {
+        "sparse_values": torch.empty(
+            sparse_rows, sparse_columns // 2, dtype=spec.codecs.sparse.dtype, device=device
+        ),
+        "sparse_meta": torch.empty(sparse_rows, sparse_columns // 8, dtype=torch.uint8, device=device),
+        "dense_weight": torch.empty(dense, dtype=spec.codecs.dense.dtype, device=device),
+        "weight_scale": torch.empty(spec.out_features, device=device),
+    }
+    fill_random(tensors, None, seed)
+    return tensors

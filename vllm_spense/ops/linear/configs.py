@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vllm_spense.devices import MEMORY_RATE, SHARED_RATE, SM_DENSE_RATE, SM_LOAD_RATE
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.linear.spec import LinearSpec
 
 DECODE_TOKENS = (8, 16, 32, 64, 128)
 PREFILL_TOKENS = (128, 256)

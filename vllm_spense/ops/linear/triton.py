@@ -11,57 +11,36 @@ from importlib import import_module
 import torch
 
 from vllm_spense.format.linear import UNIFORM_FP8
-from vllm_spense.ops.backend import Tensors, scale_only
-from vllm_spense.ops.quantize import quantize_per_token
-from vllm_spense.ops.spec import LinearSpec
+from vllm_spense.ops.activations import quantized
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.op import empty_output, operator
+from vllm_spense.ops.linear.spec import LinearSpec
 
 OLDEST = (8, 0)
 FP8_TENSOR_CORES = (8, 9)
 """First compute capability that multiplies e4m3; below, activations keep their dtype (W8A16)."""
 
 
-@torch.library.custom_op("spense::triton_linear", mutates_args=(), device_types=("cpu", "cuda"))
-def triton_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    sparse_values: torch.Tensor,
-    sparse_meta: torch.Tensor,
-    dense_weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sparse_sizes: list[int],
-    dense_sizes: list[int],
-    output_split: bool,
-    out_dtype: torch.dtype,
+def _compute(
+    x: torch.Tensor, x_scale: torch.Tensor | None, layer: LinearArguments, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """``spense::linear`` by the kernel of :mod:`vllm_spense.ops.triton_linear`, opaque to compilers.
+    from vllm_spense.ops.linear.triton_kernel import multiply
+
+    return multiply(x, x_scale, layer, out_dtype)
+
+
+_triton_linear = operator("triton_linear", "Tensor", cpu=_compute, cuda=_compute, fake=empty_output)
+
+
+def triton_linear(
+    x: torch.Tensor, x_scale: torch.Tensor | None, layer: LinearArguments, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``spense::linear`` by the kernel of :mod:`vllm_spense.ops.linear.triton_kernel`.
 
     On CPUs it runs only in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is first imported).
     """
-    from vllm_spense.ops import triton_linear as kernel
-
-    return kernel.triton_linear(
-        *(x, x_scale, sparse_values, sparse_meta, dense_weight, weight_scale, bias),
-        *(sparse_sizes, dense_sizes, output_split, out_dtype),
-    )
-
-
-@triton_linear.register_fake
-def _(
-    x,
-    x_scale,
-    sparse_values,
-    sparse_meta,
-    dense_weight,
-    weight_scale,
-    bias,
-    sparse_sizes,
-    dense_sizes,
-    output_split,
-    out_dtype,
-):
-    rows = sum(sparse_sizes) + sum(dense_sizes) if output_split else dense_weight.shape[0]
-    return x.new_empty((x.shape[0], rows), dtype=out_dtype)
+    return _triton_linear(x, x_scale, *layer.flat(), out_dtype)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -90,8 +69,8 @@ class TritonBackend:
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         torch.compiler.assume_constant_result(_capability)  # imports Dynamo (and Triton): not at import
-        kept = {name: tensors[name].contiguous() for name in ("sparse_values", "sparse_meta")}
-        return kept | {"weight_packed": tensors["dense_weight"].contiguous()} | scale_only(tensors)
+        layer = LinearArguments.of(spec, tensors)
+        return {name: tensor.contiguous() for name, tensor in layer.prepared().items()}
 
     def apply(
         self,
@@ -100,10 +79,5 @@ class TritonBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        quantised = _capability(x.device) >= FP8_TENSOR_CORES
-        xq, xs = quantize_per_token(x) if quantised else (x, None)
-        return triton_linear(
-            *(xq, xs, tensors["sparse_values"], tensors["sparse_meta"], tensors["weight_packed"]),
-            *(tensors.get("weight_scale"), bias, list(spec.sparse_sizes), list(spec.dense_sizes)),
-            *(spec.split == "output", x.dtype),
-        )
+        xq, xs = quantized(x, _capability(x.device) >= FP8_TENSOR_CORES)
+        return triton_linear(xq, xs, LinearArguments.of(spec, tensors, bias), x.dtype)

@@ -13,10 +13,16 @@ from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.files import write_text
 from vllm_spense.models.families import fused_with
 from vllm_spense.ops import extension
-from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
-from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
-from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tuning import TuningEntry, TuningTable, measured, read_table, shape_of, table_path
+from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate
+from vllm_spense.ops.linear.spec import LinearSpec
+from vllm_spense.ops.linear.table import (
+    TuningEntry,
+    TuningTable,
+    measured,
+    read_table,
+    table_path,
+)
+from vllm_spense.ops.linear.timing import TimedLayer, dense_calls, time_graph
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -26,7 +32,7 @@ def tune(
     tokens: Iterable[int] = TOKENS,
     *,
     directory: Path | None = None,
-    command: str = "vllm_spense.ops.tune.tune",
+    command: str = "vllm_spense.ops.linear.tune.tune",
     budget: float = float("inf"),
     skip: Callable[[LinearSpec, KernelConfig], bool] = lambda spec, config: False,
     progress: Callable[[str], None] = print,
@@ -102,7 +108,7 @@ def entries_of(
     skip: Callable[[LinearSpec, KernelConfig], bool],
     progress: Callable[[str], None],
 ) -> Iterator[TuningEntry]:
-    """Of all layers, one after another."""
+    """The entries of all layers, one layer after another."""
     for spec in specs:
         yield from measure_layer(spec, tokens, device, skip, progress)
 
@@ -127,9 +133,10 @@ def measure_layer(
             continue
         best = min(times, key=lambda config: times[config])
         dense = time_graph(dense_calls(spec, count, device), 10)
-        fields = dict(zip(("split", "out_features", "in_features"), shape_of(spec)[:3], strict=True))
         entry = TuningEntry(
-            **fields,
+            split="output" if spec.split == "output" else "input",
+            out_features=spec.out_features,
+            in_features=spec.in_features,
             sparse_sizes=spec.sparse_sizes,
             dense_sizes=spec.dense_sizes,
             tokens=count,
@@ -140,6 +147,7 @@ def measure_layer(
             multicast=best.multicast,
             us=round(times[best], 3),
             dense_us=round(dense, 3),
+            codec=spec.codecs.name,
         )
         progress(
             f"{spec.split} {spec.out_features}x{spec.in_features} tokens {count}: {times[best]:.1f} µs "

@@ -25,3 +25,8 @@ def quantize_with_amax(x: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tenso
     """:func:`quantize_per_token` where the largest absolute value ``amax [M, 1]`` of each token is known."""
     scale = (amax / FP8_MAX).clamp_min(MIN_SCALE)
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale
+
+
+def quantized(x: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`quantize_per_token` if ``wanted``, else x as it is and no scale."""
+    return quantize_per_token(x) if wanted else (x, None)

@@ -21,8 +21,10 @@ import triton.language as tl
 
 from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import META_GROUP
-from vllm_spense.ops.linear import OUT_DTYPES
-from vllm_spense.ops.triton_ptx import BF16, FP16, spread_bytes, spread_halves, widen_bytes
+from vllm_spense.ops.linear.arguments import LinearArguments
+from vllm_spense.ops.linear.op import empty_output
+from vllm_spense.ops.linear.reference import OUT_DTYPES
+from vllm_spense.ops.linear.triton_ptx import BF16, FP16, spread_bytes, spread_halves, widen_bytes
 
 
 class Tile(NamedTuple):
@@ -339,14 +341,7 @@ def plan(
     y: torch.Tensor,
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
-    sparse_values: torch.Tensor,
-    sparse_meta: torch.Tensor,
-    dense_weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sparse_sizes: list[int],
-    dense_sizes: list[int],
-    output_split: bool,
+    layer: LinearArguments,
     capability: int | None,
 ) -> Launch:
     """The launch that writes ``y`` on a GPU of this compute capability (89 is sm_89).
@@ -356,7 +351,8 @@ def plan(
     warp_groups = capability is not None and capability // 10 in (9, 10, 11)
     tile = tile_for(x.shape[0], x.element_size(), warp_groups)
     fp8 = x.dtype == FP8_DTYPE
-    if output_split:
+    sparse_sizes, dense_sizes = layer.sparse_sizes, layer.dense_sizes
+    if layer.output_split:
         ends = list(accumulate(size for pair in zip(sparse_sizes, dense_sizes, strict=True) for size in pair))
         regions = [  # dense ones first: their tiles take longer, and the last programs run alone
             (size, start, end - size)
@@ -371,18 +367,18 @@ def plan(
     words = sparse_features // META_GROUP
     align, word_align = math.gcd(x.shape[1], dense_features, 16), math.gcd(words, 16)
     even = sparse_features % tile.features == 0 and dense_features % tile.features == 0
-    dense = dense_weight.contiguous()
+    dense = layer.dense_weight.contiguous()
     return Launch(
         (triton.cdiv(x.shape[0], tile.tokens), sum(triton.cdiv(size, tile.rows) for size in sizes)),
         {
             "y": y,
             "x": x.contiguous(),
             "x_scale": x_scale,
-            "values": _four_by_four(sparse_values),
-            "meta": sparse_meta.contiguous(),
+            "values": _four_by_four(layer.sparse_values),
+            "meta": layer.sparse_meta.contiguous(),
             "dense": dense if fp8 else dense.view(torch.uint8),
-            "weight_scale": weight_scale,
-            "bias": bias,
+            "weight_scale": layer.weight_scale,
+            "bias": layer.bias,
             "tokens": x.shape[0],
             "sizes": sizes,
             "starts": starts,
@@ -406,35 +402,25 @@ def plan(
     )
 
 
-def triton_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    sparse_values: torch.Tensor,
-    sparse_meta: torch.Tensor,
-    dense_weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sparse_sizes: list[int],
-    dense_sizes: list[int],
-    output_split: bool,
-    out_dtype: torch.dtype,
+def multiply(
+    x: torch.Tensor, x_scale: torch.Tensor | None, layer: LinearArguments, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """:func:`vllm_spense.ops.linear.linear` for e4m3 weights; ``x``: e4m3 (sm_89 and later) or float.
+    """:func:`vllm_spense.ops.linear.op.linear` for e4m3 weights in the checkpoint's layout.
 
-    Float x takes the weights as they are (W8A16). Raises ``ValueError`` for other weight or output dtypes.
+    ``x``: e4m3 (sm_89 and later) or float, which takes the weights as they are (W8A16). Raises ``ValueError``
+    for other weight or output dtypes.
     """
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"output dtype {out_dtype} must be one of {OUT_DTYPES}")
-    if dense_weight.dtype != FP8_DTYPE or sparse_values.dtype != FP8_DTYPE:
-        raise ValueError(f"weights must be {FP8_DTYPE}, not {sparse_values.dtype} and {dense_weight.dtype}")
-    rows = sum(sparse_sizes) + sum(dense_sizes) if output_split else dense_weight.shape[0]
-    y = x.new_empty((x.shape[0], rows), dtype=out_dtype)
+    values, dense = layer.sparse_values.dtype, layer.dense_weight.dtype
+    if dense != FP8_DTYPE or values != FP8_DTYPE:
+        raise ValueError(f"weights must be {FP8_DTYPE}, not {values} and {dense}")
+    y = empty_output(x, x_scale, layer, out_dtype)
     if y.numel():
         capability = None
         if isinstance(_kernel, triton.runtime.JITFunction):  # not interpreted
             major, minor = torch.cuda.get_device_capability(x.device)
             capability = 10 * major + minor
-        weights = (sparse_values, sparse_meta, dense_weight, weight_scale, bias)
-        launch = plan(y, x, x_scale, *weights, sparse_sizes, dense_sizes, output_split, capability)
+        launch = plan(y, x, x_scale, layer, capability)
         _kernel[launch.grid](**launch.arguments)
     return y

@@ -1,0 +1,1 @@
+"""A linear layer on a Spense weight: its definition, its back ends, and their tuning."""

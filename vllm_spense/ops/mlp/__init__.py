@@ -1,0 +1,1 @@
+"""More of an MLP than one linear layer in one operator."""
