@@ -18,7 +18,7 @@ from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout
 from vllm_spense.format.report import inspect
 from vllm_spense.ops import LinearSpec, cpu_linear, online_layout, prune_and_pack
 from vllm_spense.ops.dispatch import preferred_backend
-from vllm_spense.serving.method import SpenseMethod
+from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.runtime import choose
 from vllm_spense.serving.summary import LayerFacts, LoadSummary, describe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from vllm_spense.format.layout import Axis, Layout, Split
 from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.online import online_layout, prune_and_pack
 from vllm_spense.serving import compat
+from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.loading import Loaded, LoadPlan, ModuleSlice, shard_indices
-from vllm_spense.serving.method import SpenseMethod
 from vllm_spense.serving.summary import LoadSummary
 
 
@@ -91,7 +92,7 @@ class SpenseOnlineLinearMethod(SpenseMethod):
         return plan, tensors
 
 
-def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded):
+def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded) -> Callable[..., None]:
     prefix, widths, axis = method.prefix, method.widths, method.axis
     rank, size = method.rank, method.size
 

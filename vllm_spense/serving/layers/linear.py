@@ -11,8 +11,8 @@ from vllm_spense.format.validate import check_values
 from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.random_weights import fill_random
 from vllm_spense.serving import compat
+from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.loading import LoadPlan, check_heads, make_loader, make_plan
-from vllm_spense.serving.method import SpenseMethod
 from vllm_spense.serving.summary import LoadSummary
 
 
