@@ -50,9 +50,7 @@ class Layer:
             if name == "weight_scale" and name not in self.parts[0]:
                 continue
             stacked = [
-                part.get(
-                    name, torch.empty(LinearFormat(layout, self.codecs).tensors()[name].shape, dtype=dtype)
-                )
+                part.get(name, torch.empty(linear.tensors()[name].shape, dtype=dtype))
                 for part, linear in zip(self.parts, linears, strict=True)
             ]
             bits = torch.uint8 if dtype.itemsize == 1 else dtype

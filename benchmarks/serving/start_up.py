@@ -38,9 +38,9 @@ ENVIRONMENT = {
 }
 TIMED = {
     "load": ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_model"),
-    "headers": ("vllm_spense.serving.config", "check_headers"),
-    "hashes": ("vllm_spense.serving.config", "check_manifest"),
-    "values": ("vllm_spense.serving.linear", "check_values"),
+    "headers": ("vllm_spense.serving.checks", "check_headers"),
+    "hashes": ("vllm_spense.serving.checks", "check_manifest"),
+    "values": ("vllm_spense.serving.layers.linear", "check_values"),
 }
 """Functions whose seconds are added up."""
 

@@ -118,7 +118,7 @@ def test_a_list_of_plugins_without_ours(monkeypatch: pytest.MonkeyPatch) -> None
     assert "VLLM_PLUGINS" not in topics(doctor())
 
 
-@pytest.mark.parametrize("name", ["config", "linear", "online"])
+@pytest.mark.parametrize("name", ["config", "layers.linear", "layers.online"])
 @pytest.mark.parametrize(
     ("version", "fix"),
     [("0.32.0", "report it with this output"), ("0.34.0", "install a tested vLLM, see above")],

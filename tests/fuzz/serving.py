@@ -20,9 +20,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import linear
 
-from vllm_spense.serving import config as serving_config
+from vllm_spense.serving import checks
 from vllm_spense.serving.config import SpenseConfig
-from vllm_spense.serving.linear import SpenseLinearMethod
+from vllm_spense.serving.layers.linear import SpenseLinearMethod
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 _SHARDS = {"gate_proj": 0, "up_proj": 1, "q_proj": "q", "k_proj": "k", "v_proj": "v"}
@@ -64,7 +64,7 @@ class Layer:
 def serve(directory: Path, config: dict[str, Any]) -> Loaded:
     """Load a Llama from a directory; raises whatever the product or vLLM's layers raise."""
     quantization = SpenseConfig.from_config(config["quantization_config"])
-    serving_config._verified.clear()
+    checks._verified.clear()
     quantization.maybe_update_config(str(directory))
     quantization = pickle.loads(pickle.dumps(quantization))  # as vLLM sends it to its workers
     quantization.packed_modules_mapping = PACKED

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CONFIG = "vllm_spense.serving.config:SpenseConfig"
-METHOD = "vllm_spense.serving.linear:SpenseLinearMethod"
-ONLINE = "vllm_spense.serving.online:SpenseOnlineLinearMethod"
+METHOD = "vllm_spense.serving.layers.linear:SpenseLinearMethod"
+ONLINE = "vllm_spense.serving.layers.online:SpenseOnlineLinearMethod"
 LOADERS = (
     "vllm_spense.serving.loading:make_loader.spense_weight_loader",
-    "vllm_spense.serving.online:_make_dense_loader.spense_dense_loader",
+    "vllm_spense.serving.layers.online:_make_dense_loader.spense_dense_loader",
 )
 
 LINEAR = "vllm.model_executor.layers.linear"

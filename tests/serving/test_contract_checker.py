@@ -13,7 +13,7 @@ import pytest
 from tests.serving.contract_check import OWN, ancestors, lookup, member, parse_signature, problems
 from tests.serving.contract_snapshot import SNAPSHOTS, facts, save
 from tests.serving.contract_source import Sources, plain
-from tests.serving.contract_usage import usage
+from tests.serving.contract_usage import importers, usage
 from tests.serving.contracts import CALLED, MARKS, OVERRIDES, USES, Call, Called, Marks, Overrides, Uses
 
 Facts = dict[str, Any]
@@ -262,6 +262,32 @@ def test_a_use_without_an_entry_is_seen(tmp_path: Path) -> None:
     assert found.writes == {"layer": {"mine", "weight"}}
 
 
+def test_names_that_compat_imports_late_are_seen(tmp_path: Path) -> None:
+    serving = tmp_path / "vllm_spense" / "serving"
+    serving.mkdir(parents=True)
+    (serving / "compat.py").write_text("_LATE = {'vllm.a': ('first', 'second')}\n")
+    (serving / "more.py").write_text("from vllm_spense.serving import compat\ncompat.second(1)\n")
+    found = usage(tmp_path, set())
+    assert found.imports == {"vllm.a:first", "vllm.a:second"}
+    assert found.calls == {"vllm.a:second": {Call(1)}}
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("import vllm.a", {"vllm.a"}),
+        ("def f():\n    from vllm.b import c", {"vllm.b"}),
+        ("from importlib import import_module\nimport_module('vllm.d')", {"vllm.d"}),
+        ("if TYPE_CHECKING:\n    from vllm.e import f\nelse:\n    import vllm.g", {"vllm.g"}),
+        ("import vllm_spense.serving\nimport_module('vllm_spense.ops')", None),
+    ],
+)
+def test_who_imports_vllm_is_seen(text: str, seen: set[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "vllm_spense").mkdir()
+    (tmp_path / "vllm_spense" / "some.py").write_text(text)
+    assert importers(tmp_path) == ({} if seen is None else {"vllm_spense.some": seen})
+
+
 def test_a_snapshot_survives_the_disk(tmp_path: Path) -> None:
     path = save(SNAPSHOT, tmp_path)
     assert json.loads(path.read_text()) == SNAPSHOT
@@ -269,7 +295,7 @@ def test_a_snapshot_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_our_own_functions_are_found() -> None:
-    described = OWN.describe("vllm_spense.serving.online", "SpenseOnlineLinearMethod")
-    assert "vllm_spense.serving.online:SpenseOnlineLinearMethod" in described
+    described = OWN.describe("vllm_spense.serving.layers.online", "SpenseOnlineLinearMethod")
+    assert "vllm_spense.serving.layers.online:SpenseOnlineLinearMethod" in described
     assert "vllm.model_executor.layers.linear:LinearMethodBase" not in described
     assert OWN.function("vllm_spense.serving.loading", "make_loader.spense_weight_loader") is not None

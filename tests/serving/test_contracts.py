@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ import torch
 
 from tests.serving.contract_check import OWN, ancestors, installed, live_facts, member, problems
 from tests.serving.contract_snapshot import SNAPSHOTS, facts
-from tests.serving.contract_usage import Usage, usage
-from tests.serving.contracts import MARKS, OVERRIDES, USES
+from tests.serving.contract_usage import COMPAT, Usage, importers, usage
+from tests.serving.contracts import KERNELS, LINEAR, LOADER, MARKS, OVERRIDES, USES
 from vllm_spense.cli.doctor import SUPPORTED_VLLM, supported
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,22 @@ def test_every_import_is_in_the_contract(ours: Usage) -> None:
     assert ours.imports == {use.key for use in USES if use.imported}
 
 
+def test_vllm_is_imported_in_one_place_and_at_the_entry_point() -> None:
+    """A version that moves a name is mended in ``compat`` alone. Imports for types do not count."""
+    assert set(importers(ROOT)) == {COMPAT, "vllm_spense.serving.plugin"}
+
+
+def test_registering_loads_none_of_the_layers() -> None:
+    """vLLM registers us in every process, whatever it serves: its layers and our operators come later."""
+    late = [LINEAR, LOADER, KERNELS, "vllm_spense.ops"]
+    code = (
+        "import sys; from vllm_spense.serving import plugin; plugin.register(); "
+        f"print(plugin.failure, [name for name in {late} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["None []"], done.stdout + done.stderr
+
+
 def test_every_call_is_in_the_contract(ours: Usage) -> None:
     contract = {use.key: set(use.calls) for use in USES}
     assert {key: calls - contract[key] for key, calls in ours.calls.items() if calls - contract[key]} == {}
@@ -126,8 +144,8 @@ def test_every_override_is_in_the_contract(parsed: dict[str, Any]) -> None:
 
 def test_our_classes_can_be_made() -> None:
     from vllm_spense.serving.config import SpenseConfig
-    from vllm_spense.serving.linear import SpenseLinearMethod
-    from vllm_spense.serving.online import SpenseOnlineLinearMethod
+    from vllm_spense.serving.layers.linear import SpenseLinearMethod
+    from vllm_spense.serving.layers.online import SpenseOnlineLinearMethod
 
     for cls in (SpenseConfig, SpenseLinearMethod, SpenseOnlineLinearMethod):
         assert cls.__abstractmethods__ == frozenset(), cls  # type: ignore[attr-defined]
@@ -135,6 +153,6 @@ def test_our_classes_can_be_made() -> None:
 
 def test_the_flag_of_a_reload_is_ours() -> None:
     """The contract says that vLLM clears it; our methods must set the same one."""
-    from vllm_spense.serving import method
+    from vllm_spense.serving.layers import method
 
     assert any(repr(method._DONE) in pattern for mark in MARKS for pattern in mark.patterns)

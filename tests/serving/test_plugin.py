@@ -125,7 +125,7 @@ def load(layer: Any, name: str, dtype: torch.dtype, bias: bool, skip: str = "") 
 @pytest.mark.parametrize("name", SHARDS)
 @pytest.mark.usefixtures("vllm_process")
 def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, dtype: torch.dtype) -> None:
-    from vllm_spense.serving.linear import SpenseLinearMethod
+    from vllm_spense.serving.layers.linear import SpenseLinearMethod
 
     layer = make_layer(name, make_config(bias, dtype), bias)
     assert type(layer.quant_method) is SpenseLinearMethod
@@ -156,7 +156,7 @@ def test_attention_with_half_of_its_heads_in_24(
     features = HEADS * HEAD_DIM
     monkeypatch.setitem(LAYOUTS, f"{ATTN}.o_proj", Layout("input", HIDDEN, features, features // 2))
     checked: list[int] = []
-    monkeypatch.setattr("vllm_spense.serving.linear.check_heads", lambda _, size: checked.append(size))
+    monkeypatch.setattr("vllm_spense.serving.layers.linear.check_heads", lambda _, size: checked.append(size))
     test_real_layers_compute_the_stored_matrix(name, True, dtype)
     assert checked == ([HEAD_DIM] if name == "qkv_proj" else [])
 
@@ -292,7 +292,7 @@ def test_only_linear_layers_get_a_method() -> None:
 @pytest.mark.usefixtures("vllm_process")
 def test_load_time_mode_prunes_mlps_only(name: str, split: Split | None) -> None:
     from vllm_spense.serving.config import SpenseConfig
-    from vllm_spense.serving.online import SpenseOnlineLinearMethod
+    from vllm_spense.serving.layers.online import SpenseOnlineLinearMethod
 
     method = make_layer(name, SpenseConfig()).quant_method
     assert type(method) is SpenseOnlineLinearMethod
@@ -337,7 +337,7 @@ def test_load_time_mode_by_the_name_of_a_layer(prefix: str, split: str | None) -
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_rows_of_a_layer_that_is_fused_on_disk(size: int) -> None:
     """Phi-3's qkv_proj: where ranks outnumber key/value heads, each holds a copy of one."""
-    from vllm_spense.serving.online import _rows
+    from vllm_spense.serving.layers.online import _rows
 
     assert _rows([96 // size] * 2, 192, size, "x") == [96, 96]
     heads, shared = 8, 2

@@ -12,7 +12,7 @@ import torch
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.ops import LinearSpec, select_backend
 from vllm_spense.ops.linear.reference import OUT_DTYPES
-from vllm_spense.serving.method import install
+from vllm_spense.serving.layers.method import install
 
 N, K = 48, 64
 BOUND = 2e-2  # relative Frobenius error: bf16 rounding, and another order of scales

@@ -22,7 +22,7 @@ from vllm_spense.ops.linear import cpu
 from vllm_spense.ops.linear.cuda import CudaBackend
 from vllm_spense.ops.linear.select import preferred_backend
 from vllm_spense.ops.linear.triton import TritonBackend
-from vllm_spense.serving.method import SpenseMethod
+from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.runtime import choose
 from vllm_spense.serving.summary import LayerFacts, LoadSummary, describe
 

@@ -122,8 +122,8 @@ def _registration(version: str) -> Finding:
     reason = plugin.failure
     if reason is None:
         try:
-            import_module("vllm_spense.serving.linear")
-            import_module("vllm_spense.serving.online")
+            import_module("vllm_spense.serving.layers.linear")
+            import_module("vllm_spense.serving.layers.online")
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
     if reason is None:

@@ -1,44 +1,58 @@
-"""What vLLM versions have in different places or do differently, in one place. Tested range: 0.24 to 0.33.
+"""All that the plugin takes from vLLM, and what versions do differently. Tested range: 0.24 to 0.33.
 
-Names that all of them have in one place are imported where they are used.
+Nothing else in the package imports vLLM, except the plugin's entry point. What a quantization config needs is
+imported here at once. The rest pulls in vLLM's layers and kernels, which a process that serves another model
+must not pay for, so each name is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
-from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    UnquantizedLinearMethod,
-)
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    kFp8DynamicTokenSym,
-    kFp8StaticChannelSym,
-)
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
-from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 __all__ = [
-    "BasevLLMParameter",
-    "LinearBase",
-    "LinearMethodBase",
-    "QKVParallelLinear",
-    "ReplicatedLinear",
-    "UnquantizedLinearMethod",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
     "init_fp8_linear_kernel",
-    "initialize_online_processing",
-    "kFp8DynamicTokenSym",
-    "kFp8StaticChannelSym",
+    "init_logger",
     "load_format",
     "request_amx",
 ]
 
+_LATE = {
+    "vllm.model_executor.layers.linear": (
+        "LinearBase",
+        "LinearMethodBase",
+        "QKVParallelLinear",
+        "ReplicatedLinear",
+        "UnquantizedLinearMethod",
+    ),
+    "vllm.model_executor.layers.quantization.utils.quant_utils": (
+        "kFp8DynamicTokenSym",
+        "kFp8StaticChannelSym",
+    ),
+    "vllm.model_executor.model_loader.reload.layerwise": ("initialize_online_processing",),
+    "vllm.model_executor.parameter": ("BasevLLMParameter",),
+}
+"""vLLM's modules, and the names that this module has from each on first use."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATE.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(module), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def load_format() -> str:
     """``--load-format`` of the engine under construction, ``auto`` outside of one."""
+    from vllm.config import get_current_vllm_config_or_none
+
     config = get_current_vllm_config_or_none()
     return "auto" if config is None else str(config.load_config.load_format)
 
@@ -54,7 +68,7 @@ def request_amx() -> None:
         request()
 
 
-def init_fp8_linear_kernel(**arguments):
+def init_fp8_linear_kernel(**arguments: Any) -> Any:
     """vLLM's own FP8 kernel for dense layers (imported late: it pulls in every kernel package)."""
     from vllm.model_executor.kernels.linear import init_fp8_linear_kernel as init
 

@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
-from vllm.model_executor.layers.quantization.base_config import (
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
 
-from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_loaded_file
 from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec, parse_config
-from vllm_spense.format.validate import check_headers
 from vllm_spense.models.families import FUSED, MLP_SPLITS, stays_as_stored
+from vllm_spense.serving import compat
+from vllm_spense.serving.checks import check_directory
 from vllm_spense.serving.summary import LoadSummary
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-logger = init_logger(__name__)
+    from vllm_spense.serving.layers.method import SpenseMethod
+
+logger = compat.init_logger(__name__)
 
 ONLINE_DENSE_RATIO = 0.5
 ONLINE_SPLITS = {"gate_up_proj": "output", **MLP_SPLITS}
@@ -35,11 +31,8 @@ DRAFT_PREFIX = "draft_model."
 DECODER_PREFIX = "model."
 """What vLLM puts before the names of a decoder's layers, and embedding models leave out in their files."""
 
-_verified: set[tuple[str, int]] = set()
-"""Directories (with the manifest's mtime) already checked in this process: vLLM builds configs often."""
 
-
-class SpenseConfig(QuantizationConfig):
+class SpenseConfig(compat.QuantizationConfig):
     """Spense checkpoint served by vLLM, or, without a checkpoint configuration, load-time mode.
 
     Picklable: vLLM sends it to its engine and worker processes.
@@ -93,59 +86,42 @@ class SpenseConfig(QuantizationConfig):
             self.model_type = text.model_type
             self.values_are_keys = bool(getattr(text, "attention_k_eq_v", False))
         directory = Path(model_name)
-        if self.checkpoint is None or not directory.is_dir():
-            return
-        if not any(directory.glob("*.safetensors")):
-            pickled = [p for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-            if pickled:
-                raise CheckpointError(
-                    "pickled weights are never loaded", file=sorted(pickled)[0], fix="use safetensors files"
-                )
-            return  # configuration only, for --load-format dummy
-        if sharded := sorted(directory.glob("model-rank-*.safetensors")):
-            raise CheckpointError(
-                "--load-format sharded_state is not supported: such files hold weights the way one back end "
-                "arranged them",
-                file=sharded[0],
-                fix="serve the Spense checkpoint that they were saved from",
-            )
-        manifest = directory / MANIFEST_NAME
-        if not manifest.is_file():
-            raise CheckpointError(
-                "the manifest is missing, so damaged or missing tensors could not be noticed",
-                file=manifest,
-                fix=f"`spense verify --update-manifest {directory}` checks all else and writes one",
-            )
-        key = (str(directory.resolve()), manifest.stat().st_mtime_ns)
-        if key in _verified:
-            return
-        check_headers(Checkpoint(directory))
-        check_manifest(directory, only=is_loaded_file)
-        _verified.add(key)
+        if self.checkpoint is not None and directory.is_dir():
+            check_directory(directory)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> compat.QuantizeMethodBase | None:
         """Linear layers get a Spense or an unquantized method; everything else vLLM's default (None)."""
-        from vllm_spense.serving import compat
-        from vllm_spense.serving.linear import SpenseLinearMethod
-        from vllm_spense.serving.online import SpenseOnlineLinearMethod
-
         if not isinstance(layer, compat.LinearBase):
             return None
-        names = self.shard_names(prefix)
         if self.checkpoint is None:
-            stays = stays_as_stored(prefix, self.model_type)
-            if stays or isinstance(layer, compat.ReplicatedLinear):  # routers and gates, read as .weight
-                self.summary.skip(layer)
-                return compat.UnquantizedLinearMethod()
-            split = ONLINE_SPLITS.get(prefix.rpartition(".")[2])
-            return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO, self.summary)
-        specs = {name: self.modules[name] for name in names if name in self.modules}
-        if not specs:
+            method = self._online_method(layer, prefix)
+        else:
+            method = self._stored_method(self.checkpoint, prefix)
+        if method is None:
             self.summary.skip(layer)
             return compat.UnquantizedLinearMethod()
+        return method
+
+    def _online_method(self, layer: torch.nn.Module, prefix: str) -> SpenseMethod | None:
+        """What prunes a dense layer while it loads; None for one that is left as it is."""
+        from vllm_spense.serving.layers.online import SpenseOnlineLinearMethod
+
+        if stays_as_stored(prefix, self.model_type) or isinstance(layer, compat.ReplicatedLinear):
+            return None  # routers and gates, read as .weight
+        split = ONLINE_SPLITS.get(prefix.rpartition(".")[2])
+        return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO, self.summary)
+
+    def _stored_method(self, checkpoint: AnyCheckpointConfig, prefix: str) -> SpenseMethod | None:
+        """What loads and runs a layer of the checkpoint; None for one that it holds as plain tensors."""
+        from vllm_spense.serving.layers.linear import SpenseLinearMethod
+
+        names = self.shard_names(prefix)
+        specs = {name: self.modules[name] for name in names if name in self.modules}
+        if not specs:
+            return None
         if self.values_are_keys and list(specs) == names[:2] and len(names) == 3:
             specs[names[2]] = specs[names[1]]  # vLLM loads k_proj twice
         if len(specs) < len(names):
@@ -155,7 +131,7 @@ class SpenseConfig(QuantizationConfig):
                 module=prefix,
                 fix=REPRUNE,
             )
-        codecs = {self.checkpoint.codecs_of(spec) for spec in specs.values()}
+        codecs = {checkpoint.codecs_of(spec) for spec in specs.values()}
         if len(codecs) > 1:
             raise CheckpointError(
                 f"vLLM fuses {', '.join(names)} into one layer, and they are stored in several codecs "
@@ -163,7 +139,7 @@ class SpenseConfig(QuantizationConfig):
                 module=prefix,
                 fix=REPRUNE,
             )
-        sizes = self.checkpoint.tensor_parallel_sizes
+        sizes = checkpoint.tensor_parallel_sizes
         return SpenseLinearMethod(prefix, specs, codecs.pop(), sizes, self.summary)
 
     def shard_names(self, prefix: str) -> list[str]:

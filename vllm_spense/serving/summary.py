@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_spense.models.families import in_attention
+from vllm_spense.serving import compat
 
 if TYPE_CHECKING:
     from vllm_spense.ops.linear.spec import LinearSpec
 
-logger = init_logger("vllm.spense")  # only loggers below "vllm" show INFO
+logger = compat.init_logger("vllm.spense")  # only loggers below "vllm" show INFO
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LoadSummary:
         self._loaded: WeakKeyDictionary[torch.nn.Module, LayerFacts] = WeakKeyDictionary()
         self._unquantized: WeakSet[torch.nn.Module] = WeakSet()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[LoadSummary], tuple[()]]:
         return LoadSummary, ()
 
     def skip(self, layer: torch.nn.Module) -> None:

@@ -13,8 +13,8 @@ from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.linear.random import fill_random
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
+from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.loading import LoadPlan, check_heads, make_loader, make_plan
-from vllm_spense.serving.method import SpenseMethod
 from vllm_spense.serving.summary import LoadSummary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
+from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.loading import Loaded, LoadPlan, ModuleSlice, shard_indices
-from vllm_spense.serving.method import SpenseMethod
 from vllm_spense.serving.summary import LoadSummary
 
 
@@ -93,7 +94,7 @@ class SpenseOnlineLinearMethod(SpenseMethod):
         return plan, tensors
 
 
-def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded):
+def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded) -> Callable[..., None]:
     prefix, widths, axis = method.prefix, method.widths, method.axis
     rank, size = method.rank, method.size
 

@@ -1,4 +1,4 @@
-"""What both linear methods share: from a layer's loaded tensors to the layer as it runs."""
+"""The base of the linear methods: from a layer's loaded tensors to the layer as it runs."""
 
 from __future__ import annotations
 
