@@ -27,7 +27,8 @@ struct Avx512 {
   static Ints shift_right(Ints a, int n) { return _mm512_srli_epi32(a, n); }
   static Ints masked(Ints a, int32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
   static Avx512 of_bits(Ints a) { return {_mm512_castsi512_ps(a)}; }
-  static Avx512 permuted(Avx512 group, Ints positions) { return {_mm512_permutevar_ps(group.v, positions)}; }  // their two low bits
+  // Of positions, the two low bits count.
+  static Avx512 permuted(Avx512 group, Ints positions) { return {_mm512_permutevar_ps(group.v, positions)}; }
   // Per row: w0 where the first position is i, w1 where the second is, else 0.
   static Avx512 where(Ints first, Ints second, int i, Avx512 w0, Avx512 w1) {
     Ints const three = _mm512_set1_epi32(3), wanted = _mm512_set1_epi32(i);

@@ -10,7 +10,7 @@ namespace spense::cpu {
 
 constexpr int kRows = 16;      // output rows whose weights lie side by side: one strip
 constexpr int kStep = 16;      // columns of one step: four groups of four
-constexpr int kSums = 4;       // partial sums of an output: column c adds to sum c / 4 % 4, in an order that each file has once
+constexpr int kSums = 4;       // partial sums of an output: column c adds to sum c / 4 % 4, in one order per file
 constexpr int kDepth = 1024;   // columns that are widened at a time, for many tokens
 constexpr int kAhead = 6144;   // bytes of weights that are asked for ahead: the CPU by itself does not go far enough
 constexpr int kTokens = 96;    // tokens that share one widened strip
