@@ -21,8 +21,8 @@ namespace spense::sm90 {
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_constant__ CUtensorMap dense_map,
-              const __grid_constant__ CUtensorMap x_map, const __grid_constant__ KernelParams p) {
+    linear_kernel(__grid_constant__ const CUtensorMap values_map, __grid_constant__ const CUtensorMap dense_map,
+                  __grid_constant__ const CUtensorMap x_map, __grid_constant__ const KernelParams p) {
   extern __shared__ uint8_t raw[];
   auto& smem = *reinterpret_cast<typename S::Smem*>(raw + (-smem_address(raw) & 1023));
   auto full = [&](int slot) { return reinterpret_cast<TransactionBarrier*>(&smem.full[slot]); };
@@ -31,16 +31,16 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
   auto* const sums_empty = reinterpret_cast<Barrier*>(&smem.sums_empty);
 
   int const tid = threadIdx.x, lane = tid & 31;
-  int const warp = __shfl_sync(0xffffffffu, tid >> 5, 0);     // uniform for the compiler: wgmma may not diverge
+  int const warp = __shfl_sync(0xffffffffu, tid >> 5, 0);  // uniform for the compiler: wgmma may not diverge
   uint32_t const rank = cute::block_rank_in_cluster();
   uint32_t const ctas = cute::cluster_shape().x;
   int const cluster = blockIdx.x / ctas;
-  uint32_t const parts = S::kMulticast ? 1 : ctas, part = S::kMulticast ? 0 : rank;   // of the K split
+  uint32_t const parts = S::kMulticast ? 1 : ctas, part = S::kMulticast ? 0 : rank;  // of the K split
 
   if (tid == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       full(i)->init(1);
-      empty(i)->init(S::kWarpgroups * (S::kMulticast ? ctas : 1));   // multicast: every CTA that a slot is loaded for
+      empty(i)->init(S::kWarpgroups * (S::kMulticast ? ctas : 1));  // multicast: every CTA that a slot is loaded for
     }
     sums_full->init(S::kWarpgroups * ctas);
     sums_empty->init(S::kWarpgroups * ctas);
@@ -50,14 +50,17 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
   cute::cluster_arrive_relaxed();
   cute::cluster_wait();
 
-  struct Work { TileClass c; int row_tile, token, begin, end; };
+  struct Work {
+    TileClass c;
+    int row_tile, token, begin, end;
+  };
   auto work_at = [&](int k, Work& w) {
     Tile const t = p.plan.at(k, cluster);
     if (t.index < 0) return false;
     w.c = p.plan.classes[t.index];
     w.row_tile = t.row_tile + (S::kMulticast ? rank : 0);
     w.token = t.token_tile * S::kTokens;
-    auto cut = [&](uint32_t r) {           // K split by bytes: a sparse stage of 256 columns moves 5/4 of a dense stage
+    auto cut = [&](uint32_t r) {  // K split by bytes: a sparse stage of 256 columns moves 5/4 of a dense stage
       int const u = int((5u * w.c.sparse_stages + 4u * w.c.dense_stages) * r / parts), sparse = 5 * w.c.sparse_stages;
       return u <= sparse ? u / 5 : w.c.sparse_stages + (u - sparse) / 4;
     };
@@ -66,7 +69,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
     return true;
   };
 
-  if (warp >= 4 * S::kWarpgroups) {                            // ---- producer ----
+  if (warp >= 4 * S::kWarpgroups) {  // ---- producer ----
     if constexpr (S::kShiftRegisters) cutlass::arch::warpgroup_reg_dealloc<56>();
     if (warp == 4 * S::kWarpgroups && cute::elect_one_sync()) {
       cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&values_map));
@@ -80,17 +83,19 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         int const blocks = sparse ? S::kBlocks : 1;
         // A group may reach past its class: such a CTA computes the last tile once more and stores nothing.
         int const row = min(w.row_tile, (w.c.rows - 1) / S::kOutRows) * S::kOutRows;
-        full(slot)->arrive_and_expect_tx(S::kRows * (sparse ? S::kValueBytes + S::kBlocks * 16 : 128) + blocks * S::kTokens * 128);
+        full(slot)->arrive_and_expect_tx(S::kRows * (sparse ? S::kValueBytes + S::kBlocks * 16 : 128) +
+                                         blocks * S::kTokens * 128);
 #pragma unroll
-        for (int box = 0; box < S::kBoxes; ++box) {            // gate, up
+        for (int box = 0; box < S::kBoxes; ++box) {  // gate, up
           int const first = row + box * w.c.pair, place = box * S::kOutRows;
           if (!sparse) {
             cute::SM90_TMA_LOAD_2D::copy(&dense_map, &smem.full[slot], weight_policy, smem.weights[slot] + place * 128,
                                          (stage - w.c.sparse_stages) * 128, w.c.dense_row + first);
             continue;
           }
-          cute::SM90_TMA_LOAD_2D::copy(&values_map, &smem.full[slot], weight_policy, smem.weights[slot] + place * S::kValueBytes,
-                                       stage * S::kValueBytes, w.c.sparse_row + first);
+          cute::SM90_TMA_LOAD_2D::copy(&values_map, &smem.full[slot], weight_policy,
+                                       smem.weights[slot] + place * S::kValueBytes, stage * S::kValueBytes,
+                                       w.c.sparse_row + first);
 #pragma unroll
           for (int b = 0; b < S::kBlocks; ++b)
             bulk_copy(smem.metadata[slot][b] + place * 16,
@@ -105,19 +110,21 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
           if (S::kMulticast && ctas > 1) {
             int const share = S::kTokens / ctas;
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&x_map, &smem.full[slot], uint16_t((1 << ctas) - 1), x_policy,
-                                                   smem.x[slot][b] + rank * share * 128, column, w.token + rank * share);
+                                                   smem.x[slot][b] + rank * share * 128, column,
+                                                   w.token + rank * share);
           } else {
-            cute::SM90_TMA_LOAD_2D::copy(&x_map, &smem.full[slot], x_policy, smem.x[slot][b], column + b * 128, w.token);
+            cute::SM90_TMA_LOAD_2D::copy(&x_map, &smem.full[slot], x_policy, smem.x[slot][b], column + b * 128,
+                                         w.token);
           }
         }
       };
       int slot = 0;
       uint32_t phase = 0;
       Work w;
-  #pragma unroll 1
-    for (int k = 0; work_at(k, w); ++k) {
+#pragma unroll 1
+      for (int k = 0; work_at(k, w); ++k) {
         int stage = w.begin;
-        if (k == 0) {                                          // all slots are free: weights now, x once it is there
+        if (k == 0) {  // all slots are free: weights now, x once it is there
           int const n = min(w.end - w.begin, S::kStages);
 #pragma unroll 1
           for (int i = 0; i < n; ++i) load_weights(w, stage + i, i);
@@ -130,35 +137,44 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         }
 #pragma unroll 1
         for (; stage < w.end; ++stage) {
-          wait(empty(slot), phase ^ 1, "a free slot");         // a fresh barrier lets the first round through
+          wait(empty(slot), phase ^ 1, "a free slot");  // a fresh barrier lets the first round through
           load_weights(w, stage, slot);
           load_x(w, stage, slot);
-          if (++slot == S::kStages) { slot = 0; phase ^= 1; }
+          if (++slot == S::kStages) {
+            slot = 0;
+            phase ^= 1;
+          }
         }
       }
     }
     __syncwarp();
-  } else {                                                     // ---- consumers: one warpgroup per 64 rows ----
+  } else {  // ---- consumers: one warpgroup per 64 rows ----
     if constexpr (S::kShiftRegisters) cutlass::arch::warpgroup_reg_alloc<224>();
     using Regs = std::make_index_sequence<S::kTokens / 2>;
     int const wg = warp >> 2, t = tid & 127;
     Place const place{tid, lane, warp, wg, t, ctas, part, parts};
     // wgmma.sp m64k64 e4m3: thread t holds 32 bits of row 16 (t/32) + 8 (t%2) + (t/4)%8, columns 32 ((t/2)%2) ... + 31.
-    int const metadata_offset = (wg * 64 + (warp & 3) * 16 + 8 * (lane & 1) + ((lane >> 2) & 7)) * 16 + ((lane >> 1) & 1) * 4;
+    int const metadata_offset =
+        (wg * 64 + (warp & 3) * 16 + 8 * (lane & 1) + ((lane >> 2) & 7)) * 16 + ((lane >> 1) & 1) * 4;
     int slot = 0, previous = -1;
     uint32_t phase = 0, round = 0;
     float acc[S::kTokens / 2], total[S::kPromote ? S::kTokens / 2 : 1];
 
     auto release = [&](int s) {
-      if constexpr (S::kMulticast) empty(s)->arrive(uint32_t(t), uint32_t(t) < ctas);
-      else if (t == 0) empty(s)->arrive();
+      if constexpr (S::kMulticast)
+        empty(s)->arrive(uint32_t(t), uint32_t(t) < ctas);
+      else if (t == 0)
+        empty(s)->arrive();
     };
-    auto retire = [&] {                                        // commit this stage; the one before is finished now
+    auto retire = [&] {  // commit this stage; the one before is finished now
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();
       if (previous >= 0) release(previous);
       previous = slot;
-      if (++slot == S::kStages) { slot = 0; phase ^= 1; }
+      if (++slot == S::kStages) {
+        slot = 0;
+        phase ^= 1;
+      }
     };
     auto drain = [&] {
       cute::warpgroup_wait<0>();
@@ -167,7 +183,10 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
       previous = -1;
       if constexpr (S::kPromote > 0) {
 #pragma unroll
-        for (int i = 0; i < S::kTokens / 2; ++i) { total[i] += acc[i]; acc[i] = 0.f; }
+        for (int i = 0; i < S::kTokens / 2; ++i) {
+          total[i] += acc[i];
+          acc[i] = 0.f;
+        }
         fence(acc);
       }
     };
@@ -187,7 +206,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         sparse_wgmma<S::kTokens>(acc, a + 2 * j, b + (j >> 1) * (S::kTokens * 128 / 16) + (j & 1) * 4, e[j], Regs{});
       retire();
 #pragma unroll
-      for (int j = 0; j < kWords; ++j) asm volatile("" :: "r"(busy[j]));
+      for (int j = 0; j < kWords; ++j) asm volatile("" ::"r"(busy[j]));
     };
     auto dense_stage = [&] {
       wait(full(slot), phase, "a stage");
@@ -198,7 +217,7 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
       for (int j = 0; j < 4; ++j) dense_wgmma<S::kTokens>(acc, a + 2 * j, b + 2 * j, Regs{});
       retire();
     };
-    constexpr int kRun = S::kPromote ? S::kPromote : 1 << 28;   // stages between drains
+    constexpr int kRun = S::kPromote ? S::kPromote : 1 << 28;  // stages between drains
 
     // x_scale and y may belong to the kernel before. Only now may the one after start: what it reads before its own
     // wait can then come from anything but this kernel.
@@ -223,8 +242,12 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
 #pragma unroll 1
         for (int const to = min(middle, stage + kRun); stage < to; stage += 2) {
           sparse_stage(e0, e1);
-          if (stage + 1 < to) sparse_stage(e1, e0);
-          else { stage = to; break; }
+          if (stage + 1 < to)
+            sparse_stage(e1, e0);
+          else {
+            stage = to;
+            break;
+          }
         }
         drain();
       }
@@ -235,8 +258,10 @@ linear_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_const
         drain();
       }
 
-      if constexpr (S::kPromote > 0) epilogue.run(p, smem, place, sums_full, sums_empty, w.token, total, round);
-      else epilogue.run(p, smem, place, sums_full, sums_empty, w.token, acc, round);
+      if constexpr (S::kPromote > 0)
+        epilogue.run(p, smem, place, sums_full, sums_empty, w.token, total, round);
+      else
+        epilogue.run(p, smem, place, sums_full, sums_empty, w.token, acc, round);
     }
   }
   // No CTA leaves while another may still read its sums, multicast into it or arrive on its barriers.

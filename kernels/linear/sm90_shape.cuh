@@ -21,15 +21,16 @@ constexpr int kSmemLimit = 227 * 1024;
 // kPromote > 0: every so many stages the accumulators are added to a second set in full fp32, because FP8 wgmma sums
 // with fewer mantissa bits than fp32 and the error grows with K.
 //
-// kPaired: y = silu(gate) * up. One warpgroup has 64 rows of gate, the other the same rows of up, and the epilogue joins
-// them. The largest |y| of each token comes along, so that quantising y for the next layer needs one pass, not two.
+// kPaired: y = silu(gate) * up. One warpgroup has 64 rows of gate, the other the same rows of up, and the epilogue
+// joins them. The largest |y| of each token comes along, so that quantising y for the next layer needs one pass, not
+// two.
 template <int kWarpgroups_, int kTokens_, bool kMulticast_, int kPromote_, bool kPaired_ = false>
 struct Shape {
   static constexpr bool kPaired = kPaired_;
   static_assert(!kPaired || kWarpgroups_ == 2);
   static constexpr int kWarpgroups = kWarpgroups_, kTokens = kTokens_, kPromote = kPromote_;
   static constexpr bool kMulticast = kMulticast_;
-  static constexpr int kRows = 64 * kWarpgroups;             // of weights
+  static constexpr int kRows = 64 * kWarpgroups;  // of weights
   static constexpr int kBoxes = kPaired ? 2 : 1, kOutRows = kRows / kBoxes;
   // Consumers, then the producer warp. Registers are handed out by warpgroup: where the accumulators need more than an
   // even share, the producer is a warpgroup that gives its own away.
@@ -38,9 +39,9 @@ struct Shape {
   // Columns of W per sparse stage. 256 give decode the same 128-byte rows for both regions (one TMA shape, fewer
   // barriers); 128 give prefill twice as many stages in flight, each of which is mostly x.
   static constexpr int kSparseK = kMulticast ? 128 : 256;
-  static constexpr int kBlocks = kSparseK / 128;             // x tiles and metadata blocks per sparse stage
-  static constexpr int kValueBytes = kSparseK / 2;           // per row
-  static constexpr int kChunk = kMulticast ? 32 : kTokens;   // tokens per pass of the epilogue
+  static constexpr int kBlocks = kSparseK / 128;            // x tiles and metadata blocks per sparse stage
+  static constexpr int kValueBytes = kSparseK / 2;          // per row
+  static constexpr int kChunk = kMulticast ? 32 : kTokens;  // tokens per pass of the epilogue
   static constexpr int kStageBytes = kRows * 128 + kBlocks * (kTokens * 128 + kRows * 16);
   static constexpr int kSumBytes = kChunk * (kRows + 4) * 4;
   static constexpr int kFit = (kSmemLimit - 1024 - 512 - kSumBytes - kWarpgroups * kTokens * 4) / kStageBytes;
@@ -51,11 +52,11 @@ struct Shape {
     uint8_t weights[kStages][kRows * 128];
     uint8_t x[kStages][kBlocks][kTokens * 128];
     uint8_t metadata[kStages][kBlocks][kRows * 16];
-    float sums[kChunk][kRows + 4];          // a stride of 4 banks: the accumulator layout stores without conflicts
+    float sums[kChunk][kRows + 4];  // a stride of 4 banks: the accumulator layout stores without conflicts
     float x_scale[kWarpgroups][kTokens];
     uint64_t full[kStages], empty[kStages], sums_full, sums_empty;
   };
-  static constexpr int kSmemBytes = sizeof(Smem) + 1024;     // room to align
+  static constexpr int kSmemBytes = sizeof(Smem) + 1024;  // room to align
   static_assert(kSmemBytes <= kSmemLimit);
 };
 
