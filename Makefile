@@ -9,6 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 PY = $(VENV)/bin/python
 EXTENSION = vllm_spense/_C.abi3.so
+KERNELS = $(shell find kernels -type f)
 
 # GPU machines bring their own Python with a CUDA build of torch; elsewhere (gpu-plan) the virtual environment does.
 HAS_CUDA = python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null
@@ -31,7 +32,7 @@ help:
 	@echo "make fuzz       6000 damaged checkpoints, 3000 damaged source models (minutes; FUZZ='--seed 7 --cases 20000')"
 	@echo "make soak       the server under 32 clients for ten minutes: errors, memory, answers"
 	@echo "make start-up   seconds until vLLM is ready, Spense against dense FP8, and what the checks take"
-	@echo "make lint       ruff, mypy and which package may import which"
+	@echo "make lint       ruff, clang-format, mypy and which package may import which"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
 	@echo "make accuracy   what FP8 rounding costs: table and plot of docs/accuracy_smollm2.md"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
@@ -64,7 +65,7 @@ $(TORCHVISION)/.ready: $(VENV)/.ready
 	touch $@
 
 # Half a minute: CPU kernels and our own CUDA kernel, no CUTLASS instances. Without nvcc this prints why that is not built.
-$(EXTENSION): $(VENV)/.ready $(shell find kernels -type f) setup.py
+$(EXTENSION): $(VENV)/.ready $(KERNELS) setup.py
 	SPENSE_CPU=1 SPENSE_CUTLASS=0 $(PY) setup.py -q build_ext --inplace
 
 kernels: $(VENV)/.ready
@@ -112,12 +113,14 @@ build/soak/spense:
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(KERNELS)
 
 demo: setup
 	SPENSE_ASSETS=$(ASSETS) $(VENV)/bin/spense demo --work build/demo

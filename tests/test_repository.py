@@ -88,9 +88,10 @@ def test_one_version_everywhere() -> None:
     assert "2606.10445" in citation["references"][0]["url"]
 
 
-def test_hooks_have_the_pinned_ruff() -> None:
-    pinned = re.search(r"^ruff==.*$", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+@pytest.mark.parametrize(("tool", "hooks"), [("ruff", 2), ("clang-format", 1)])
+def test_hooks_have_the_pinned_formatters(tool: str, hooks: int) -> None:
+    pinned = re.search(rf"^{tool}==.*$", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
+    configured = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert pinned
-    ruff = [hook["additional_dependencies"] for hook in hooks if hook["id"].startswith("ruff")]
-    assert ruff == [[pinned[0]]] * 2
+    found = [hook["additional_dependencies"] for hook in configured if hook["id"].startswith(tool)]
+    assert found == [[pinned[0]]] * hooks

@@ -1,4 +1,5 @@
-// What operators of the CUDA extension need around a launch. Host code: it builds against a CPU torch, and loads under any.
+// What operators of the CUDA extension need around a launch. Host code: it builds against a CPU torch, and loads under
+// any.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -21,7 +22,8 @@ inline cudaStream_t stream_of(Tensor const& t) {
 inline void check_matrix(Tensor const& t, char const* name, ScalarType dtype, int dims) {
   STD_TORCH_CHECK(t.is_cuda(), "spense: ", name, " must be a CUDA tensor");
   STD_TORCH_CHECK(t.scalar_type() == dtype, "spense: ", name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.dim() == dims && t.is_contiguous(), "spense: ", name, " must be contiguous with ", dims, " dimensions");
+  STD_TORCH_CHECK(t.dim() == dims && t.is_contiguous(), "spense: ", name, " must be contiguous with ", dims,
+                  " dimensions");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, "spense: ", name, " must be 16-byte aligned");
 }
 
@@ -29,7 +31,8 @@ inline void check_matrix(Tensor const& t, char const* name, ScalarType dtype, in
 inline void check_status(int status, char const* kernel) {
   STD_TORCH_CHECK(status < kCudaError, "spense: ", kernel, " failed with CUDA error ", status - kCudaError, ": ",
                   cudaGetErrorString(static_cast<cudaError_t>(status - kCudaError)));
-  STD_TORCH_CHECK(status == kOk, "spense: ", kernel, " refused the call with status ", status, " (see kernels/common/status.h)");
+  STD_TORCH_CHECK(status == kOk, "spense: ", kernel, " refused the call with status ", status,
+                  " (see kernels/common/status.h)");
 }
 
 }  // namespace spense

@@ -16,10 +16,14 @@ using Ints = std::vector<int64_t>;
 
 inline Dtype dtype_of(Tensor const& t, char const* name) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return kBfloat16;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::Float: return kFloat32;
-    default: STD_TORCH_CHECK(false, "spense: ", name, " must be bf16, fp16 or fp32");
+    case ScalarType::BFloat16:
+      return kBfloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Float:
+      return kFloat32;
+    default:
+      STD_TORCH_CHECK(false, "spense: ", name, " must be bf16, fp16 or fp32");
   }
 }
 

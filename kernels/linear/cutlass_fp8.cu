@@ -31,8 +31,8 @@ template <CutlassKind kKind>
 struct Instance<1, kKind> {
   using Schedule = cute::conditional_t<is_sparse(kKind), cutlass::gemm::KernelSparseTmaWarpSpecialized1SmSm100,
                                        cutlass::gemm::KernelTmaWarpSpecialized1SmSm100>;
-  using Gemm = CutlassGemmInstance<cutlass::arch::Sm100, kKind, Tile<128, 64, kColumns<kKind>>,
-                                   cute::Shape<_1, _1, _1>, Schedule, cutlass::epilogue::TmaWarpSpecialized1Sm>;
+  using Gemm = CutlassGemmInstance<cutlass::arch::Sm100, kKind, Tile<128, 64, kColumns<kKind>>, cute::Shape<_1, _1, _1>,
+                                   Schedule, cutlass::epilogue::TmaWarpSpecialized1Sm>;
 };
 
 template <CutlassKind kKind>

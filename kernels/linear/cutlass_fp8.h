@@ -1,7 +1,7 @@
 // The Spense linear layer as separate CUTLASS GEMMs: every tile of Blackwell, and large token counts on Hopper.
 #pragma once
-#include <cstddef>
 #include <cuda_runtime_api.h>
+#include <cstddef>
 #include "common/status.h"
 #include "linear/arguments.h"
 
@@ -15,22 +15,22 @@ enum CutlassKind : int { kSparseFinal = 0, kDenseFinal = 1, kSparsePartial = 2, 
 
 // Pointers are to the first row, token or column that this GEMM reads or writes; leading dimensions are the layer's.
 struct CutlassGemm {
-  int rows, tokens, cols;              // M, N, K (logical columns)
-  uint8_t const* weight;               // values or dense weight
-  int64_t weight_pitch;                // bytes
-  uint8_t const* metadata;             // sparse kinds: first row of the first block of 128 columns
-  int metadata_rows;                   // rows of a block
+  int rows, tokens, cols;   // M, N, K (logical columns)
+  uint8_t const* weight;    // values or dense weight
+  int64_t weight_pitch;     // bytes
+  uint8_t const* metadata;  // sparse kinds: first row of the first block of 128 columns
+  int metadata_rows;        // rows of a block
   uint8_t const* x;
-  int64_t x_pitch;                     // bytes
-  float const* x_scale;                // not read by partial, like the next two
+  int64_t x_pitch;       // bytes
+  float const* x_scale;  // not read by partial, like the next two
   float const* weight_scale;
-  void const* bias;                    // bf16, or null
-  float const* addend;                 // addend only
-  int64_t addend_pitch;                // elements
+  void const* bias;      // bf16, or null
+  float const* addend;   // addend only
+  int64_t addend_pitch;  // elements
   void* d;
-  int64_t d_pitch;                     // elements from one token to the next
+  int64_t d_pitch;  // elements from one token to the next
   int device, sms;
-  bool pdl;                            // may start before the previous kernel on the stream has ended
+  bool pdl;  // may start before the previous kernel on the stream has ended
   void* workspace;
   size_t workspace_bytes;
 };

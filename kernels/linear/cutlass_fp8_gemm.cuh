@@ -30,7 +30,7 @@ struct AfterGridWait : Node {
     CUTLASS_DEVICE explicit Waiting(Callbacks const& callbacks) : Callbacks(callbacks) {}
     CUTLASS_DEVICE void begin() {
       cutlass::arch::wait_on_dependent_grids();
-      asm volatile("" ::: "memory");   // the wait names no memory: keep the loads below it
+      asm volatile("" ::: "memory");  // the wait names no memory: keep the loads below it
       Callbacks::begin();
     }
   };
@@ -52,7 +52,7 @@ struct CutlassEpilogue {
   using Acc = cutlass::epilogue::fusion::Sm90AccFetch;
   using XScale = AfterGridWait<cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, float>>;
   using WeightScale = cutlass::epilogue::fusion::Sm90ColBroadcast<0, CtaTile, float>;
-  using Bias = cutlass::epilogue::fusion::Sm90ColBroadcast<0, CtaTile, cutlass::bfloat16_t, float>;   // null: zeros
+  using Bias = cutlass::epilogue::fusion::Sm90ColBroadcast<0, CtaTile, cutlass::bfloat16_t, float>;  // null: zeros
 
   template <class Sum>
   using Scaled = Apply<cutlass::homogeneous_multiply_add, cutlass::bfloat16_t, WeightScale,
@@ -91,9 +91,9 @@ struct CutlassGemmInstance {
   static constexpr int kAlignA = kSparse ? 32 : 16, kAlignB = 16, kAlignC = 4;
   static constexpr int kAlignD = 16 / int(sizeof(typename Epi::D));
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      Arch, OpClass, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      typename Epi::C, cutlass::layout::ColumnMajor, kAlignC, typename Epi::D, cutlass::layout::ColumnMajor, kAlignD,
-      EpilogueSchedule, typename Epi::Tree>::CollectiveOp;
+      Arch, OpClass, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, typename Epi::C,
+      cutlass::layout::ColumnMajor, kAlignC, typename Epi::D, cutlass::layout::ColumnMajor, kAlignD, EpilogueSchedule,
+      typename Epi::Tree>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       Arch, OpClass, Element, cutlass::layout::RowMajor, kAlignA, Element, cutlass::layout::ColumnMajor, kAlignB, float,
       Tile, Cluster, cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,

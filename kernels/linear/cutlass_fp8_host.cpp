@@ -12,9 +12,9 @@ using spense::LinearArgs;
 using Instance = int (*)(CutlassGemm const*, size_t*, cudaStream_t);
 
 // Indexed by CutlassKind; an architecture that was left out of the build is not referenced.
-#define SPENSE_CUTLASS_GROUP(a, b, c, d)                                        \
-  static constexpr Instance group[] = {spense_cutlass_gemm_##a, spense_cutlass_gemm_##b, \
-                                       spense_cutlass_gemm_##c, spense_cutlass_gemm_##d}
+#define SPENSE_CUTLASS_GROUP(a, b, c, d)                                                                          \
+  static constexpr Instance group[] = {spense_cutlass_gemm_##a, spense_cutlass_gemm_##b, spense_cutlass_gemm_##c, \
+                                       spense_cutlass_gemm_##d}
 
 Instance const* instances([[maybe_unused]] int arch, [[maybe_unused]] int tile) {
 #if SPENSE_WITH_SM90

@@ -1,14 +1,15 @@
-// The few Hopper instructions that CuTe does not wrap in the form needed here, and CuTe's wgmma structs behind one name.
+// The few Hopper instructions that CuTe does not wrap in the form needed here, and CuTe's wgmma structs behind one
+// name.
 #pragma once
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/arch/mma_sm90_gmma_sparse.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/grid_dependency_control.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cstdint>
 #include <cstdio>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/mma_sm90_gmma_sparse.hpp>
 #include <utility>
 
 namespace spense::sm90 {
@@ -24,17 +25,20 @@ constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 __device__ __forceinline__ uint32_t smem_address(void const* p) { return cute::cast_smem_ptr_to_uint(p); }
 
 // Contiguous copy, 16-byte aligned on both sides, completing on `barrier`.
-__device__ __forceinline__ void bulk_copy(void* dst, void const* src, uint32_t bytes, TransactionBarrier* barrier, uint64_t policy) {
+__device__ __forceinline__ void bulk_copy(void* dst, void const* src, uint32_t bytes, TransactionBarrier* barrier,
+                                          uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      :: "r"(smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy) : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(smem_address(dst)),
+      "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      : "memory");
 }
 
 #ifdef SPENSE_TRAP
 // Polls until `done` or, by the wall clock, until a wait has lasted as long as no launch does: then it says which, and
 // stops the kernel, where it would hang the device otherwise. One try_wait may be suspended for as long as the hardware
 // likes, so that counting polls would bound nothing.
-constexpr uint64_t kLongestWait = 2'000'000'000;   // ns
+constexpr uint64_t kLongestWait = 2'000'000'000;  // ns
 
 __device__ __forceinline__ uint64_t nanoseconds() {
   uint64_t now;
@@ -67,17 +71,21 @@ __device__ __forceinline__ void wait(B* barrier, uint32_t phase, [[maybe_unused]
 __device__ __forceinline__ void arrive_release_cluster(Barrier* barrier, uint32_t cta) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}"
-      :: "r"(smem_address(barrier)), "r"(cta) : "memory");
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
+      "r"(cta)
+      : "memory");
 }
-__device__ __forceinline__ void wait_acquire_cluster(Barrier* barrier, uint32_t phase, [[maybe_unused]] char const* what) {
+__device__ __forceinline__ void wait_acquire_cluster(Barrier* barrier, uint32_t phase,
+                                                     [[maybe_unused]] char const* what) {
 #ifdef SPENSE_TRAP
   auto const poll = [&] {
     uint32_t done;
     asm volatile(
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done) : "r"(smem_address(barrier)), "r"(phase) : "memory");
+        : "=r"(done)
+        : "r"(smem_address(barrier)), "r"(phase)
+        : "memory");
     return done != 0;
   };
   wait_or_trap(poll, phase, what);
@@ -85,8 +93,9 @@ __device__ __forceinline__ void wait_acquire_cluster(Barrier* barrier, uint32_t 
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra READY;\nbra WAIT;\nREADY:\n}"
-      :: "r"(smem_address(barrier)), "r"(phase) : "memory");
+      "@done bra READY;\nbra WAIT;\nREADY:\n}" ::"r"(smem_address(barrier)),
+      "r"(phase)
+      : "memory");
 #endif
 }
 __device__ __forceinline__ float4 load_cluster(float const* local, uint32_t cta) {
@@ -94,7 +103,9 @@ __device__ __forceinline__ float4 load_cluster(float const* local, uint32_t cta)
   float4 v;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(local)), "r"(cta));
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote)
+               : "memory");
   return v;
 }
 
@@ -108,13 +119,20 @@ __device__ __forceinline__ uint64_t tile_descriptor(void const* p) {
 }
 
 // m64 nN, e4m3 x e4m3 -> fp32, both operands from shared memory: k32 dense, k64 sparse.
-template <int kN> struct Ops;
-#define SPENSE_WGMMA(N)                                                          \
-  template <> struct Ops<N> {                                                    \
-    using Dense = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>;         \
+template <int kN>
+struct Ops;
+#define SPENSE_WGMMA(N)                                                            \
+  template <>                                                                      \
+  struct Ops<N> {                                                                  \
+    using Dense = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>;           \
     using Sparse = cute::SM90::GMMA::SPARSE::GMMA_64x##N##x64_F32E4M3E4M3_SS_TN<>; \
   };
-SPENSE_WGMMA(8) SPENSE_WGMMA(16) SPENSE_WGMMA(32) SPENSE_WGMMA(64) SPENSE_WGMMA(128) SPENSE_WGMMA(256)
+SPENSE_WGMMA(8)
+SPENSE_WGMMA(16)
+SPENSE_WGMMA(32)
+SPENSE_WGMMA(64)
+SPENSE_WGMMA(128)
+SPENSE_WGMMA(256)
 #undef SPENSE_WGMMA
 
 template <int kN, size_t... I>
@@ -122,7 +140,8 @@ __device__ __forceinline__ void dense_wgmma(float (&acc)[kN / 2], uint64_t a, ui
   Ops<kN>::Dense::fma(a, b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
 }
 template <int kN, size_t... I>
-__device__ __forceinline__ void sparse_wgmma(float (&acc)[kN / 2], uint64_t a, uint64_t b, uint32_t e, std::index_sequence<I...>) {
+__device__ __forceinline__ void sparse_wgmma(float (&acc)[kN / 2], uint64_t a, uint64_t b, uint32_t e,
+                                             std::index_sequence<I...>) {
   Ops<kN>::Sparse::fma(a, b, acc[I]..., e, cute::SM90::GMMA::ScaleOut::One);
 }
 

@@ -1,16 +1,17 @@
 // Which cluster computes which tile of y, in which order: arithmetic on sizes alone, the same on host and device.
 //
-// Rows of y fall into classes (gate's dense rows, up's dense rows, gate's sparse rows, ...). A tile is `tile_rows` rows of
-// one class by `tile_tokens` tokens; with x multicast, a *group* of neighbouring row tiles is the unit of scheduling.
-// Groups of dense classes cost more than those of sparse ones, so they go first (longest processing time first):
-// cluster c takes heavy units c, c + C, ...; clusters that got one heavy unit fewer take `lead` light units (as many as
-// fit into the time of a heavy one) before the others join. Two costs are all there are, so this closed form replaces a schedule in memory.
+// Rows of y fall into classes (gate's dense rows, up's dense rows, gate's sparse rows, ...). A tile is `tile_rows` rows
+// of one class by `tile_tokens` tokens; with x multicast, a *group* of neighbouring row tiles is the unit of
+// scheduling. Groups of dense classes cost more than those of sparse ones, so they go first (longest processing time
+// first): cluster c takes heavy units c, c + C, ...; clusters that got one heavy unit fewer take `lead` light units (as
+// many as fit into the time of a heavy one) before the others join. Two costs are all there are, so this closed form
+// replaces a schedule in memory.
 #pragma once
 #include "linear/arguments.h"
 
 #ifdef __CUDACC__
 #define SPENSE_HD __host__ __device__ __forceinline__
-#define SPENSE_ROLLED _Pragma("unroll 1")   // a handful of classes: code size matters more
+#define SPENSE_ROLLED _Pragma("unroll 1")  // a handful of classes: code size matters more
 #else
 #define SPENSE_HD inline
 #define SPENSE_ROLLED
@@ -19,31 +20,31 @@
 namespace spense {
 
 constexpr int kMaxClasses = 2 * kMaxShards;
-constexpr int kTokenBlock = 8;   // token tiles that run through all row groups together: both operands stay in L2
+constexpr int kTokenBlock = 8;  // token tiles that run through all row groups together: both operands stay in L2
 
 struct TileClass {
-  int rows, y_row;                // rows of y, the first one
-  int sparse_row, dense_row;      // first row in the stored matrices
+  int rows, y_row;            // rows of y, the first one
+  int sparse_row, dense_row;  // first row in the stored matrices
   int sparse_stages, dense_stages;
-  int x_dense;                    // first column of x that dense stages read (sparse ones start at 0)
-  int pair;                       // paired tiles: from a row of gate to the row of up in the stored matrix
+  int x_dense;  // first column of x that dense stages read (sparse ones start at 0)
+  int pair;     // paired tiles: from a row of gate to the row of up in the stored matrix
 };
 
 struct Tile {
-  int index, row_tile, token_tile;   // class (< 0: no more), row tile in the class, token tile
+  int index, row_tile, token_tile;  // class (< 0: no more), row tile in the class, token tile
 };
 
 struct TilePlan {
   TileClass classes[kMaxClasses];
-  int count, heavy;               // classes; the first `heavy` of them are the expensive ones
+  int count, heavy;  // classes; the first `heavy` of them are the expensive ones
   int tile_rows, token_tiles;
-  int group;                      // row tiles per unit: the cluster's CTAs under multicast, else 1
+  int group;  // row tiles per unit: the cluster's CTAs under multicast, else 1
 
   // Filled by schedule(); the kernel divides as little as it can before its first load.
   int clusters, lead;
-  int group_end[kMaxClasses];     // groups of the heavy (light) classes up to and with this one
+  int group_end[kMaxClasses];  // groups of the heavy (light) classes up to and with this one
   int heavy_groups, light_groups;
-  int turns, late;                // heavy units of every cluster; clusters that have one more
+  int turns, late;  // heavy units of every cluster; clusters that have one more
 
   int64_t units() const {
     int64_t n = 0;
@@ -68,9 +69,12 @@ struct TilePlan {
     k -= mine;
     int const early = clusters - late;
     int id;
-    if (cluster < late) id = lead * early + k * clusters + early + cluster;
-    else if (k < lead) id = k * early + cluster - late;
-    else id = lead * early + (k - lead) * clusters + cluster - late;
+    if (cluster < late)
+      id = lead * early + k * clusters + early + cluster;
+    else if (k < lead)
+      id = k * early + cluster - late;
+    else
+      id = lead * early + (k - lead) * clusters + cluster - late;
     if (id >= light_groups * token_tiles) return {-1, 0, 0};
     return unit(id, heavy, light_groups);
   }
@@ -121,8 +125,10 @@ inline TilePlan make_plan(LinearArgs const& a, int tile_rows, int tile_tokens, i
     int y_row = 0, region_row = 0;
     for (int i = 0; i < a.shards; ++i) {
       int const rows = is_sparse ? a.sparse[i] : a.dense[i], first = y_row + (is_sparse ? 0 : a.sparse[i]);
-      if (rows && is_sparse) p.classes[p.count++] = {rows, first, region_row, 0, sparse_stages, 0, 0, 0};
-      else if (rows) p.classes[p.count++] = {rows, first, 0, region_row, 0, dense_stages, 0, 0};
+      if (rows && is_sparse)
+        p.classes[p.count++] = {rows, first, region_row, 0, sparse_stages, 0, 0, 0};
+      else if (rows)
+        p.classes[p.count++] = {rows, first, 0, region_row, 0, dense_stages, 0, 0};
       region_row += rows;
       y_row += a.sparse[i] + a.dense[i];
     }

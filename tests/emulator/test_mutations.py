@@ -51,8 +51,8 @@ MUTATIONS = {
         "deadlock|in flight|expects bytes",
     ),
     "sums replaced before the cluster has read them": Mutation(
-        'if (parts > 1 && round > 0) wait_acquire_cluster(sums_empty, (round - 1) & 1, "sums to be read");',
-        "",
+        'wait_acquire_cluster(sums_empty, (round - 1) & 1, "sums to be read");',
+        ";",
         MANY_TILES,
         "results are wrong|depend on timing",
     ),

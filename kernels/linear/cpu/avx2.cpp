@@ -21,13 +21,18 @@ struct Avx2 {
   static Avx2 add(Avx2 a, Avx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
   static Avx2 multiply(Avx2 a, Avx2 b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  static Ints bytes(uint8_t const* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p))); }
-  static Ints signed_bytes(uint8_t const* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p))); }
+  static Ints bytes(uint8_t const* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
+  }
+  static Ints signed_bytes(uint8_t const* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
+  }
   static Ints shift_left(Ints a, int n) { return _mm256_slli_epi32(a, n); }
   static Ints shift_right(Ints a, int n) { return _mm256_srli_epi32(a, n); }
   static Ints masked(Ints a, int32_t mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
   static Avx2 of_bits(Ints a) { return {_mm256_castsi256_ps(a)}; }
-  static Avx2 permuted(Avx2 group, Ints positions) { return {_mm256_permutevar_ps(group.v, positions)}; }  // their two low bits
+  // Of positions, the two low bits count.
+  static Avx2 permuted(Avx2 group, Ints positions) { return {_mm256_permutevar_ps(group.v, positions)}; }
   // Per row: w0 where the first position is i, w1 where the second is, else 0.
   static Avx2 where(Ints first, Ints second, int i, Avx2 w0, Avx2 w1) {
     Ints const three = _mm256_set1_epi32(3), wanted = _mm256_set1_epi32(i);

@@ -1,6 +1,6 @@
-// Dot products of bf16 pairs (AVX-512 BF16 and VBMI): Zen 4, Sapphire Rapids and later. A codec's values are exact in bf16 and a
-// product of two is exact in fp32, so only the rate differs from the other files: two columns per instruction, and weights are widened
-// by table look-ups.
+// Dot products of bf16 pairs (AVX-512 BF16 and VBMI): Zen 4, Sapphire Rapids and later. A codec's values are exact in
+// bf16 and a product of two is exact in fp32, so only the rate differs from the other files: two columns per
+// instruction, and weights are widened by table look-ups.
 #include <immintrin.h>
 #include "linear/cpu/codecs.h"
 #include "linear/cpu/rows.h"
@@ -8,14 +8,14 @@
 namespace spense::cpu {
 namespace {
 
-constexpr int kRegisters = 24;     // of 32, for sums
-constexpr int kDecodeUpTo = 32;    // tokens; more are faster over widened weights
+constexpr int kRegisters = 24;   // of 32, for sums
+constexpr int kDecodeUpTo = 32;  // tokens; more are faster over widened weights
 
 // Orders of bytes, and by metadata nibble. Constants: code of this file must not run where it cannot.
 struct Tables {
-  alignas(64) uint8_t order[64];             // four columns [column][row] -> pairs of columns, as unpacklo and unpackhi need them
-  alignas(64) uint8_t gather[16][4];         // bytes of x's group of four that meet (first, second)
-  alignas(64) uint8_t scatter[2][16][4];     // bytes of (first, second) for columns 0, 1 and for 2, 3; 0x80: zero
+  alignas(64) uint8_t order[64];  // four columns [column][row] -> pairs of columns, as unpacklo and unpackhi need them
+  alignas(64) uint8_t gather[16][4];      // bytes of x's group of four that meet (first, second)
+  alignas(64) uint8_t scatter[2][16][4];  // bytes of (first, second) for columns 0, 1 and for 2, 3; 0x80: zero
   constexpr Tables() : order{}, gather{}, scatter{} {
     for (int i = 0; i < 64; ++i) order[i] = uint8_t((i % 16 / 8 * 2 + i % 2) * kRows + i / 16 * 4 + i % 8 / 2);
     for (int nibble = 0; nibble < 16; ++nibble) {
@@ -28,8 +28,8 @@ struct Tables {
 };
 constexpr Tables tables;
 
-// 64 weights [4 columns][16 rows] as bf16: per row (of 4 bytes) columns 0 and 1 in `a`, 2 and 3 in `b`. The same for two groups of four:
-// first and second value of one in `a`, of the other in `b`.
+// 64 weights [4 columns][16 rows] as bf16: per row (of 4 bytes) columns 0 and 1 in `a`, 2 and 3 in `b`. The same for
+// two groups of four: first and second value of one in `a`, of the other in `b`.
 template <class W>
 struct Widener {
   typename W::LookUp look_up;
@@ -52,7 +52,8 @@ T read(void const* p) {
   return value;
 }
 
-// Up to 4 tokens. An instruction adds the odd column first, so columns 2, 3 of a group come before 0, 1, as in a 2:4 region.
+// Up to 4 tokens. An instruction adds the odd column first, so columns 2, 3 of a group come before 0, 1, as in a 2:4
+// region.
 template <class W, int Tokens>
 void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
   Widener<W> const widen;
@@ -70,7 +71,8 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
       __m512i w[2];
       widen(values, w[0], w[1]);
       __m512i const nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(meta)));
-      __m512i const taken[2] = {_mm512_permutexvar_epi32(nibbles, gather), _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather)};
+      __m512i const taken[2] = {_mm512_permutexvar_epi32(nibbles, gather),
+                                _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather)};
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
@@ -94,10 +96,12 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
     }
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t)
-    _mm512_storeu_ps(out + t * kRows, _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3])));
+    _mm512_storeu_ps(out + t * kRows,
+                     _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3])));
 }
 
-// Columns [from, to) of a strip as bf16 [sum][group of it][columns 2 and 3, columns 0 and 1][row][2], zeros written out.
+// Columns [from, to) of a strip as bf16 [sum][group of it][columns 2 and 3, columns 0 and 1][row][2], zeros written
+// out.
 template <class W>
 void widen_columns(Strip const& s, int64_t from, int64_t to, __m512i* out) {
   Widener<W> const widen;
@@ -109,10 +113,12 @@ void widen_columns(Strip const& s, int64_t from, int64_t to, __m512i* out) {
     for (int half = 0; in_sparse && half < 2; ++half) {
       __m512i w[2];
       widen(s.values + bytes<W>((c / 2 + 4 * half) * kRows), w[0], w[1]);
-      __m512i nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(s.meta + (c / 8 + half) * kRows)));
+      __m512i nibbles =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(s.meta + (c / 8 + half) * kRows)));
       for (int g = 0; g < 2; ++g, nibbles = _mm512_srli_epi32(nibbles, 4))
         for (int i = 0; i < 2; ++i)
-          out[(2 * half + g) * next_sum + i] = _mm512_shuffle_epi8(w[g], _mm512_or_si512(_mm512_permutexvar_epi32(nibbles, scatter[i]), place));
+          out[(2 * half + g) * next_sum + i] =
+              _mm512_shuffle_epi8(w[g], _mm512_or_si512(_mm512_permutexvar_epi32(nibbles, scatter[i]), place));
     }
     for (int g = 0; c >= s.dense_from && g < 4; ++g) {
       __m512i w[2];
@@ -149,7 +155,8 @@ void multiply(__m512i const* weight, int64_t steps, Bf16 const* x, int64_t pitch
 }
 
 template <int Strips, int Tokens>
-void tiles(__m512i const* weight, int64_t steps, Bf16 const* x, int64_t pitch, int tokens, float* out, int64_t next_strip) {
+void tiles(__m512i const* weight, int64_t steps, Bf16 const* x, int64_t pitch, int tokens, float* out,
+           int64_t next_strip) {
   for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows)
     multiply<Strips, Tokens>(weight, steps, x, pitch, out, next_strip);
   if constexpr (Tokens > 1) tiles<Strips, Tokens / 2>(weight, steps, x, pitch, tokens, out, next_strip);
@@ -167,21 +174,24 @@ void prefill(Strip const* strips, Bf16 const* x, int64_t pitch, int tokens, floa
     int64_t const depth = strips[0].in - c < kDepth ? strips[0].in - c : kDepth;
     for (int s = 0; s < Strips; ++s) widen_columns<W>(strips[s], c, c + depth, weight + s * kDepth / 2);
     for (int g = 0; g < kSums; ++g)
-      tiles<Strips, kRegisters / Strips>(weight + g * (depth / kSums / 2), depth / kStep, x + c + 4 * g, pitch, tokens, sums[g], values);
+      tiles<Strips, kRegisters / Strips>(weight + g * (depth / kSums / 2), depth / kStep, x + c + 4 * g, pitch, tokens,
+                                         sums[g], values);
   }
   for (int i = 0; i < Strips * values; ++i) out[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
 }
 
 template <class W, int Tokens>
 void decodes(Strip const& s, Bf16 const* x, int64_t pitch, int tokens, float* out) {
-  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) decode<W, Tokens>(s, x, pitch, out);
+  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows)
+    decode<W, Tokens>(s, x, pitch, out);
   if constexpr (Tokens > 1) decodes<W, Tokens / 2>(s, x, pitch, tokens, out);
 }
 
 template <class W>
 void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
   auto const* x = static_cast<Bf16 const*>(values);
-  if (tokens > kDecodeUpTo) return count == 2 ? prefill<W, 2>(strips, x, pitch, tokens, out) : prefill<W, 1>(strips, x, pitch, tokens, out);
+  if (tokens > kDecodeUpTo)
+    return count == 2 ? prefill<W, 2>(strips, x, pitch, tokens, out) : prefill<W, 1>(strips, x, pitch, tokens, out);
   for (int i = 0; i < count; ++i) decodes<W, 4>(strips[i], x, pitch, tokens, out + i * tokens * kRows);
 }
 

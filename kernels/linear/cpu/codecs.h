@@ -1,6 +1,7 @@
-// The codecs that every instruction set is compiled for. One more is a header like weights_fp8.h, its name in Codec and its place in
-// Codecs. It has kCodec, kBits of a weight, widened<V>() for fp32 lanes, and codes() and LookUp for AVX-512 BF16, where its values must
-// be exact in bf16. Bytes of zeros are zeros: layouts are padded with them. The bindings choose which one a call runs.
+// The codecs that every instruction set is compiled for. One more is a header like weights_fp8.h, its name in Codec and
+// its place in Codecs. It has kCodec, kBits of a weight, widened<V>() for fp32 lanes, and codes() and LookUp for
+// AVX-512 BF16, where its values must be exact in bf16. Bytes of zeros are zeros: layouts are padded with them. The
+// bindings choose which one a call runs.
 #pragma once
 #include "linear/cpu/weights_fp8.h"
 

@@ -1,5 +1,5 @@
-// What happens to activations in front of and behind the strips, in plain loops that the compiler vectorises: included once per
-// instruction set. Needs -ffp-contract=off, as the definition rounds after every step.
+// What happens to activations in front of and behind the strips, in plain loops that the compiler vectorises: included
+// once per instruction set. Needs -ffp-contract=off, as the definition rounds after every step.
 #pragma once
 #include <immintrin.h>
 #include <cstring>
@@ -20,8 +20,12 @@ To bit_cast(From from) {
   return to;
 }
 
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
 inline float to_float(float x) { return x; }
 inline float to_float(Fp16 x) { return _cvtsh_ss(x.bits); }
 inline float to_float(Bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -38,7 +42,8 @@ inline float rounded_to_e4m3(float x) {
   uint32_t const normal = (magnitude + 0x7FFFF + (magnitude >> 20 & 1)) & 0xFFF00000;
   constexpr float kSubnormalStep = 0x1.8p14f;  // behind it, fp32 has steps of 2^-9
   uint32_t const subnormal = bit_cast<uint32_t>((bit_cast<float>(magnitude) + kSubnormalStep) - kSubnormalStep);
-  float const rounded = bit_cast<float>((magnitude < 0x3C800000 ? subnormal : normal) | (bits & 0x80000000));  // 2^-6: the smallest normal
+  float const rounded = bit_cast<float>((magnitude < 0x3C800000 ? subnormal : normal) |
+                                        (bits & 0x80000000));  // 2^-6: the smallest normal
   return x != x ? x : rounded;
 }
 
@@ -63,7 +68,8 @@ void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* valu
 }
 
 template <class T>
-void finish_rows(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, T const* bias, T* y, int64_t y_pitch) {
+void finish_rows(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, T const* bias,
+                 T* y, int64_t y_pitch) {
   for (int t = 0; t < tokens; ++t, out += kRows, y += y_pitch)
     for (int r = 0; r < rows; ++r) {
       float const scaled = out[r] * x_scale[t] * weight_scale[r];
@@ -72,16 +78,20 @@ void finish_rows(float const* out, int tokens, int rows, float const* x_scale, f
 }
 
 template <class Value>
-void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch, float* scales) {
+void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch,
+              float* scales) {
   auto const run = [&](auto const* p) { quantize_rows(p, in, from, to, static_cast<Value*>(values), pitch, scales); };
   if (dtype == kBfloat16) return run(static_cast<Bf16 const*>(x));
   if (dtype == kFloat16) return run(static_cast<Fp16 const*>(x));
   run(static_cast<float const*>(x));
 }
 
-void finish(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias, Dtype dtype, void* y,
-            int64_t y_pitch) {
-  auto const run = [&](auto* p) { finish_rows(out, tokens, rows, x_scale, weight_scale, static_cast<decltype(p)>(const_cast<void*>(bias)), p, y_pitch); };
+void finish(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias,
+            Dtype dtype, void* y, int64_t y_pitch) {
+  auto const run = [&](auto* p) {
+    finish_rows(out, tokens, rows, x_scale, weight_scale, static_cast<decltype(p)>(const_cast<void*>(bias)), p,
+                y_pitch);
+  };
   if (dtype == kBfloat16) return run(static_cast<Bf16*>(y));
   if (dtype == kFloat16) return run(static_cast<Fp16*>(y));
   run(static_cast<float*>(y));

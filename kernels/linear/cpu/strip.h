@@ -1,5 +1,5 @@
-// One strip of 16 output rows for any number of tokens, over a vector type V (see avx2.cpp) and a codec W (see codecs.h):
-// included once per instruction set, in a file that is compiled for it.
+// One strip of 16 output rows for any number of tokens, over a vector type V (see avx2.cpp) and a codec W (see
+// codecs.h): included once per instruction set, in a file that is compiled for it.
 #pragma once
 #include "linear/cpu/codecs.h"
 #include "linear/cpu/rows.h"
@@ -7,7 +7,8 @@
 namespace spense::cpu {
 namespace {
 
-// Up to V::kDecode tokens: weights and positions stay in registers, the x of a position comes from a permutation inside of the group.
+// Up to V::kDecode tokens: weights and positions stay in registers, the x of a position comes from a permutation inside
+// of the group.
 template <class V, class W, int Tokens>
 void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
   for (int row = 0; row < kRows; row += V::kLanes) {
@@ -99,7 +100,8 @@ void multiply(float const* weight, int64_t steps, float const* x, int64_t pitch,
 
 template <class V, int Tokens>
 void tiles(float const* weight, int64_t steps, float const* x, int64_t pitch, int tokens, float* out) {
-  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) multiply<V, Tokens>(weight, steps, x, pitch, out);
+  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows)
+    multiply<V, Tokens>(weight, steps, x, pitch, out);
   if constexpr (Tokens > 1) tiles<V, Tokens / 2>(weight, steps, x, pitch, tokens, out);
 }
 
@@ -122,7 +124,8 @@ void prefill(Strip const& s, float const* x, int64_t pitch, int tokens, float* o
 // Few tokens: straight from the compressed weights.
 template <class V, class W, int Tokens>
 void decodes(Strip const& s, float const* x, int64_t pitch, int tokens, float* out) {
-  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows) decode<V, W, Tokens>(s, x, pitch, out);
+  for (; tokens >= Tokens; tokens -= Tokens, x += Tokens * pitch, out += Tokens * kRows)
+    decode<V, W, Tokens>(s, x, pitch, out);
   if constexpr (Tokens > 1) decodes<V, W, Tokens / 2>(s, x, pitch, tokens, out);
 }
 
@@ -130,7 +133,8 @@ template <class V, class W>
 void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
   auto const* x = static_cast<float const*>(values);
   for (int i = 0; i < count; ++i, out += tokens * kRows)
-    tokens <= V::kDecodeUpTo ? decodes<V, W, V::kDecode>(strips[i], x, pitch, tokens, out) : prefill<V, W>(strips[i], x, pitch, tokens, out);
+    tokens <= V::kDecodeUpTo ? decodes<V, W, V::kDecode>(strips[i], x, pitch, tokens, out)
+                             : prefill<V, W>(strips[i], x, pitch, tokens, out);
 }
 
 template <class V, class... W>

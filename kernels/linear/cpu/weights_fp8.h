@@ -6,9 +6,10 @@
 namespace spense::cpu {
 namespace {
 
-// A byte of e4m3 becomes the fp32 of the same value times 2^-120: sign, exponent and mantissa move to their places, and the
-// exponents' biases (7 and 127) differ by 120. The product with 2^120 is exact; e4m3's subnormals are fp32's until then, so the caller
-// sees to it that they are not flushed (through fp16, which is never flushed, is half as slow again).
+// A byte of e4m3 becomes the fp32 of the same value times 2^-120: sign, exponent and mantissa move to their places, and
+// the exponents' biases (7 and 127) differ by 120. The product with 2^120 is exact; e4m3's subnormals are fp32's until
+// then, so the caller sees to it that they are not flushed (through fp16, which is never flushed, is half as slow
+// again).
 constexpr int32_t kSignExponentMantissa = int32_t(0x87F00000u);
 constexpr float kRebias = 0x1p120f;
 
@@ -41,7 +42,8 @@ struct Fp8 {
   // V::kLanes weights as fp32.
   template <class V>
   static V widened(uint8_t const* p) {
-    return V::multiply(V::of_bits(V::masked(V::shift_left(V::signed_bytes(p), 20), kSignExponentMantissa)), V::one(kRebias));
+    return V::multiply(V::of_bits(V::masked(V::shift_left(V::signed_bytes(p), 20), kSignExponentMantissa)),
+                       V::one(kRebias));
   }
 
 #ifdef __AVX512VBMI__
