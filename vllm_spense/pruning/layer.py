@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
@@ -9,7 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
+from vllm_spense.format import (
+    FP8_DTYPE,
+    CheckpointError,
+    Layout,
+    dequantize,
+    pack_linear,
+    unpack_linear,
+)
 from vllm_spense.pruning.activations import (
     LayerInputs,
     Outputs,
@@ -25,22 +33,16 @@ from vllm_spense.pruning.choice.attention import (
     move_groups,
     observe,
     observe_out,
-    target,
 )
-from vllm_spense.pruning.choice.selection import (
-    DenseChoice,
-    dense_count,
-    index_scores,
-    permutation,
-    permute_columns,
-    permute_rows,
-)
+from vllm_spense.pruning.choice.selection import index_scores, permutation, permute_columns, permute_rows
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.solvers.hessian import Hessian, output_error, squares
 from vllm_spense.pruning.solvers.joint import fit_jointly, output_losses, split, stride
 from vllm_spense.pruning.solvers.obs import factorize
 from vllm_spense.pruning.solvers.regroup import regroup
 from vllm_spense.pruning.solvers.solver import Solver
+from vllm_spense.pruning.stages import stage
+from vllm_spense.pruning.targets import LayerTargets
 
 KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""
@@ -48,7 +50,7 @@ KEEP_BYTES = 2 << 30
 
 @dataclass
 class PrunedLayer:
-    """Result for one layer: full-precision weights before rounding, by module name, and what was lost.
+    """Result for one layer: the encoded weights by module name (:func:`encode`), and what was lost.
 
     ``losses`` per pruned module: relative squared output error of pruning and rounding together (of the
     weight itself where nothing was calibrated). ``row_order``: the permutation of a module's rows, to
@@ -56,7 +58,7 @@ class PrunedLayer:
     ``left_out``: MLPs whose joint fit did not lower the error on tokens that it had not seen.
     """
 
-    weights: dict[str, torch.Tensor]
+    tensors: dict[str, dict[str, torch.Tensor]]
     layouts: dict[str, Layout]
     losses: dict[str, float] = field(default_factory=dict)
     row_order: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -81,29 +83,29 @@ class _Observed:
 class LayerPruner:
     """Prunes layer after layer of one model under one configuration.
 
-    ``inputs`` is None for methods that need no calibration; ``choice`` is None where each layer ranks its
-    own indices and keeps the same share of them. The model's linears hold the rounded weights afterwards,
-    so that the next layer is calibrated on what will be served.
+    ``inputs`` is None for methods that need no calibration; ``costs``: what each index [I] of each layer
+    costs as 2:4, None where each layer ranks its own. The model's linears hold the rounded weights
+    afterwards, so that the next layer is calibrated on what will be served.
     """
 
     def __init__(
-        self, config: PruneConfig, inputs: LayerInputs | None, choice: DenseChoice | None = None
+        self, config: PruneConfig, inputs: LayerInputs | None, costs: Sequence[torch.Tensor] | None = None
     ) -> None:
         self.config = config
         self.inputs = inputs
-        self.choice = choice
+        self.costs = costs
 
-    def prune(self, index: int, layer: DecoderLayer) -> PrunedLayer:
-        """Prune the targets and round all linears of ``layer`` where it is, then advance the inputs.
+    def prune(self, index: int, targets: LayerTargets) -> PrunedLayer:
+        """Prune the ``targets`` and round all linears of their layer where it is, then advance the inputs.
 
-        The layer runs in its own dtype; statistics, solvers and the resulting weights are fp32.
+        The layer runs in its own dtype; statistics, solvers and the weights that are encoded are fp32.
 
-        Raises :class:`CheckpointError` for NaN or infinity in weights or inputs, ``ValueError`` for
-        sizes that no layout fits, :class:`SolverError` when OBS fails.
+        Raises :class:`CheckpointError` for NaN or infinity in weights or inputs, :class:`SolverError` when
+        OBS fails.
         """
-        result = PrunedLayer({}, self.layouts(index, layer))
+        layer, attention = targets.layer, targets.attention
+        result = PrunedLayer({}, targets.layouts)
         check_weights(layer)
-        attention = target(layer, self.config)
         if self.config.weight_dtype == "fp8":
             for name, linear in layer.dense.items():
                 if attention is None or name not in attention.linears:
@@ -151,28 +153,6 @@ class LayerPruner:
         self._solve(result, Solver(self.config, h, mlp.down_name), mlp.down_name, mlp.down)
         if seen is not None:
             self._advance(index, layer, mlp, seen, kept)
-
-    def layouts(self, index: int, layer: DecoderLayer) -> dict[str, Layout]:
-        """Regions of every packed linear of ``layer``; ``ValueError`` for sizes that no layout fits."""
-        layouts = {} if layer.mlp is None else self._mlp_layouts(index, layer.mlp)
-        if self.config.weight_dtype == "fp8":
-            layouts |= {
-                name: Layout("output", linear.out_features, linear.in_features, 0)
-                for name, linear in layer.dense.items()
-            }
-        attention = target(layer, self.config)
-        return layouts if attention is None else layouts | attention.layouts()
-
-    def _mlp_layouts(self, index: int, mlp: Mlp) -> dict[str, Layout]:
-        if self.choice is None:
-            dense = dense_count(mlp.intermediate, self.config.dense_ratio, self.config.alignment)
-        else:
-            dense = self.choice.counts[index]
-        try:
-            rows, cols = mlp.shape.layouts(dense)
-        except ValueError as error:
-            raise ValueError(f"{mlp.name}: {error}") from None
-        return dict.fromkeys(mlp.inner, rows) | {mlp.down_name: cols}
 
     # -- statistics ------------------------------------------------------------------------------
 
@@ -260,11 +240,12 @@ class LayerPruner:
 
     # -- changes ---------------------------------------------------------------------------------
 
+    @stage("select")
     def _permute(self, index: int, mlp: Mlp, dense: int, seen: _Observed | None) -> torch.Tensor:
         """Move the dense indices to the end in all linears; returns the order [I] on the CPU."""
         scores = None
-        if self.choice is not None and self.choice.costs is not None:
-            scores = self.choice.costs[index]
+        if self.costs is not None:
+            scores = self.costs[index]
         if seen is not None and seen.down_squares is not None:
             weights = [linear.weight.float() for linear in mlp.inner.values()]
             scores = index_scores(weights, mlp.down.weight.float(), seen.h, seen.down_squares)
@@ -287,7 +268,8 @@ class LayerPruner:
         unfitted = [weight[rows] for weight in pruned.values()]
         biases = [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()]
         tokens, unseen = torch.cat(seen.tokens).to(device), torch.cat(seen.unseen).to(device)
-        fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, seen.h, self.config.joint)
+        with stage("joint fit"):
+            fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, seen.h, self.config.joint)
         if len(unseen):
             down = mlp.down.weight[:, rows].float()
             before, after = output_losses(mlp.activation, [unfitted, fitted], dense, biases, down, unseen)
@@ -308,7 +290,7 @@ class LayerPruner:
         order = torch.cat([order, torch.arange(cols, mlp.intermediate)])
         self._reorder(mlp, order)
         for name in mlp.inner:
-            result.weights[name] = result.weights[name][order]
+            result.tensors[name] = reorder_rows(result.tensors[name], result.layouts[name], order)
             result.row_order[name] = result.row_order[name][order]
         return order
 
@@ -333,15 +315,43 @@ class LayerPruner:
     ) -> None:
         """Store what became of the ``original``, and what that lost."""
         self._store(result, name, linear, weight)
-        result.losses[name] = output_error(linear.weight - original, original, solver.h)
+        with stage("output error"):
+            result.losses[name] = output_error(linear.weight - original, original, solver.h)
         if solver.raised_damping is not None:
             result.damping[solver.name] = solver.raised_damping
 
+    @stage("round and pack")
     def _store(self, result: PrunedLayer, name: str, linear: nn.Linear, weight: torch.Tensor) -> None:
-        """Keep ``weight`` for packing, and put its rounded values into ``linear``."""
-        result.weights[name] = weight.detach().clone()
-        if self.config.weight_dtype == "fp8":
-            rounded = dequantize(*quantize_per_channel(weight))
-        else:
-            rounded = weight.to(torch.bfloat16).float()
-        linear.weight.copy_(rounded)
+        """Encode ``weight``, once and for all, and put the values that it stands for into ``linear``."""
+        layout = result.layouts[name]
+        result.tensors[name] = encode(weight, layout, self.config)
+        linear.weight.copy_(decode(result.tensors[name], layout))
+
+
+# -- the stored form -----------------------------------------------------------------------------
+
+
+def encode(weight: torch.Tensor, layout: Layout, config: PruneConfig) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors of ``weight [N, K]`` fp32 by short name, without a bias, on its device."""
+    dtype = FP8_DTYPE if config.weight_dtype == "fp8" else torch.bfloat16
+    return pack_linear(weight, layout, weight_dtype=dtype)
+
+
+def decode(tensors: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+    """The values ``[N, K]`` fp32 that :func:`encode` stored, zeros written out."""
+    return dequantize(unpack_linear(tensors, layout), tensors.get("weight_scale"))
+
+
+def reorder_rows(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, order: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What :func:`encode` makes of the rows in ``order [N]``, which keeps the rows of S and of D (output
+    split) among themselves: rows are encoded one by one."""
+    sparse, dense = order[: layout.sparse], order[layout.sparse :] - layout.sparse
+    rows = {"sparse_values": sparse, "sparse_meta": sparse, "dense_weight": dense}
+    return {name: _take(tensor, rows.get(name, order)) for name, tensor in tensors.items()}
+
+
+def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # not every build indexes FP8
+    return bits[rows.to(tensor.device)].view(tensor.dtype)

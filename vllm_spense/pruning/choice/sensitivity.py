@@ -27,6 +27,7 @@ from vllm_spense.pruning.choice.selection import index_scores
 from vllm_spense.pruning.config import Selection
 from vllm_spense.pruning.solvers.hessian import squares
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.pruning.stages import stage
 
 LOGITS = 1 << 24
 """Logits of a window that the loss is taken from; fewer tokens of it where the vocabulary is large."""
@@ -65,6 +66,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return values.argsort(stable=True).argsort().float()
 
 
+@stage("gradient")
 def index_costs(
     source: SourceModel,
     inputs: LayerInputs,
