@@ -50,7 +50,8 @@ CHECK_FACTOR = 3.5
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a device: FLOP/s of large GEMMs in the compute dtype and in fp32 (no TF32), bytes/s elementwise."""
+    """Rates of one device: FLOP/s of large GEMMs in the compute dtype and in fp32 (no TF32), bytes/s of
+    elementwise operations."""
 
     flop: float
     flop_fp32: float

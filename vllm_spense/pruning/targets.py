@@ -38,7 +38,7 @@ def find_targets(layers: Sequence[DecoderLayer], config: PruneConfig) -> list[La
 
 
 def layer_targets(layer: DecoderLayer, config: PruneConfig) -> LayerTargets:
-    """Those of one layer."""
+    """What ``config`` prunes of one layer."""
     layouts: dict[str, Layout] = {}
     if layer.mlp is not None:
         dense = dense_count(layer.mlp.intermediate, config.dense_ratio, config.alignment)

@@ -1,4 +1,4 @@
-"""From a weight and the statistics of its inputs to a weight that obeys its layout."""
+"""The configured way of pruning one weight: OBS and what follows it, Wanda, or magnitude."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Solver:
         return self._solved(weight[:, order], layout, h[order][:, order])[:, order.argsort()]
 
     def _solved(self, weight: torch.Tensor, layout: Layout, h: torch.Tensor) -> torch.Tensor:
-        """By OBS and what follows it; ``weight`` and ``h`` have their columns in the order of OBS."""
+        """``weight`` pruned by OBS and what follows it; its columns, and ``h``'s, are in the order of OBS."""
         rows, cols = layout.sparse_shape
         factor = self._factored(h)
         shared = [factor.upper, factor.dead]
