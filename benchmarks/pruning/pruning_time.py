@@ -19,21 +19,18 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks.common.results import ROOT, provenance, read, write
 from vllm_spense.models import presets
-from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, source
-from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.solvers import solver
-from vllm_spense.pruning.solvers.hessian import Hessian
+from vllm_spense.pruning import PruneConfig, layer, prune
 from vllm_spense.pruning.solvers.joint import tokens_used
+from vllm_spense.pruning.stages import Stage, watched
 
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_RESULT = RESULTS / "gpu" / "pruning.json"
@@ -62,7 +59,7 @@ class Shape:
 
 def _model(
     kind: str, hidden: int, intermediate: int, heads: int, kv: int, head: int, vocab: int, **more: Any
-):
+) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
     return (
         {"model_type": kind, "num_key_value_heads": kv, "head_dim": head, "vocab_size": vocab} | sizes | more
@@ -124,26 +121,6 @@ class Stopwatch:
         self._since = now
 
 
-STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("embed", LayerInputs, "__init__"),
-    ("forward", LayerInputs, "feed"),
-    ("forward", LayerInputs, "advance"),
-    ("gradient", pipeline, "index_costs"),
-    ("Hessian of {}", Hessian, "add"),
-    ("factorise {}", solver, "factorize"),
-    ("OBS {}", solver, "obs_rows"),
-    ("refit and refine {}", solver, "refine"),
-    ("joint fit", layer, "fit_jointly"),
-    ("round and pack", layer.LayerPruner, "_store"),
-    ("round and pack", pipeline, "pack_layer"),
-    ("select", layer.LayerPruner, "_permute"),
-    ("output error", layer, "output_error"),
-    ("read", source.SourceModel, "_load"),
-    ("write", resume.WorkDirectory, "save_layer"),
-)
-"""Functions of the pruner by stage; {} tells by the columns of the first matrix whose input it is."""
-
-
 def growth(stage: str, shape: Shape, samples: int) -> float:
     """How much longer the stage takes with all windows of ``shape`` than with ``samples``."""
     if stage in ("embed", "forward") or stage.startswith("Hessian"):
@@ -157,24 +134,30 @@ def growth(stage: str, shape: Shape, samples: int) -> float:
     return 1.0
 
 
+def label(stage: Stage, features: int | None, intermediate: int) -> str:
+    """Row of the table: a stage about some linears tells down, whose input is the wide one, from the rest."""
+    if features is None:
+        return stage
+    side = "down" if features == intermediate else "gate, up"
+    return f"{stage} of {side}" if stage == "Hessian" else f"{stage} {side}"
+
+
 @contextmanager
 def timing(watch: Stopwatch, intermediate: int) -> Iterator[None]:
     """While open, ``watch`` sees the stages of pruning runs."""
-
-    def timed(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            sizes = [x.shape[-1] for x in args if isinstance(x, torch.Tensor)]
-            side = "down" if intermediate in sizes[:1] else "gate, up"
-            with watch.stage(name.format(side)):
-                return function(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as stack:
-        for name, owner, attribute in STAGES:
-            function = timed(name, getattr(owner, attribute))
-            stack.enter_context(mock.patch.object(owner, attribute, function))
+    with watched(lambda stage, features: watch.stage(label(stage, features, intermediate))):
         yield
+
+
+@contextmanager
+def keeping(inputs: int) -> Iterator[None]:
+    """While open, inputs of down are kept if a run with so many bytes of them would keep them."""
+    usual = layer.KEEP_BYTES
+    layer.KEEP_BYTES = 1 << 62 if inputs <= usual else 0
+    try:
+        yield
+    finally:
+        layer.KEEP_BYTES = usual
 
 
 def save_model(directory: Path, shape: Shape, layers: int) -> None:
@@ -206,10 +189,9 @@ class Bench:
         """Seconds by stage of one pruning run."""
         shape, watch = self.shape, Stopwatch()
         width = 2 if torch.cuda.is_available() else 4
-        inputs = shape.samples * shape.seq_len * shape.config["intermediate_size"] * width
-        keep = 1 << 62 if inputs <= layer.KEEP_BYTES else 0  # as the real run would, with all its windows
         intermediate = shape.config["intermediate_size"]
-        with mock.patch.object(layer, "KEEP_BYTES", keep), timing(watch, intermediate):
+        inputs = shape.samples * shape.seq_len * intermediate * width  # of the real run, with all its windows
+        with keeping(inputs), timing(watch, intermediate):
             self.prune(self.root / str(layers), self.root / "text.txt", preset, self.samples)
         return watch.stop()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from vllm_spense.format import Layout
-from vllm_spense.pruning import PruneConfig
+from vllm_spense.pruning import PruneConfig, layer
 from vllm_spense.pruning.solvers.hessian import Hessian
 
 LAYOUTS = [Layout("output", 12, 48, 8), Layout("input", 12, 48, 24), Layout("input", 12, 48, 48)]
@@ -51,3 +52,10 @@ def options(**changes: Any) -> PruneConfig:
 
 def is_24(region: torch.Tensor) -> bool:
     return bool(((region.reshape(region.shape[0], -1, 4) != 0).sum(-1) <= 2).all())
+
+
+def without_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers keep their weights as they are (``weight``), for solvers that leave no 2:4 region."""
+    monkeypatch.setattr(layer, "encode", lambda weight, *_: {"weight": weight.clone()})
+    monkeypatch.setattr(layer, "decode", lambda tensors, *_: tensors["weight"])
+    monkeypatch.setattr(layer, "reorder_rows", lambda t, _, order: {"weight": t["weight"][order]})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from tests.tiny_families import FAMILIES, make_family
 from tests.tiny_text import write_text
 from vllm_spense.cli.app import app
 from vllm_spense.evaluation import load_model, load_tokenizer
-from vllm_spense.format import Checkpoint
+from vllm_spense.format import Checkpoint, Layout
 from vllm_spense.format.report import inspect
 from vllm_spense.models.export import export
-from vllm_spense.models.parts import decoder_layers
+from vllm_spense.models.parts import DecoderLayer, decoder_layers
 from vllm_spense.ops.linear.tune import layer_specs
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
 from vllm_spense.pruning.choice import attention
@@ -38,6 +38,7 @@ from vllm_spense.pruning.resume import ResumeError
 from vllm_spense.pruning.solvers.hessian import Hessian, output_error
 from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.pruning.targets import LayerTargets, find_targets, linears_of
 from vllm_spense.text import sample_windows, tokenize
 from vllm_spense.verification import verify
 
@@ -263,7 +264,7 @@ def test_the_function_with_a_solver_that_prunes_nothing(
 ) -> None:
     """All of the run but the zeros: orders, biases and files, next to the dense model."""
     monkeypatch.setattr(Solver, "prune", lambda _self, weight, _layout: weight)
-    monkeypatch.setattr("vllm_spense.pruning.layer.LayerPruner.layouts", all_dense)
+    monkeypatch.setattr(pipeline, "check_layouts", all_dense)
     prune(model("qwen2"), tmp_path / "out", options(text))
     got = load_model(tmp_path / "out")(IDS).logits
     torch.testing.assert_close(got, load_model(model("qwen2"))(IDS).logits, rtol=1e-3, atol=1e-3)
@@ -275,11 +276,12 @@ def test_the_function_with_a_solver_that_prunes_nothing(
     )
 
 
-def all_dense(self: LayerPruner, index: int, layer) -> dict:
-    from vllm_spense.format import Layout
+def all_dense(layers: list[DecoderLayer], config: PruneConfig, _: Path) -> list[LayerTargets]:
+    def layouts(layer: DecoderLayer) -> dict[str, Layout]:
+        linears = linears_of(layer)
+        return {name: Layout("output", *linear.weight.shape, 0) for name, linear in linears.items()}
 
-    linears = {**layer.mlp.inner, layer.mlp.down_name: layer.mlp.down, **layer.dense}
-    return {name: Layout("output", *linear.weight.shape, 0) for name, linear in linears.items()}
+    return [replace(found, layouts=layouts(found.layer)) for found in find_targets(layers, config)]
 
 
 # -- which groups, and how they are pruned -------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.pruning.problems import without_encoding
 from tests.tiny import INTER, make_llama
 from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model, load_tokenizer
@@ -233,9 +234,9 @@ def test_permutation_alone_leaves_the_function(
 
     stored: dict[str, torch.Tensor] = {}
 
-    def keep(pruned, layer, source, config) -> None:
-        for name, matrix in pruned.weights.items():
-            stored[f"{name}.weight"] = matrix
+    def keep(pruned, layer, source) -> None:
+        for name, tensors in pruned.tensors.items():
+            stored[f"{name}.weight"] = tensors["weight"]
             if name in pruned.row_order:
                 bias = source.checkpoint.load(f"{name}.bias")
                 stored[f"{name}.bias"] = bias[pruned.row_order[name]]
@@ -243,6 +244,7 @@ def test_permutation_alone_leaves_the_function(
 
     monkeypatch.setattr(Solver, "prune", lambda _self, matrix, layout: matrix)
     monkeypatch.setattr(pipeline, "pack_layer", keep)
+    without_encoding(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prune(dense_model, tmp_path / "out", options(text_file))
     assert not list(tmp_path.iterdir())  # nothing is left of a run that finished no layer

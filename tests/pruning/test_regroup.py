@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.pruning.problems import hessian, inputs, is_24, options, random_weight
+from tests.pruning.problems import hessian, inputs, is_24, options, random_weight, without_encoding
 from tests.tiny import INTER
 from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import Checkpoint, Layout
 from vllm_spense.models.parts import Mlp
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
-from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
+from vllm_spense.pruning.layer import LayerPruner, PrunedLayer, encode
 from vllm_spense.pruning.solvers.hessian import Hessian
-from vllm_spense.pruning.solvers.obs import factorize
+from vllm_spense.pruning.solvers.obs import factorize, prune_magnitude
 from vllm_spense.pruning.solvers.regroup import regroup
 from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.text import sample_windows, tokenize
@@ -79,8 +79,8 @@ def test_one_group_and_many_rows() -> None:
 
 
 @pytest.mark.parametrize("sparse", [24, 40])
-@pytest.mark.parametrize("kind", ["glu", "plain"])
-def test_regrouping_a_layer(kind: str, sparse: int) -> None:
+@pytest.mark.parametrize(("kind", "weight_dtype"), [("glu", "fp8"), ("plain", "bf16")])
+def test_regrouping_a_layer(kind: str, weight_dtype: str, sparse: int) -> None:
     """The MLP computes what it did before; dead inputs cost nothing, so they do not steer the groups."""
     torch.manual_seed(0)
     hidden, wide = 16, 40
@@ -98,19 +98,24 @@ def test_regrouping_a_layer(kind: str, sparse: int) -> None:
         sample[:, [1, 2, 7]] = 0
     h = hessian(samples).matrix("test")
     with torch.no_grad():
-        weights = {name: linear.weight.clone() + 1 for name, linear in inner.items()}
         rows = Layout("output", wide, hidden, sparse)
-        result = PrunedLayer(weights.copy(), dict.fromkeys(names, rows))
+        weights = {name: prune_magnitude(linear.weight + 1, rows) for name, linear in inner.items()}
+        config = options(regroup=6, weight_dtype=weight_dtype)
+        encoded = {name: encode(weight, rows, config) for name, weight in weights.items()}
+        result = PrunedLayer(encoded, dict.fromkeys(names, rows))
         result.layouts["down"] = Layout("input", hidden, wide, sparse)
         earlier = torch.randperm(wide)
         result.row_order = dict.fromkeys(names, earlier)
         before, down = outputs(), mlp.down.weight.clone()
-        order = LayerPruner(options(regroup=6), None)._regroup(mlp, result, h)
+        order = LayerPruner(config, None)._regroup(mlp, result, h)
         torch.testing.assert_close(outputs(), before)
     assert torch.equal(mlp.down.weight, down[:, order])
     assert torch.equal(order[sparse:], torch.arange(sparse, wide)), "dense indices stay"
     for name in names:
-        assert torch.equal(result.weights[name], weights[name][order])
+        expected = encode(weights[name][order], rows, config)
+        assert result.tensors[name].keys() == expected.keys()
+        for short, tensor in expected.items():
+            assert torch.equal(result.tensors[name][short].view(torch.uint8), tensor.view(torch.uint8)), short
         assert torch.equal(result.row_order[name], earlier[order])
     factor = factorize(h, 0.01, name="test")
     inverse = (factor.upper.t() @ factor.upper)[:sparse, :sparse]
@@ -141,9 +146,9 @@ def without_pruning(
     stored: dict[str, torch.Tensor] = {}
     solvers: list[Solver] = []
 
-    def keep(pruned: PrunedLayer, layer: Any, source: Any, config: PruneConfig) -> Any:
-        for name, matrix in pruned.weights.items():
-            stored[f"{name}.weight"] = matrix
+    def keep(pruned: PrunedLayer, layer: Any, source: Any) -> Any:
+        for name, tensors in pruned.tensors.items():
+            stored[f"{name}.weight"] = tensors["weight"]
             if name in pruned.row_order:
                 stored[f"{name}.bias"] = source.checkpoint.load(f"{name}.bias")[pruned.row_order[name]]
         if layer.name.endswith(".1"):
@@ -156,6 +161,7 @@ def without_pruning(
 
     monkeypatch.setattr(Solver, "prune", unchanged)
     monkeypatch.setattr(pipeline, "pack_layer", keep)
+    without_encoding(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prune(model, out, config)
     return stored, solvers

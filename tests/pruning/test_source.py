@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_gemma4 import gemma4
-from vllm_spense.format import CheckpointError
+from vllm_spense.format import CheckpointError, Layout
 from vllm_spense.models.parts import decoder
 from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.activations import LayerInputs, on_disk
 from vllm_spense.pruning.layer import LayerPruner
+from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.pruning.targets import layer_targets
 
 CPU = torch.device("cpu")
 KINDS = ["llama", "qwen3", "gemma3_text", "phi3", "llama3-rope", "diffllama", "gemma4_text"]
@@ -164,23 +166,31 @@ def test_two_streams_share_the_arguments_and_nothing_else(disk: bool, tmp_path: 
 
 
 @torch.no_grad()
-def test_bf16_layers_are_pruned_as_fp32_ones(tmp_path: Path) -> None:
+def test_bf16_layers_are_pruned_as_fp32_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the layer runs in bf16, statistics and solver in fp32."""
     directory = save_model("llama", tmp_path / "model")
     windows = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))  # 6 tokens a column
-    results = []
+    results, solved = [], []
+    solve = Solver.prune
+
+    def spy(solver: Solver, weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+        solved.append(solve(solver, weight, layout))
+        return solved[-1]
+
+    monkeypatch.setattr(Solver, "prune", spy)
     for dtype in (torch.float32, torch.bfloat16):
         source = SourceModel(directory, CPU, dtype)
         with source.resident(*source.embedding()):
             inputs = LayerInputs(source.network, windows, CPU)
         config = PruneConfig(calibration="x", dense_ratio=0.5, alignment=8)
         with source.resident(source.layers[0].module):
-            results.append(LayerPruner(config, inputs).prune(0, source.layers[0]))
+            targets = layer_targets(source.layers[0], config)
+            results.append(LayerPruner(config, inputs).prune(0, targets))
             assert source.layers[0].mlp.down.weight.dtype == dtype
     wide, narrow = results
     for name, loss in wide.losses.items():
         assert narrow.losses[name] == pytest.approx(loss, rel=0.02)
-    assert {w.dtype for w in narrow.weights.values()} == {torch.float32}
+    assert [w.dtype for w in solved] == [torch.float32] * 6
 
 
 def edited(directory: Path, edit) -> Path:

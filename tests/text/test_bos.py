@@ -26,7 +26,7 @@ from vllm_spense.evaluation.continuation import text_items
 from vllm_spense.evaluation.harness import Harness
 from vllm_spense.evaluation.perplexity import text_windows
 from vllm_spense.format import Checkpoint
-from vllm_spense.pruning import PruneConfig, pipeline, prune
+from vllm_spense.pruning import PruneConfig, prune, run
 from vllm_spense.recovery import RecoveryConfig, recover
 from vllm_spense.recovery import pipeline as recovery
 from vllm_spense.text import Beginning, first_windows, opening, opening_text, sample_windows, tokenize
@@ -275,7 +275,7 @@ def test_prune_trial_and_recover(
 ) -> None:
     """Calibration, gradient pass, trial and recovery read [BOS, text]; the records say so."""
     read: list[torch.Tensor] = []
-    inputs, train = pipeline.LayerInputs, recovery.train
+    inputs, train = run.LayerInputs, recovery.train
 
     def embed(network: Any, windows: torch.Tensor, *rest: Any, **options: Any) -> Any:
         read.append(windows)
@@ -285,7 +285,7 @@ def test_prune_trial_and_recover(
         read.append(windows)
         return train(student, teacher, windows, *rest)
 
-    monkeypatch.setattr(pipeline, "LayerInputs", embed)
+    monkeypatch.setattr(run, "LayerInputs", embed)
     monkeypatch.setattr(recovery, "train", trained)
     config = PruneConfig(calibration=str(text), num_samples=20, seq_len=64, joint=0)
     report = prune(dense, tmp_path / "pruned", config)

@@ -16,6 +16,7 @@ from rich.table import Table
 from vllm_spense.cli.console import new_console, print_anywhere, say, shown
 from vllm_spense.cli.dry_run import show_plan
 from vllm_spense.cli.interrupt import interruptible, notes
+from vllm_spense.cli.options import takes_options
 from vllm_spense.cli.plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.progress import (
     module_progress,
@@ -24,10 +25,13 @@ from vllm_spense.cli.progress import (
     quiet_transformers,
     recovery_progress,
 )
+from vllm_spense.cli.report import show_report
 from vllm_spense.cli.server import ServerError
-from vllm_spense.cli.text_options import CALIBRATION, TEXT, ColumnOption, StartOption, one_or_all
+from vllm_spense.cli.text_options import TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.format.errors import one_line
+from vllm_spense.pruning.config import PRESET_FIELDS, PruneConfig
+from vllm_spense.recovery.config import RecoveryConfig
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -41,64 +45,17 @@ Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", s
 
 
 @app.command()
+@takes_options(
+    PruneConfig,
+    first=("preset", "method", "selection", "dense_ratio", "targets", "attention_dense_ratio"),
+    skip=("damping", "block_size", "alignment"),
+    left_open=PRESET_FIELDS,
+    types={"calibration": list[str]},
+)
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
-    preset: Annotated[
-        Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"] | None,
-        typer.Option(help="Named settings that the options below override \\[default: guided]"),
-    ] = None,
-    method: Annotated[Literal["obs", "wanda", "magnitude"] | None, typer.Option(help="2:4 solver")] = None,
-    selection: Annotated[
-        Literal["spensegpt", "spensegpt+", "fisher", "consensus"] | None,
-        typer.Option(help="How dense indices are chosen"),
-    ] = None,
-    dense_ratio: Annotated[
-        float | None,
-        typer.Option(help="Dense share of the MLPs; 0 is strict 2:4 \\[default: 0.5]", min=0, max=1),
-    ] = None,
-    targets: Annotated[Literal["mlp", "mlp+attention"], typer.Option(help="What is pruned")] = "mlp",
-    attention_dense_ratio: Annotated[
-        float | None,
-        typer.Option(help="Dense share of key/value heads \\[default: --dense-ratio]", min=0, max=1),
-    ] = None,
-    allocation: Annotated[
-        Literal["uniform", "bytes", "time"] | None,
-        typer.Option(help="The same dense share in each layer, or one budget of bytes or of decode time"),
-    ] = None,
-    refit: Annotated[int | None, typer.Option(help="Least-squares iterations on kept weights", min=0)] = None,
-    refine: Annotated[int | None, typer.Option(help="Rounds of choosing better pairs", min=0)] = None,
-    regroup: Annotated[
-        int | None, typer.Option(help="Rounds of dealing down's columns to better groups", min=0)
-    ] = None,
-    order: Annotated[
-        Literal["natural", "energy"] | None, typer.Option(help="In which OBS visits the groups of columns")
-    ] = None,
-    joint: Annotated[
-        int | None,
-        typer.Option(help="Iterations that fit gate and up to intermediate values", min=0),
-    ] = None,
-    gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
-    pilot_samples: Annotated[
-        int | None, typer.Option(help="Windows on which layers are compared; 0: by the gradient alone", min=0)
-    ] = None,
-    calibration: Annotated[list[str] | None, CALIBRATION] = None,
-    text_column: ColumnOption = None,
-    num_samples: Annotated[int, typer.Option(help="Calibration windows", min=1)] = 64,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
-    bos: StartOption = "auto",
-    seed: Annotated[int, typer.Option(help="Of the choice of windows")] = 0,
-    weight_dtype: Annotated[Literal["fp8", "bf16"], typer.Option(help="Stored weights")] = "fp8",
-    max_tp: Annotated[int, typer.Option(help="Largest tensor-parallel size to allow for", min=1)] = 8,
-    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into errors")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
-    cache_activations: Annotated[
-        Literal["host", "disk"], typer.Option(help="Where hidden states wait: memory, or files beside OUT")
-    ] = "host",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an unfinished run into OUT, if there is one")
-    ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run into OUT")] = False,
+    options: dict[str, Any],
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not run OUT afterwards (perplexity, a short generation)")
     ] = False,
@@ -114,38 +71,7 @@ def prune(
     from vllm_spense.pruning import PruneConfig
     from vllm_spense.pruning import prune as run
 
-    methods: dict[str, Any] = {
-        "preset": preset,
-        "method": method,
-        "selection": selection,
-        "dense_ratio": dense_ratio,
-        "allocation": allocation,
-        "refit": refit,
-        "refine": refine,
-        "regroup": regroup,
-        "order": order,
-        "joint": joint,
-        "gradient_samples": gradient_samples,
-        "pilot_samples": pilot_samples,
-    }
-    config = PruneConfig(
-        **{name: value for name, value in methods.items() if value is not None},
-        targets=targets,
-        attention_dense_ratio=attention_dense_ratio,
-        calibration=one_or_all(calibration),
-        text_column=text_column,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        bos=bos,
-        seed=seed,
-        weight_dtype=weight_dtype,
-        max_tp=max_tp,
-        strict=strict,
-        overwrite=overwrite,
-        cache_activations=cache_activations,
-        resume=resume,
-        restart=restart,
-    )
+    config = PruneConfig(**options | {"calibration": one_or_all(options.get("calibration"))})
     quiet_transformers()
     if dry_run:
         with one_line_warnings(errors):
@@ -160,46 +86,19 @@ def prune(
 
 
 @app.command()
+@takes_options(RecoveryConfig, types={"calibration": list[str]})
 def recover(
     directory: Directory,
-    calibration: Annotated[list[str], CALIBRATION],
     out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
-    text_column: ColumnOption = None,
+    options: dict[str, Any],
     dense: Annotated[
         str | None, typer.Option(help="The model that DIRECTORY was pruned from", show_default=False)
     ] = None,
-    objective: Annotated[
-        Literal["both", "distill", "tokens"],
-        typer.Option(help="Learn the dense model's distributions, the text's next tokens, or both"),
-    ] = "distill",
-    train: Annotated[
-        Literal["mlp", "all"], typer.Option(help="MLPs and norms, or the linears of attention, too")
-    ] = "mlp",
-    steps: Annotated[int, typer.Option(help="Training steps", min=1)] = 100,
-    learning_rate: Annotated[float, typer.Option(help="The highest, behind the warm-up")] = 1e-4,
-    batch: Annotated[int, typer.Option(help="Windows per step", min=1)] = 1,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
-    bos: StartOption = "auto",
-    seed: Annotated[int, typer.Option(help="Of the choice of windows; other ones than pruning's")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:
     """Train the kept weights of a pruned checkpoint for a few minutes; its zeros stay zeros."""
-    from vllm_spense.recovery import RecoveryConfig
     from vllm_spense.recovery import recover as run
 
-    config = RecoveryConfig(
-        calibration=one_or_all(calibration),
-        text_column=text_column,
-        objective=objective,
-        train=train,
-        steps=steps,
-        learning_rate=learning_rate,
-        batch=batch,
-        seq_len=seq_len,
-        bos=bos,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    config = RecoveryConfig(**options | {"calibration": one_or_all(options["calibration"])})
     quiet_transformers()
     with one_line_warnings(errors), recovery_progress(console) as progress:
         run(directory, out, config, dense, progress)
@@ -284,54 +183,7 @@ def inspect(
 
         plot_layers(report, plot)
         say(errors, "Wrote ", (shown(plot), "bold"))
-    if as_json:
-        modules = [
-            {
-                "name": m.name,
-                **m.spec.model_dump(),
-                "dense_ratio": m.dense_ratio,
-                "sparsity": m.sparsity,
-                "bytes": m.stored_bytes,
-                "loss": m.loss,
-            }
-            for m in report.modules
-        ]
-        summary = {
-            "weight_dtype": report.weight_dtype,
-            "tensor_parallel_sizes": report.tensor_parallel_sizes,
-            "dense_ratio": report.dense_ratio,
-            "sparsity": report.sparsity,
-            "mlp_sparsity": report.mlp_sparsity,
-            "bytes": report.stored_bytes,
-            "dense_bytes": report.dense_bytes,
-            "provenance": report.provenance,
-        }
-        print(json.dumps({**summary, "modules": modules}))
-        return
-    say(console, (shown(directory), "italic"))
-    table = Table()
-    for column in ("module", "split", "shape", "2:4", "dense", "zeros", "MiB", "loss"):
-        left = column in ("module", "split")
-        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    for m in report.modules:
-        s = m.spec
-        loss = "" if m.loss is None else f"{m.loss:.4f}"
-        row = (m.name, s.split, f"{s.out_features}×{s.in_features}", str(s.sparse), str(s.dense))
-        table.add_row(*row, f"{m.sparsity:.1%}", f"{m.stored_bytes / 2**20:.2f}", loss)
-    console.print(table)
-    dtype = "FP8" if report.weight_dtype == "float8_e4m3fn" else "bf16"
-    hybrid, dense = len(report.hybrid), len(report.modules) - len(report.hybrid)
-    saved = 1 - report.stored_bytes / report.dense_bytes if report.dense_bytes else 0.0
-    say(
-        console,
-        f"{len(report.modules)} linear layers: {hybrid} hybrid with a 2:4 region ({report.sparsity:.1%} "
-        f"zeros there), {dense} all-dense {dtype}\n"
-        f"mean dense ratio of the hybrid MLP layers: {report.dense_ratio:.3f}\n"
-        f"weights: {report.stored_bytes / 2**20:,.2f} MiB, as dense {dtype} "
-        f"{report.dense_bytes / 2**20:,.2f} MiB ({saved:.1%} saved); files "
-        f"{report.total_bytes / 2**20:,.2f} MiB\n"
-        f"tensor parallel sizes: {', '.join(map(str, report.tensor_parallel_sizes))}",
-    )
+    show_report(report, as_json, console)
 
 
 @app.command()

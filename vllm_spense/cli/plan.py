@@ -110,7 +110,7 @@ def plot_plan(found: Prediction, out: Path) -> None:
 
 
 def speedups(found: Prediction) -> dict[int, dict[int, float]]:
-    """By context and batch: decode speed-up where both models' KV caches hold that many tokens."""
+    """Decode speed-up by context and batch, where both models' KV caches hold that many tokens."""
     from vllm_spense.planning.step import decode
 
     room = min(found.memory.dense_kv_tokens, found.memory.spense_kv_tokens)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, overload
+from typing import Annotated, overload
 
 import typer
 
-_SOURCES = "Text: .txt, .jsonl, .json, .parquet, .gz of these, a folder, - or a hub dataset; repeat for more"
-CALIBRATION = typer.Option("--calibration", help=_SOURCES, show_default=False)
-TEXT = typer.Option("--text", help=f"Held out. {_SOURCES}", show_default=False)
+from vllm_spense.cli.options import option
+from vllm_spense.pruning.config import CALIBRATION, PruneConfig
+from vllm_spense.text.bos import Bos
+
+TEXT = typer.Option("--text", help=f"Held out. {CALIBRATION}", show_default=False)
 ColumnOption = Annotated[
-    str | None,
-    typer.Option(
-        "--text-column",
-        help="Of rows \\[default: text, messages, conversations, or prompt and completion]",
-        show_default=False,
-    ),
+    str | None, option("text_column", PruneConfig.model_fields["text_column"], show_default=False)
 ]
-StartOption = Annotated[
-    Literal["auto", "always", "never"],
-    typer.Option("--bos", help="Start windows with the BOS token; auto: where serving does"),
-]
+StartOption = Annotated[Bos, option("bos", PruneConfig.model_fields["bos"])]
 
 
 @overload

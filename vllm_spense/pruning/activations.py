@@ -16,6 +16,7 @@ from vllm_spense.format import CheckpointError
 from vllm_spense.format.writer import writing
 from vllm_spense.models.parts import UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.arguments import Allocate, Arguments, Call, SharedValues, map_tensors
+from vllm_spense.pruning.stages import stage
 
 Hook = Callable[[torch.Tensor], None]
 
@@ -57,6 +58,7 @@ class LayerInputs:
     Raises :class:`UnsupportedModelError` for a model that does not run its layers once each, in order.
     """
 
+    @stage("embed")
     def __init__(
         self,
         model: nn.Module,
@@ -116,12 +118,14 @@ class LayerInputs:
         kept = self._allocate(x.shape, x.dtype)
         return kept.copy_(x)
 
+    @stage("forward")
     def feed(self, index: int, layer: nn.Module) -> None:
         """Run layer ``index`` on every sample for what watchers see; :class:`Stop` ends a sample."""
         for i in range(len(self.hidden)):
             with suppress(Stop):
                 self._run(i, index, layer)
 
+    @stage("forward")
     def advance(self, index: int, layer: nn.Module, *, check: bool = True) -> None:
         """Replace the hidden states by the outputs of layer ``index``.
 

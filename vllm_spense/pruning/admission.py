@@ -12,8 +12,8 @@ from vllm_spense.format import CheckpointError
 from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
 from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.source import SourceModel, layers_of, meta_network
+from vllm_spense.pruning.targets import LayerTargets, find_targets
 from vllm_spense.sources import check_positions, check_tokenizer
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -21,10 +21,11 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True)
 class Admitted:
-    """A model that can be pruned: its network on the meta device, its layers, the dtype of its weights."""
+    """A model that can be pruned: its network on the meta device, what is pruned of its layers, the dtype of
+    its weights."""
 
     network: Any
-    layers: list[DecoderLayer]
+    targets: list[LayerTargets]
     stored_dtype: torch.dtype
 
 
@@ -36,27 +37,24 @@ def admit(directory: Path, config: PruneConfig) -> Admitted:
     """
     if any(directory.glob("*.safetensors")):
         source = SourceModel(directory, torch.device("cpu"))
-        found = Admitted(source.network, source.layers, source.stored_dtype)
+        network, layers, dtype = source.network, source.layers, source.stored_dtype
         if config.calibration is not None:
             check_tokenizer(directory)
     else:
         dtype = _configured_dtype(directory)
         network = meta_network(directory, dtype)
-        found = Admitted(network, layers_of(network, directory), dtype)
+        layers = layers_of(network, directory)
     if config.calibration is not None:
-        check_positions(found.network.config, config.seq_len, directory)
-    check_layouts(found.layers, config, directory)
-    return found
+        check_positions(network.config, config.seq_len, directory)
+    return Admitted(network, check_layouts(layers, config, directory), dtype)
 
 
-def check_layouts(layers: list[DecoderLayer], config: PruneConfig, directory: Path) -> None:
-    """Raises :class:`CheckpointError` for sizes that cannot be cut as ``config`` says."""
-    pruner = LayerPruner(config, None)
-    for index, layer in enumerate(layers):
-        try:
-            pruner.layouts(index, layer)
-        except ValueError as error:
-            raise CheckpointError(str(error), file=directory / CONFIG_NAME) from None
+def check_layouts(layers: list[DecoderLayer], config: PruneConfig, directory: Path) -> list[LayerTargets]:
+    """What ``config`` prunes of ``layers``; :class:`CheckpointError` for sizes that cannot be cut so."""
+    try:
+        return find_targets(layers, config)
+    except ValueError as error:
+        raise CheckpointError(str(error), file=directory / CONFIG_NAME) from None
 
 
 def _configured_dtype(directory: Path) -> torch.dtype:

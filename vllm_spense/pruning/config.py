@@ -17,8 +17,14 @@ Preset = Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "mag
 Order = Literal["natural", "energy"]
 Targets = Literal["mlp", "mlp+attention"]
 WeightDtype = Literal["fp8", "bf16"]
-Positive = Annotated[int, Field(ge=1)]
+Sources = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
+CALIBRATION = (
+    "Text: .txt, .jsonl, .json, .parquet, .gz of these, a folder, - or a hub dataset; repeat for more"
+)
+TEXT_COLUMN = "Of rows; text, messages, conversations, or prompt and completion if not given"
+BOS = "Start windows with the BOS token; auto: where serving does"
+"""Descriptions of options about text, which recovery and evaluation have, too."""
 
 _PAPER: dict[str, Any] = {
     "method": "obs",
@@ -40,6 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named settings; ``guided`` is the fields' own defaults. The paper's are exactly those of arXiv 2606.10445;
 the last three prune strictly."""
+PRESET_FIELDS = {"preset", "dense_ratio", *_PAPER}
+"""Fields whose value depends on the preset where it is not given."""
 
 RETIRED: dict[str, dict[str, Any]] = {
     "order": {"search_damping": False, "asymmetric": 0.0},
@@ -56,67 +64,77 @@ class PruneConfig(BaseModel):
     ``preset`` fills in what is not given (:data:`PRESETS`). It is ``guided``, unless ``method`` or
     ``selection`` is given: these start from the paper's ``spensegpt+``.
 
-    ``dense_ratio``: part of the intermediate dimension that stays dense; 0 is strict 2:4 everywhere in
-    the MLP, 1 leaves it dense. ``allocation``: the same ratio in every layer, or one budget of bytes or
-    of predicted decode time for all. ``selection`` ``fisher``, ``consensus`` (mean of an index's ranks
-    by Fisher and by SpenseGPT+) and such a budget rest on a gradient pass over the beginnings of the first
-    ``gradient_samples`` windows. A budget is shared out by what each layer's 2:4 does to the
-    model's answers on the last ``pilot_samples`` windows, and is only taken if it does better than the same
-    ratio everywhere on as many others; these selections must do better than SpenseGPT+'s there, too
-    (:mod:`.pilot`). 0: by the gradient pass alone, untested.
-
-    ``refit``: iterations of least squares on the kept weights; ``refine``: rounds in which better pairs are
-    chosen. ``regroup``: rounds of dealing the 2:4 columns of down to better groups of four. ``order``
-    ``energy``: OBS visits the groups with the largest inputs first. ``joint``: iterations that fit gate and
-    up to the MLP's intermediate values. All of these are about linears with a 2:4 region.
-
-    ``targets`` ``mlp+attention`` prunes the projections of attention, too. ``attention_dense_ratio``
-    (default: ``dense_ratio``) is the part of its key/value heads that stays dense in every layer, with all
-    query heads that belong to them, rounded to whole heads.
-
-    ``calibration``: text, as one source or several: files, folders, ``-`` or datasets of the hub
-    (:mod:`vllm_spense.text.sources`). ``text_column``: of rows; by default the first known one. ``bos``:
-    whether windows start with the model's BOS token; ``auto``: where serving puts it there, too.
-    ``damping``: part of the Hessian's mean diagonal that is added to it. ``alignment``: the dense count
-    is a multiple of it. ``max_tp``: the largest tensor-parallel size to promise if the extents allow
-    it. ``strict``: every warning is an error.
-
-    ``cache_activations``: where hidden states wait for their layer, in host memory or in mapped files.
-    ``resume`` continues an unfinished run into the same directory if there is one, ``restart`` discards it.
+    The descriptions of the fields are what ``spense prune --help`` and docs/pruning.md say. Selections by
+    Fisher costs, and budgets, rest on a gradient pass; a budget is only taken if it does better than the same
+    ratio everywhere, and these selections if they do better than SpenseGPT+'s (:mod:`.choice.pilot`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: Preset = "guided"
-    method: Method = "obs"
-    selection: Selection = "consensus"
-    allocation: Allocation = "bytes"
-    refit: Annotated[int, Field(ge=0, le=1000)] = 4
-    refine: Annotated[int, Field(ge=0, le=1000)] = 4
-    regroup: Annotated[int, Field(ge=0, le=1000)] = 4
-    order: Order = "energy"
-    joint: Annotated[int, Field(ge=0, le=1000)] = 2
-    gradient_samples: Positive = 16
-    pilot_samples: Annotated[int, Field(ge=0)] = 8
-    dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
-    targets: Targets = "mlp"
-    attention_dense_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    calibration: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    num_samples: Positive = 64
-    seq_len: Annotated[int, Field(ge=2)] = 512
-    bos: Bos = "auto"
-    text_column: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    weight_dtype: WeightDtype = "fp8"
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    block_size: Annotated[int, Field(ge=4, multiple_of=4)] = 128
-    alignment: Positive = 64
-    max_tp: Annotated[int, Field(ge=1, le=1024)] = 8
-    strict: bool = False
-    overwrite: bool = False
-    cache_activations: Literal["host", "disk"] = "host"
-    resume: bool = False
-    restart: bool = False
+    preset: Preset = Field(default="guided", description="Named settings that the other options override")
+    method: Method = Field(default="obs", description="2:4 solver")
+    selection: Selection = Field(
+        default="consensus",
+        description="How dense indices are chosen: the last ones, by SpenseGPT+'s score, by what 2:4 on them "
+        "would cost the loss (fisher), or by the mean of both ranks",
+    )
+    allocation: Allocation = Field(
+        default="bytes",
+        description="The same dense share in each layer, or one budget of bytes or of decode time",
+    )
+    refit: int = Field(default=4, ge=0, le=1000, description="Least-squares iterations on kept weights")
+    refine: int = Field(default=4, ge=0, le=1000, description="Rounds of choosing better pairs")
+    regroup: int = Field(
+        default=4, ge=0, le=1000, description="Rounds of dealing down's 2:4 columns to better groups of four"
+    )
+    order: Order = Field(
+        default="energy",
+        description="In which OBS visits the groups of columns; energy: the largest inputs first",
+    )
+    joint: int = Field(
+        default=2,
+        ge=0,
+        le=1000,
+        description="Iterations that fit gate and up to the MLP's intermediate values",
+    )
+    gradient_samples: int = Field(default=16, ge=1, description="Windows of the gradient pass")
+    pilot_samples: int = Field(
+        default=8,
+        ge=0,
+        description="Windows on which layers are compared; 0: by the gradient alone, untested",
+    )
+    dense_ratio: float = Field(
+        default=0.5, ge=0, le=1, description="Dense share of the MLPs; 0 is strict 2:4"
+    )
+    targets: Targets = Field(
+        default="mlp", description="What is pruned: MLPs, or the linears of attention, too"
+    )
+    attention_dense_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Dense share of key/value heads, rounded to whole ones; that of the MLPs if not given",
+    )
+    calibration: Sources | None = Field(default=None, description=CALIBRATION)
+    num_samples: int = Field(default=64, ge=1, description="Calibration windows")
+    seq_len: int = Field(default=512, ge=2, description="Tokens per window")
+    bos: Bos = Field(default="auto", description=BOS)
+    text_column: str | None = Field(default=None, description=TEXT_COLUMN)
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Of the choice of windows")
+    weight_dtype: WeightDtype = Field(default="fp8", description="Stored weights")
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal that is added to it"
+    )
+    block_size: int = Field(default=128, ge=4, multiple_of=4, description="Columns that OBS prunes at a time")
+    alignment: int = Field(default=64, ge=1, description="The number of dense indices is a multiple of it")
+    max_tp: int = Field(default=8, ge=1, le=1024, description="Largest tensor-parallel size to allow for")
+    strict: bool = Field(default=False, description="Turn warnings into errors")
+    overwrite: bool = Field(default=False, description="Replace an existing OUT")
+    cache_activations: Literal["host", "disk"] = Field(
+        default="host", description="Where hidden states wait: memory, or files beside OUT"
+    )
+    resume: bool = Field(default=False, description="Continue an unfinished run into OUT, if there is one")
+    restart: bool = Field(default=False, description="Discard an unfinished run into OUT")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
@@ -26,22 +27,16 @@ from vllm_spense.pruning.choice.attention import (
     move_groups,
     observe,
     observe_out,
-    target,
 )
-from vllm_spense.pruning.choice.selection import (
-    DenseChoice,
-    dense_count,
-    index_scores,
-    permutation,
-    permute_columns,
-    permute_rows,
-)
+from vllm_spense.pruning.choice.selection import index_scores, permutation, permute_columns, permute_rows
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.solvers.hessian import Hessian, output_error, squares
 from vllm_spense.pruning.solvers.joint import fit_jointly, output_losses, split, stride
 from vllm_spense.pruning.solvers.obs import factorize
 from vllm_spense.pruning.solvers.regroup import regroup
 from vllm_spense.pruning.solvers.solver import Solver
+from vllm_spense.pruning.stages import stage
+from vllm_spense.pruning.targets import LayerTargets
 
 KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""
@@ -49,7 +44,7 @@ KEEP_BYTES = 2 << 30
 
 @dataclass
 class PrunedLayer:
-    """Result for one layer: full-precision weights before rounding, by module name, and what was lost.
+    """Result for one layer: the encoded weights by module name (:func:`encode`), and what was lost.
 
     ``losses`` per pruned module: relative squared output error of pruning and rounding together (of the
     weight itself where nothing was calibrated). ``row_order``: the permutation of a module's rows, to
@@ -57,7 +52,7 @@ class PrunedLayer:
     ``left_out``: MLPs whose joint fit did not lower the error on tokens that it had not seen.
     """
 
-    weights: dict[str, torch.Tensor]
+    tensors: dict[str, dict[str, torch.Tensor]]
     layouts: dict[str, Layout]
     losses: dict[str, float] = field(default_factory=dict)
     row_order: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -82,29 +77,29 @@ class _Observed:
 class LayerPruner:
     """Prunes layer after layer of one model under one configuration.
 
-    ``inputs`` is None for methods that need no calibration; ``choice`` is None where each layer ranks its
-    own indices and keeps the same share of them. The model's linears hold the rounded weights afterwards,
-    so that the next layer is calibrated on what will be served.
+    ``inputs`` is None for methods that need no calibration; ``costs``: what each index [I] of each layer
+    costs as 2:4, None where each layer ranks its own. The model's linears hold the rounded weights
+    afterwards, so that the next layer is calibrated on what will be served.
     """
 
     def __init__(
-        self, config: PruneConfig, inputs: LayerInputs | None, choice: DenseChoice | None = None
+        self, config: PruneConfig, inputs: LayerInputs | None, costs: Sequence[torch.Tensor] | None = None
     ) -> None:
         self.config = config
         self.inputs = inputs
-        self.choice = choice
+        self.costs = costs
 
-    def prune(self, index: int, layer: DecoderLayer) -> PrunedLayer:
-        """Prune the targets and round all linears of ``layer`` where it is, then advance the inputs.
+    def prune(self, index: int, targets: LayerTargets) -> PrunedLayer:
+        """Prune the ``targets`` and round all linears of their layer where it is, then advance the inputs.
 
-        The layer runs in its own dtype; statistics, solvers and the resulting weights are fp32.
+        The layer runs in its own dtype; statistics, solvers and the weights that are encoded are fp32.
 
-        Raises :class:`CheckpointError` for NaN or infinity in weights or inputs, ``ValueError`` for
-        sizes that no layout fits, :class:`SolverError` when OBS fails.
+        Raises :class:`CheckpointError` for NaN or infinity in weights or inputs, :class:`SolverError` when
+        OBS fails.
         """
-        result = PrunedLayer({}, self.layouts(index, layer))
+        layer, attention = targets.layer, targets.attention
+        result = PrunedLayer({}, targets.layouts)
         check_weights(layer)
-        attention = target(layer, self.config)
         if codec(self.config.weight_dtype).everywhere:
             for name, linear in layer.dense.items():
                 if attention is None or name not in attention.linears:
@@ -152,28 +147,6 @@ class LayerPruner:
         self._solve(result, Solver(self.config, h, mlp.down_name), mlp.down_name, mlp.down)
         if seen is not None:
             self._advance(index, layer, mlp, seen, kept)
-
-    def layouts(self, index: int, layer: DecoderLayer) -> dict[str, Layout]:
-        """Regions of every packed linear of ``layer``; ``ValueError`` for sizes that no layout fits."""
-        layouts = {} if layer.mlp is None else self._mlp_layouts(index, layer.mlp)
-        if codec(self.config.weight_dtype).everywhere:
-            layouts |= {
-                name: Layout("output", linear.out_features, linear.in_features, 0)
-                for name, linear in layer.dense.items()
-            }
-        attention = target(layer, self.config)
-        return layouts if attention is None else layouts | attention.layouts()
-
-    def _mlp_layouts(self, index: int, mlp: Mlp) -> dict[str, Layout]:
-        if self.choice is None:
-            dense = dense_count(mlp.intermediate, self.config.dense_ratio, self.config.alignment)
-        else:
-            dense = self.choice.counts[index]
-        try:
-            rows, cols = mlp.shape.layouts(dense)
-        except ValueError as error:
-            raise ValueError(f"{mlp.name}: {error}") from None
-        return dict.fromkeys(mlp.inner, rows) | {mlp.down_name: cols}
 
     # -- statistics ------------------------------------------------------------------------------
 
@@ -261,11 +234,12 @@ class LayerPruner:
 
     # -- changes ---------------------------------------------------------------------------------
 
+    @stage("select")
     def _permute(self, index: int, mlp: Mlp, dense: int, seen: _Observed | None) -> torch.Tensor:
         """Move the dense indices to the end in all linears; returns the order [I] on the CPU."""
         scores = None
-        if self.choice is not None and self.choice.costs is not None:
-            scores = self.choice.costs[index]
+        if self.costs is not None:
+            scores = self.costs[index]
         if seen is not None and seen.down_squares is not None:
             weights = [linear.weight.float() for linear in mlp.inner.values()]
             scores = index_scores(weights, mlp.down.weight.float(), seen.h, seen.down_squares)
@@ -288,7 +262,8 @@ class LayerPruner:
         unfitted = [weight[rows] for weight in pruned.values()]
         biases = [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()]
         tokens, unseen = torch.cat(seen.tokens).to(device), torch.cat(seen.unseen).to(device)
-        fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, seen.h, self.config.joint)
+        with stage("joint fit"):
+            fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, seen.h, self.config.joint)
         if len(unseen):
             down = mlp.down.weight[:, rows].float()
             before, after = output_losses(mlp.activation, [unfitted, fitted], dense, biases, down, unseen)
@@ -309,7 +284,7 @@ class LayerPruner:
         order = torch.cat([order, torch.arange(cols, mlp.intermediate)])
         self._reorder(mlp, order)
         for name in mlp.inner:
-            result.weights[name] = result.weights[name][order]
+            result.tensors[name] = reorder_rows(result.tensors[name], result.layouts[name], order)
             result.row_order[name] = result.row_order[name][order]
         return order
 
@@ -334,12 +309,41 @@ class LayerPruner:
     ) -> None:
         """Store what became of the ``original``, and what that lost."""
         self._store(result, name, linear, weight)
-        result.losses[name] = output_error(linear.weight - original, original, solver.h)
+        with stage("output error"):
+            result.losses[name] = output_error(linear.weight - original, original, solver.h)
         if solver.raised_damping is not None:
             result.damping[solver.name] = solver.raised_damping
 
+    @stage("round and pack")
     def _store(self, result: PrunedLayer, name: str, linear: nn.Linear, weight: torch.Tensor) -> None:
-        """Keep ``weight`` for packing, and put its rounded values into ``linear``."""
-        result.weights[name] = weight.detach().clone()
-        stored = LinearFormat(result.layouts[name], Codecs.of(self.config.weight_dtype))
-        linear.weight.copy_(stored.decode(stored.encode(weight)))
+        """Encode ``weight``, once and for all, and put the values that it stands for into ``linear``."""
+        layout = result.layouts[name]
+        result.tensors[name] = encode(weight, layout, self.config)
+        linear.weight.copy_(decode(result.tensors[name], layout, self.config))
+
+
+# -- the stored form -----------------------------------------------------------------------------
+
+
+def encode(weight: torch.Tensor, layout: Layout, config: PruneConfig) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors of ``weight [N, K]`` fp32 by short name, without a bias, on its device."""
+    return LinearFormat(layout, Codecs.of(config.weight_dtype)).encode(weight)
+
+
+def decode(tensors: Mapping[str, torch.Tensor], layout: Layout, config: PruneConfig) -> torch.Tensor:
+    """The values ``[N, K]`` fp32 that :func:`encode` stored, zeros written out."""
+    return LinearFormat(layout, Codecs.of(config.weight_dtype)).decode(tensors)
+
+
+def reorder_rows(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, order: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What :func:`encode` makes of the rows in ``order [N]``, which keeps the rows of S and of D (output
+    split) among themselves: rows are encoded one by one, as tensor parallelism needs it, too."""
+    parts = {"sparse": order[: layout.sparse], "dense": order[layout.sparse :] - layout.sparse}
+    return {name: _take(tensor, parts.get(name.split("_")[0], order)) for name, tensor in tensors.items()}
+
+
+def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # not every build indexes FP8
+    return bits[rows.to(tensor.device)].view(tensor.dtype)

@@ -9,30 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
-from vllm_spense.format import (
-    CheckpointWriter,
-    Codecs,
-    Layout,
-    LinearFormat,
-    ModuleSpec,
-    pack_linear,
-)
+from vllm_spense.format import CheckpointWriter, Codecs, Layout, LinearFormat, ModuleSpec
 from vllm_spense.format.codecs import codec
 from vllm_spense.format.files import storable
 from vllm_spense.format.schema import checkpoint_config
 from vllm_spense.format.side_files import side_files
 from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.card import CARD_NAME, model_card
-from vllm_spense.pruning.choice.attention import target
 from vllm_spense.pruning.choice.pilot import Verdict
-from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
-from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
+from vllm_spense.pruning.layer import PrunedLayer
 from vllm_spense.pruning.resume import LayerRecord
+from vllm_spense.pruning.run import Run
 from vllm_spense.pruning.source import SourceModel
-from vllm_spense.sources import BaseModel
+from vllm_spense.pruning.stages import stage
+from vllm_spense.pruning.targets import linears_of
 from vllm_spense.text import TextRecord
 
 REST_SHARD_BYTES = 1 << 30
@@ -47,24 +39,21 @@ class Written:
     tensor_parallel_sizes: list[int]
 
 
+@stage("round and pack")
 def pack_layer(
-    pruned: PrunedLayer, layer: DecoderLayer, source: SourceModel, config: PruneConfig
+    pruned: PrunedLayer, layer: DecoderLayer, source: SourceModel
 ) -> tuple[dict[str, torch.Tensor], dict[str, ModuleSpec]]:
     """All tensors of one decoder layer's file (packed linears and what stays as it is), and the linears."""
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, ModuleSpec] = {}
     linears = linears_of(layer)
     for name, layout in pruned.layouts.items():
-        bias = None
-        if linears[name].bias is not None:
-            bias = source.checkpoint.load(f"{name}.bias")
-            order = pruned.row_order.get(name)
-            bias = bias if order is None else bias[order]
-        parts = pack_linear(
-            pruned.weights[name], layout, codec=config.weight_dtype, bias=bias
-        )  # on its device
-        tensors |= {f"{name}.{short}": tensor.cpu() for short, tensor in parts.items()}
-        modules[name] = ModuleSpec.of(layout, bias is not None)
+        tensors |= {f"{name}.{short}": tensor.cpu() for short, tensor in pruned.tensors[name].items()}
+        biased = linears[name].bias is not None
+        if biased:
+            bias, order = source.checkpoint.load(f"{name}.bias"), pruned.row_order.get(name)
+            tensors[f"{name}.bias"] = (bias if order is None else bias[order]).contiguous()
+        modules[name] = ModuleSpec.of(layout, biased)
     packed = {f"{name}.{short}" for name in modules for short in ("weight", "bias")}
     for name in sorted(source.checkpoint.tensors):
         if name.startswith(f"{layer.name}.") and name not in packed:
@@ -87,60 +76,48 @@ def restore_layer(
                 linears[module].bias.copy_(tensors["bias"])
 
 
-def linears_of(layer: DecoderLayer) -> dict[str, nn.Linear]:
-    """The linears that pruning or rounding changes, by their names in the checkpoint."""
-    mlp = {} if layer.mlp is None else {**layer.mlp.inner, layer.mlp.down_name: layer.mlp.down}
-    return {**mlp, **layer.dense}
-
-
 def write_rest(
     writer: CheckpointWriter,
-    source: SourceModel,
-    config: PruneConfig,
-    base: BaseModel,
+    run: Run,
     text: TextRecord | None,
     records: list[LayerRecord],
     verdict: Verdict | None = None,
 ) -> None:
     """Add to the finished layers everything else: embeddings, norms, head, and all files but weights."""
+    source = run.source
     prefixes = tuple(f"{layer.name}." for layer in source.layers)
     for name in sorted(source.checkpoint.tensors):
         if not name.startswith(prefixes):
             writer.add(name, source.checkpoint.load(name))
-    description, card = describe(source, config, base, text, records, verdict)
+    description, card = describe(run, text, records, verdict)
     writer.write_config(description)
     writer.copy_side_files(source.checkpoint.directory)
     writer.write_text(CARD_NAME, card)
 
 
-def rehearse(source: SourceModel, config: PruneConfig, base: BaseModel, text: TextRecord | None) -> None:
+def rehearse(run: Run, text: TextRecord | None) -> None:
     """Do what the end of a run does without its weights; ``ValueError`` for what could not be done then.
 
-    Finds sizes that no layout fits, files beside the weights that cannot be read, and names or settings that
-    config.json or the model card cannot hold.
+    Finds files beside the weights that cannot be read, and names or settings that config.json or the model
+    card cannot hold.
     """
-    pruner = LayerPruner(config, None)
-    layouts = {n: x for i, layer in enumerate(source.layers) for n, x in pruner.layouts(i, layer).items()}
-    modules = {name: ModuleSpec.of(layout, bias=False) for name, layout in layouts.items()}
+    layouts = [item for targets in run.targets for item in targets.layouts.items()]
+    modules = {name: ModuleSpec.of(layout, bias=False) for name, layout in layouts}
     record = LayerRecord(modules, dict.fromkeys(modules, 0.0), {}, [], 0.0)
-    description, card = describe(source, config, base, text, [record])
+    description, card = describe(run, text, [record])
     json.dumps(description)
     storable(card).encode()
-    side_files(source.checkpoint.directory)
+    side_files(run.source.checkpoint.directory)
 
 
 def describe(
-    source: SourceModel,
-    config: PruneConfig,
-    base: BaseModel,
-    text: TextRecord | None,
-    records: list[LayerRecord],
-    verdict: Verdict | None = None,
+    run: Run, text: TextRecord | None, records: list[LayerRecord], verdict: Verdict | None = None
 ) -> tuple[dict[str, Any], str]:
     """config.json and the model card of a checkpoint with these layers."""
-    written = facts(records, config, source.layers)
+    source, config = run.source, run.config
+    written = facts(run, records)
     modules, losses = merged(records)
-    provenance = _provenance(config, base, text, records)
+    provenance = _provenance(run, text, records)
     if verdict is not None:
         provenance["allocation"] = verdict.record()
     quantization = checkpoint_config(
@@ -152,20 +129,20 @@ def describe(
     )
     dumped = quantization.model_dump(mode="json")
     sizes = written.tensor_parallel_sizes
-    card = model_card(base, config, written.mlp_sparsity, sizes, losses, provenance)
+    card = model_card(run.base, config, written.mlp_sparsity, sizes, losses, provenance)
     return source.checkpoint.config | {"quantization_config": dumped}, card
 
 
-def facts(records: list[LayerRecord], config: PruneConfig, layers: list[DecoderLayer]) -> Written:
+def facts(run: Run, records: list[LayerRecord]) -> Written:
     """Sparsity of the MLPs and the tensor-parallel sizes that can be promised."""
     modules, losses = merged(records)
-    attentions = [found for layer in layers if (found := target(layer, config)) is not None]
+    attentions = [targets.attention for targets in run.targets if targets.attention is not None]
     aside = {name for attention in attentions for name in attention.linears}
     layouts = [modules[name].layout() for name in losses if name not in aside]
     weights = sum(layout.out_features * layout.in_features for layout in layouts)
     zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] // 2 for layout in layouts)
     heads = [n for a in attentions for n in (a.groups - a.dense, a.dense)]
-    sizes = tensor_parallel_sizes([spec.layout() for spec in modules.values()], heads, config.max_tp)
+    sizes = tensor_parallel_sizes([spec.layout() for spec in modules.values()], heads, run.config.max_tp)
     return Written(zeros / weights if weights else 0.0, sizes)
 
 
@@ -205,16 +182,14 @@ def _ignored(source: SourceModel, modules: dict[str, ModuleSpec]) -> list[str]:
     return sorted((names | {"lm_head"}) - embeddings - set(modules))
 
 
-def _provenance(
-    config: PruneConfig, base: BaseModel, text: TextRecord | None, records: list[LayerRecord]
-) -> dict[str, Any]:
+def _provenance(run: Run, text: TextRecord | None, records: list[LayerRecord]) -> dict[str, Any]:
     _, losses = merged(records)
     damping: dict[str, float] = {}
     for record in records:
         damping |= record.damping
     return {
-        **base.record(),
-        "options": config.decisive(),
+        **run.base.record(),
+        "options": run.config.decisive(),
         "calibration": None if text is None else text.dump(),
         "versions": versions("vllm-spense", "torch", "transformers"),
         "losses": {name: float(f"{loss:.6g}") for name, loss in losses.items()},

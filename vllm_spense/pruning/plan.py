@@ -18,16 +18,16 @@ from vllm_spense.models.families import ATTENTION_OUT
 from vllm_spense.models.parts import DecoderLayer, Mlp, decoder
 from vllm_spense.network import language_head
 from vllm_spense.pruning.admission import admit
-from vllm_spense.pruning.choice.attention import target
 from vllm_spense.pruning.choice.pilot import PILOT_EVERY, PILOT_LOGITS, PILOT_TOKENS
 from vllm_spense.pruning.choice.sensitivity import LOGITS
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
-from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
+from vllm_spense.pruning.layer import KEEP_BYTES
+from vllm_spense.pruning.output import REST_SHARD_BYTES
 from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
 from vllm_spense.pruning.solvers.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.solvers.rows import ROWS
 from vllm_spense.pruning.source import source_directory
+from vllm_spense.pruning.targets import LayerTargets, linears_of
 
 DeviceModel = Literal["here", "h200", "b200"]
 
@@ -110,11 +110,12 @@ def plan(model: str | Path, config: PruneConfig, device_model: DeviceModel = "he
     directory = source_directory(model)
     cuda = device_model != "here" or torch.cuda.is_available()
     admitted = admit(directory, config)
-    network, stored, modules = admitted.network, admitted.stored_dtype, admitted.layers
+    network, stored = admitted.network, admitted.stored_dtype
+    modules = [targets.layer for targets in admitted.targets]
     dtype = stored if cuda else torch.float32
     rates = _measure(dtype, torch.device("cuda" if cuda else "cpu")) if device_model == "here" else None
     sizes = _Sizes(network.config.get_text_config(), config, dtype, stored, rates or THROUGHPUT[device_model])
-    layers = [sizes.layer(layer) for layer in modules]
+    layers = [sizes.layer(targets) for targets in admitted.targets]
     in_layers = sum(p.numel() for layer in modules for p in layer.module.parameters())
     rest = [p.numel() for p in network.parameters()]
     outside = (sum(rest) - in_layers) * stored.itemsize
@@ -181,17 +182,16 @@ class _Sizes:
         self.dtype = dtype
         self.stored = stored
         self.rates = rates
-        self.pruner = LayerPruner(config, None)
         self.calibrated = config.calibration is not None
         self.tokens = config.num_samples * config.seq_len if self.calibrated else 0
 
-    def layer(self, layer: DecoderLayer) -> LayerPlan:
-        layouts = self.pruner.layouts(0, layer)  # at the same dense ratio everywhere
-        work = self._work(layer, layouts)
+    def layer(self, targets: LayerTargets) -> LayerPlan:
+        """At the same dense ratio everywhere."""
+        work = self._work(targets)
         return LayerPlan(
-            name=layer.name,
-            device_bytes=self._device(layer, layouts),
-            output_bytes=self._output(layer, layouts),
+            name=targets.layer.name,
+            device_bytes=self._device(targets),
+            output_bytes=self._output(targets),
             flop=work.flop,
             flop_fp32=work.fp32,
             seconds=work.seconds(self.rates),
@@ -259,17 +259,18 @@ class _Sizes:
     def _keeps(self, mlp: Mlp | None) -> bool:
         return mlp is not None and self.tokens * mlp.intermediate * self.dtype.itemsize <= KEEP_BYTES
 
-    def _device(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> int:
+    def _device(self, targets: LayerTargets) -> int:
+        layer, layouts = targets.layer, targets.layouts
         weights = _numel(layer) * self.dtype.itemsize
-        packed = [layout.out_features * layout.in_features * 4 for layout in layouts.values()]
-        resident = weights + sum(packed)  # the results in fp32, until they are packed
+        wide = [layout.out_features * layout.in_features * 4 for layout in layouts.values()]
+        resident = weights + sum(map(self._packed, layouts.values()))
         hidden, mlp = self.model.hidden_size, layer.mlp
         seq = self.config.seq_len if self.calibrated else 0
         widest = max([hidden, *(linear.out_features for linear in layer.outside.values())])
         sample = seq * (4 * hidden + 4 * widest) * self.dtype.itemsize
         if getattr(self.model, "sliding_window", None):  # a mask of its own, and its copy as numbers
             sample += seq * seq * (1 + self.dtype.itemsize)
-        attention = target(layer, self.config)
+        attention = targets.attention
         inner = 0 if attention is None else attention.out.in_features
         if mlp is not None:
             inner = max(inner, mlp.intermediate)
@@ -284,15 +285,18 @@ class _Sizes:
             rows = min(mlp.intermediate, ROWS)  # values, gate's outputs and slopes of all tokens, of a block
             solver = max(solver, 4 * self._joint_tokens * (hidden + 3 * rows))
         matrices = 4 * (hidden**2 + (self.config.order == "energy") * inner**2)
-        return resident + matrices + max(sample + 4 * inner**2, solver + 3 * max(packed))
+        return resident + matrices + max(sample + 4 * inner**2, solver + 3 * max(wide))
 
-    def _output(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> int:
-        codecs = Codecs.of(self.config.weight_dtype)
-        total = _numel(layer) * self.stored.itemsize
-        for layout in layouts.values():
+    def _output(self, targets: LayerTargets) -> int:
+        total = _numel(targets.layer) * self.stored.itemsize
+        for layout in targets.layouts.values():
             total -= layout.out_features * layout.in_features * self.stored.itemsize
-            total += LinearFormat(layout, codecs).nbytes()
+            total += self._packed(layout)
         return total
+
+    def _packed(self, layout: Layout) -> int:
+        """Bytes of a linear as it is stored."""
+        return LinearFormat(layout, Codecs.of(self.config.weight_dtype)).nbytes()
 
     def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:
         """FLOP of QKᵀ and PV, half of each is masked. Heads need not be alike in all layers (Gemma 4).
@@ -303,7 +307,8 @@ class _Sizes:
         outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in ATTENTION_OUT]
         return 2.0 * tokens * seq * max((layer.outside[name].in_features for name in outs), default=0)
 
-    def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:
+    def _work(self, targets: LayerTargets) -> _Work:
+        layer, layouts = targets.layer, targets.layouts
         mlp = layer.mlp
         if not self.calibrated:
             return _Work()
@@ -312,7 +317,7 @@ class _Sizes:
         flop += self._attention(layer, tokens, self.config.seq_len)
         sides: list[int] = []
         solved: list[str] = []
-        if (attention := target(layer, self.config)) is not None:
+        if (attention := targets.attention) is not None:
             flop *= 2 + self.config.scores_heads  # attention runs again for o's inputs, and for scores
             sides += [attention.reader.in_features, attention.out.in_features]
             solved += attention.linears

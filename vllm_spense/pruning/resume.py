@@ -24,6 +24,7 @@ from vllm_spense.format.target import Target
 from vllm_spense.format.writer import save_shard
 from vllm_spense.pruning.choice.pilot import Verdict
 from vllm_spense.pruning.choice.selection import DenseChoice
+from vllm_spense.pruning.stages import stage
 
 _STATE, _LOCK, _CHOICE, _VERDICT = "state.json", "lock", "choice.safetensors", "verdict.json"
 _STATE_VERSION = 3
@@ -135,6 +136,7 @@ class WorkDirectory:
         """The safetensors file of a layer."""
         return self.path / f"layer-{index:05d}.safetensors"
 
+    @stage("write")
     def save_layer(self, index: int, tensors: dict[str, torch.Tensor], record: LayerRecord) -> None:
         """Finish a layer: its tensors first, then its record, each complete on the disk or not there."""
         partial = self.path / "partial.safetensors"

@@ -114,7 +114,7 @@ class _Check:
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of all finite values together; infinite for another shape."""
+    """Relative error of all finite values together; infinite for another shape."""
     if found.shape != expected.shape:
         return float("inf")
     if torch.equal(found, expected):

@@ -21,6 +21,7 @@ from vllm_spense.models.fused import left_out, model_parameter
 from vllm_spense.models.parts import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.models.split import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.network import auto_class, module_names, stored_names
+from vllm_spense.pruning.stages import stage
 from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -199,6 +200,7 @@ class SourceModel:
         """All of the decoder but its layers: what turns tokens into the first layer's arguments."""
         return [child for name, child in decoder(self.network).named_children() if name != "layers"]
 
+    @stage("read")
     def _load(self, module: nn.Module) -> None:
         prefix = next(name for name, found in self.network.named_modules() if found is module)
         for name, tensor in list(_stored_tensors(module, prefix)):

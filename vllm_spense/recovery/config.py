@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_spense.pruning.config import BOS, CALIBRATION, TEXT_COLUMN, Sources
 from vllm_spense.text.bos import Bos
 
 Objective = Literal["both", "distill", "tokens"]
 Train = Literal["mlp", "all"]
-Positive = Annotated[int, Field(ge=1)]
 
 
 class RecoveryConfig(BaseModel):
     """Options of :func:`vllm_spense.recovery.recover`; raises ``pydantic.ValidationError`` (a ValueError).
 
-    ``calibration``: text, as for pruning, and its ``text_column``. ``objective``: KL divergence from the
-    dense model's next-token distributions, cross entropy with the text's own next tokens, or their mean.
-    ``train``: the MLPs' kept weights and all norms, or those of attention, too. A step reads ``batch`` fresh
-    windows of ``seq_len`` tokens. ``bos``: whether they start with the model's BOS token; ``auto``: where
-    serving puts it there, too. ``seed`` chooses them; pruning's own would choose pruning's windows again.
-    ``learning_rate``: the highest, between a linear warm-up over the first tenth of ``steps`` and a
-    cosine decay to zero.
+    A step reads ``batch`` fresh windows of ``seq_len`` tokens. Pruning's own ``seed`` would choose pruning's
+    windows again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    calibration: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    objective: Objective = "distill"
-    train: Train = "mlp"
-    steps: Positive = 100
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    batch: Positive = 1
-    seq_len: Annotated[int, Field(ge=2)] = 512
-    bos: Bos = "auto"
-    text_column: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
-    overwrite: bool = False
+    calibration: Sources = Field(description=CALIBRATION)
+    objective: Objective = Field(
+        default="distill",
+        description="Learn the dense model's distributions, the text's next tokens, or both",
+    )
+    train: Train = Field(default="mlp", description="MLPs and norms, or the linears of attention, too")
+    steps: int = Field(default=100, ge=1, description="Training steps")
+    learning_rate: float = Field(
+        default=1e-4,
+        gt=0,
+        le=1,
+        description="The highest, between a linear warm-up and a cosine decay to zero",
+    )
+    batch: int = Field(default=1, ge=1, description="Windows per step")
+    seq_len: int = Field(default=512, ge=2, description="Tokens per window")
+    bos: Bos = Field(default="auto", description=BOS)
+    text_column: str | None = Field(default=None, description=TEXT_COLUMN)
+    seed: int = Field(
+        default=1, ge=0, lt=1 << 63, description="Of the choice of windows; other ones than pruning's"
+    )
+    overwrite: bool = Field(default=False, description="Replace an existing OUT")
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result: not where the text is and what may be replaced.

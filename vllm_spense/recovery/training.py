@@ -80,7 +80,7 @@ def train(
 
 
 def learning_rate(step: int, config: RecoveryConfig) -> float:
-    """Of the 0-based ``step``: linear up over the first tenth, then half a cosine down to zero."""
+    """Rate of the 0-based ``step``: linear up over the first tenth, then half a cosine down to zero."""
     warm_up = math.ceil(WARM_UP * config.steps)
     if step < warm_up:
         return config.learning_rate * (step + 1) / warm_up

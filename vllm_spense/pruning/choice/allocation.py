@@ -30,7 +30,7 @@ DECODE_TOKENS = 32
 
 @lru_cache
 def price(shape: MlpShape, dense: int, budget: Budget) -> float:
-    """Of an MLP with ``dense`` dense indices: bytes of its FP8 weights, or predicted seconds of its two
+    """Price of an MLP with ``dense`` dense indices: bytes of its FP8 weights, or predicted seconds of its two
     kernels in a decode step on an H200."""
     rows, cols = shape.layouts(dense)
     specs = [LinearSpec.of([rows] * shape.inner, UNIFORM_FP8), LinearSpec.of([cols], UNIFORM_FP8)]

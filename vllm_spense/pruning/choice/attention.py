@@ -51,7 +51,7 @@ class Attention:
         return {**self.inner, self.out_name: self.out}
 
     def layouts(self) -> dict[str, Layout]:
-        """By full name; ``ValueError`` for sizes that no layout fits."""
+        """Layouts by full name; ``ValueError`` for sizes that no layout fits."""
         sparse = self.groups - self.dense
         found = {}
         try:

@@ -27,6 +27,7 @@ from vllm_spense.pruning.choice.selection import index_scores
 from vllm_spense.pruning.config import Selection
 from vllm_spense.pruning.solvers.hessian import squares
 from vllm_spense.pruning.source import SourceModel
+from vllm_spense.pruning.stages import stage
 
 LOGITS = 1 << 24
 """Logits of a window that the loss is taken from; fewer tokens of it where the vocabulary is large."""
@@ -46,7 +47,7 @@ class IndexCosts:
     scores: list[torch.Tensor] = field(default_factory=list)
 
     def ranking(self, selection: Selection) -> list[torch.Tensor]:
-        """By what ``selection`` ranks, the highest stay dense; ``consensus``: the mean of both ranks.
+        """What ``selection`` ranks by, the highest stay dense; ``consensus``: the mean of both ranks.
 
         Gradients know best what the calibration text needs, and less of other text than activations do. Both
         together come close to the better one on either (docs/accuracy.md).
@@ -65,6 +66,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return values.argsort(stable=True).argsort().float()
 
 
+@stage("gradient")
 def index_costs(
     source: SourceModel,
     inputs: LayerInputs,
@@ -136,14 +138,14 @@ class _SharedGradients:
         self._sums: dict[tuple[int, int, Key], list[torch.Tensor]] = {}
 
     def add(self, window: int, writer: int, key: Key, found: list[torch.Tensor]) -> None:
-        """From one layer that read the value."""
+        """Add the gradients from one layer that read the value."""
         found = [gradient.cpu() for gradient in found]
         place = window, writer, key
         sums = self._sums.get(place)
         self._sums[place] = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
 
     def take(self, window: int, writer: int, key: Key) -> list[torch.Tensor]:
-        """Their sums, in the order of the value's tensors; empty where no layer read it."""
+        """Sums of the gradients, in the order of the value's tensors; empty where no layer read it."""
         return self._sums.pop((window, writer, key), [])
 
 

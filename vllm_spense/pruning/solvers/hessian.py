@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_spense.format import CheckpointError
+from vllm_spense.pruning.stages import stage
 
 _BLOCK = 512
 
@@ -22,7 +23,10 @@ class Hessian:
 
     def add(self, x: torch.Tensor) -> None:
         """Add the inputs ``x [..., K]`` of the tokens of one sample."""
-        flat = x.reshape(-1, x.shape[-1])
+        with stage("Hessian", x.shape[-1]):
+            self._add(x.reshape(-1, x.shape[-1]))
+
+    def _add(self, flat: torch.Tensor) -> None:
         halves = flat.is_cuda and flat.dtype.itemsize == 2  # exact products, summed in fp32 by tensor cores
         flat = flat if halves else flat.float()
         for i in range(0, flat.shape[1], _BLOCK):  # the blocks below the diagonal are mirrored later

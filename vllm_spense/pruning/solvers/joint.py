@@ -26,7 +26,7 @@ gate opens for few tokens, and the fewer there are the more do rows fit what the
 JUDGED = 16
 """One token for so many fitted ones is kept back, and judges whether the fit does any good."""
 SHARED_ITERATIONS = 8
-"""Of conjugate gradients with the Hessian that rows would share: it has no term in tokens."""
+"""Iterations of conjugate gradients with the Hessian that rows would share: no term in tokens."""
 _TINY = 1e-30
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -34,7 +34,7 @@ Offsets = Sequence[torch.Tensor | float]
 
 
 def stride(samples: int, tokens: int, features: int) -> int:
-    """Of ``samples`` with so many ``tokens`` each, every how many-th token is fitted to."""
+    """Every how many-th token is fitted to, of ``samples`` with so many ``tokens`` each."""
     return -(-samples * tokens // min(JOINT_TOKENS, TOKENS_PER_FEATURE * features))
 
 
@@ -44,7 +44,7 @@ def tokens_used(samples: int, tokens: int, features: int) -> int:
 
 
 def split(x: torch.Tensor, every: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a sample's inputs ``x [T, K]`` those to fit to, and some of the others, that judge the fit."""
+    """Tokens of a sample's inputs ``x [T, K]`` to fit to, and some of the others, that judge the fit."""
     if every > 1:
         return x[::every], x[every // 2 :: every * JUDGED]
     kept_back = torch.arange(len(x), device=x.device) % JUDGED == JUDGED - 1
@@ -124,7 +124,7 @@ def _value(activation: Activation, inner: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def _slope(activation: Activation, inner: Sequence[torch.Tensor], which: int) -> torch.Tensor:
-    """Of the intermediate values [T, R] by the outputs of the inner linear ``which``."""
+    """Derivative of the intermediate values [T, R] by the outputs of the inner linear ``which``."""
     with torch.enable_grad():
         leaf = inner[which].detach().requires_grad_()
         value = _value(activation, [*inner[:which], leaf, *inner[which + 1 :]])

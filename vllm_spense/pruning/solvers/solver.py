@@ -1,4 +1,4 @@
-"""From a weight and the statistics of its inputs to a weight that obeys its layout."""
+"""The configured way of pruning one weight: OBS and what follows it, Wanda, or magnitude."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vllm_spense.pruning.solvers.obs import (
 )
 from vllm_spense.pruning.solvers.refit import refine
 from vllm_spense.pruning.solvers.rows import solve_by_rows, solver_devices
+from vllm_spense.pruning.stages import stage
 from vllm_spense.pruning.warnings import warn
 
 REFIT_DAMPING = 1e-4
@@ -74,7 +75,7 @@ class Solver:
         return self._solved(weight[:, order], layout, h[order][:, order])[:, order.argsort()]
 
     def _solved(self, weight: torch.Tensor, layout: Layout, h: torch.Tensor) -> torch.Tensor:
-        """By OBS and what follows it; ``weight`` and ``h`` have their columns in the order of OBS."""
+        """``weight`` pruned by OBS and what follows it; its columns, and ``h``'s, are in the order of OBS."""
         rows, cols = layout.sparse_shape
         factor = self._factored(h)
         shared = [factor.upper, factor.dead]
@@ -96,19 +97,22 @@ class Solver:
     ) -> torch.Tensor:
         """``weight [rows, K]`` with ``cols`` columns 2:4; refined if there is a ``damped`` Hessian."""
         config = self.config
-        pruned = obs_rows(weight, cols, upper, dead, config.block_size)
+        with stage("OBS", weight.shape[1]):
+            pruned = obs_rows(weight, cols, upper, dead, config.block_size)
         if damped is None:
             return pruned
-        return refine(
-            pruned,
-            cols,
-            damped,
-            weight @ damped,
-            upper,
-            iterations=config.refit,
-            rounds=config.refine,
-            seed=config.seed,
-        )
+        target = weight @ damped
+        with stage("refit and refine", weight.shape[1]):
+            return refine(
+                pruned,
+                cols,
+                damped,
+                target,
+                upper,
+                iterations=config.refit,
+                rounds=config.refine,
+                seed=config.seed,
+            )
 
     def _column_order(self, h: torch.Tensor, cols: int) -> torch.Tensor | None:
         """Order [K] in which OBS visits the columns: groups of four stay, dense columns stay at the end.
@@ -126,7 +130,8 @@ class Solver:
         """Factor ``h [K, K]``, whose columns stand in the order of OBS; once for all linears of one input."""
         if self._factor is None:
             wanted = self.config.damping
-            self._factor = factorize(h, wanted, name=self.name, strict=self.config.strict)
+            with stage("factorise", len(h)):
+                self._factor = factorize(h, wanted, name=self.name, strict=self.config.strict)
             if self._factor.escalations:
                 self.raised_damping = self._factor.damping
                 warn(
