@@ -64,7 +64,7 @@ $(TORCHVISION)/.ready: $(VENV)/.ready
 	touch $@
 
 # Half a minute: CPU kernels and our own CUDA kernel, no CUTLASS instances. Without nvcc this prints why that is not built.
-$(EXTENSION): $(VENV)/.ready $(wildcard kernels/*) setup.py
+$(EXTENSION): $(VENV)/.ready $(shell find kernels -type f) setup.py
 	SPENSE_CPU=1 SPENSE_CUTLASS=0 $(PY) setup.py -q build_ext --inplace
 
 kernels: $(VENV)/.ready

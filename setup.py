@@ -38,13 +38,13 @@ CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
 NO_TORCH = "torch is not importable in the build environment (use --no-build-isolation)"
 TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
 AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f")
-CPU_UNITS = {  # instruction sets are chosen when the kernels run
-    "": (),
-    "_avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "_avx512": AVX512,
-    "_bf16": (*AVX512, "-mavx512bw", "-mavx512vbmi", "-mavx512bf16"),
+CPU_UNITS = {  # of linear/cpu; instruction sets are chosen when the kernels run
+    "bindings": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "-mavx512bw", "-mavx512vbmi", "-mavx512bf16"),
 }
-CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # spense_linear_cutlass.h
+CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # cutlass_fp8.h
 MACROS = {"90a": ("SM90",), "100a": ("SM100",), "100f": ("SM100", "SM100_FAMILY")}
 
 
@@ -130,17 +130,15 @@ class Build(build_ext):
             raise SystemExit(NO_TORCH)
         host = [
             *("g++", "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-            *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}"),
+            *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}", f"-I{KERNELS}"),
         ]
-        units = {f"spense_linear_cpu{name}": flags for name, flags in CPU_UNITS.items()}
-        compile_units(
-            objects,
-            {
-                name: [*host, *flags, "-c", str(KERNELS / f"{name}.cpp"), "-o", str(objects / f"{name}.o")]
-                for name, flags in units.items()
-            },
-        )
-        link(out, torch, [objects / f"{name}.o" for name in units])
+        commands = {}
+        for unit, flags in CPU_UNITS.items():
+            name = f"linear_cpu_{unit}"
+            source = KERNELS / "linear" / "cpu" / f"{unit}.cpp"
+            commands[name] = [*host, *flags, "-c", str(source), "-o", str(objects / f"{name}.o")]
+        compile_units(objects, commands)
+        link(out, torch, [objects / f"{name}.o" for name in commands])
         print(f"built {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
     def build_cuda(self, objects: Path, out: Path) -> None:
@@ -153,33 +151,33 @@ class Build(build_ext):
             *(["-DSPENSE_TRAP=1"] if os.environ.get("SPENSE_TRAP") == "1" else []),
             *("-DCUTLASS_ENABLE_GDC_FOR_SM90=1", "-DCUTLASS_ENABLE_GDC_FOR_SM100=1"),
             *("-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"),
-            *(f"-I{cutlass / path}" for path in ("include", "tools/util/include")),
+            *(f"-I{path}" for path in (KERNELS, cutlass / "include", cutlass / "tools/util/include")),
         ]
         host = [
             *("g++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"),
-            *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}", f"-I{cuda / 'include'}"),
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            *(f"-I{path}" for path in (KERNELS, torch / "include", cuda / "include")),
         ]
         commands: dict[str, list[str]] = {}
 
         def unit(name: str, source: str, *flags: str) -> None:
             commands[name] = [*flags, "-c", str(KERNELS / source), "-o", str(objects / f"{name}.o")]
 
-        unit("spense_linear_sm90", "spense_linear_sm90.cu", *device, gencode("90a"))
+        unit("linear_sm90_fp8", "linear/sm90_fp8.cu", *device, gencode("90a"))
         built = ARCHS if CUTLASS == "1" else []
         for arch in ARCHS if CUTLASS != "0" else []:
             instances = CUTLASS_INSTANCES[arch]
             for n in instances if arch in built else instances[:1]:
-                name = f"spense_linear_cutlass_{arch}_{n}"
-                unit(
-                    name, "spense_linear_cutlass.cu", *device, gencode(arch), f"-DSPENSE_CUTLASS_INSTANCE={n}"
-                )
+                name, instance = f"linear_cutlass_fp8_{arch}_{n}", f"-DSPENSE_CUTLASS_INSTANCE={n}"
+                unit(name, "linear/cutlass_fp8.cu", *device, gencode(arch), instance)
         with_archs = [f"-DSPENSE_WITH_{macro}=1" for arch in built for macro in MACROS[arch]]
         if built:
-            unit("spense_linear_cutlass_host", "spense_linear_cutlass_host.cpp", *host, *with_archs)
-        unit("bindings", "bindings.cpp", *host, *(["-DSPENSE_WITH_CUTLASS=1", *with_archs] if built else []))
+            unit("linear_cutlass_fp8_host", "linear/cutlass_fp8_host.cpp", *host, *with_archs)
+        with_cutlass = ["-DSPENSE_WITH_CUTLASS=1", *with_archs] if built else []
+        unit("linear_bindings", "linear/bindings.cpp", *host, *with_cutlass)
 
         compile_units(objects, commands)
-        linked = [name for name in commands if built or not name.startswith("spense_linear_cutlass")]
+        linked = [name for name in commands if built or not name.startswith("linear_cutlass")]
         library = next(p for p in (cuda / "lib64", cuda / "lib") if (p / "libcudart_static.a").exists())
         runtime = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
         link(out, torch, [objects / f"{name}.o" for name in linked], *runtime)
@@ -210,7 +208,7 @@ def compile_unit(objects: Path, name: str, command: list[str]) -> None:
     """Run one compiler; its command and output are kept beside the object, and a failure prints them."""
     target, log = objects / f"{name}.o", objects / f"{name}.log"
     line = " ".join(command)
-    newest = max(path.stat().st_mtime for path in KERNELS.iterdir())
+    newest = max(path.stat().st_mtime for path in KERNELS.rglob("*"))
     if target.exists() and target.stat().st_mtime > newest and log.read_text().startswith(line + "\n"):
         return
     start = time.monotonic()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.toy_codec  # noqa: F401  registered, so that every test of codecs has it
 from tests.asset_paths import ASSETS
 from tests.tiny import make_llama, make_spense
 
@@ -36,4 +37,4 @@ def tiny_spense(tiny_llama: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_spense_bf16(tiny_llama: Path) -> Path:
-    return make_spense(tiny_llama, tiny_llama.parent / "spense-bf16", weight_dtype="bfloat16")
+    return make_spense(tiny_llama, tiny_llama.parent / "spense-bf16", codec="bf16")

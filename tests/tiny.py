@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_spense.format import CheckpointWriter, Layout, ModuleSpec, SpenseCheckpointConfig
-from vllm_spense.format.export import export
+from vllm_spense.format import (
+    CheckpointWriter,
+    Codecs,
+    Layout,
+    LinearFormat,
+    ModuleSpec,
+    codecs,
+)
 from vllm_spense.format.manifest import write_manifest
+from vllm_spense.format.schema import checkpoint_config
+from vllm_spense.models.export import export
 from vllm_spense.ops.online import prune_and_pack
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 144, 208, 4, 2, 32, 2, 512
@@ -51,6 +60,12 @@ def make_llama(
     return out
 
 
+def unpacked(tensors: Mapping[str, torch.Tensor], layout: Layout, codec: str = "fp8") -> torch.Tensor:
+    """The stored matrix ``[N, K]`` with zeros written out, in the stored dtype (scale not applied)."""
+    found, _ = LinearFormat(layout, Codecs.of(codec)).values(tensors)
+    return found
+
+
 def layout_of(module: str, shape: tuple[int, int], sparse: int) -> Layout:
     n, k = shape
     last = module.rpartition(".")[2]
@@ -66,12 +81,11 @@ def make_spense(
     out: Path,
     *,
     sparse: int = SPARSE,
-    weight_dtype: str = "float8_e4m3fn",
+    codec: str = "fp8",
     tp_sizes: tuple[int, ...] = (1, 2),
 ) -> Path:
     """Magnitude-prune ``source`` into a Spense checkpoint, straight through the format package."""
     state = load_file(source / "model.safetensors")
-    dtype = getattr(torch, weight_dtype)
     modules = {}
     with CheckpointWriter(out) as writer:
         for name, tensor in state.items():
@@ -81,18 +95,18 @@ def make_spense(
             elif kind == "weight":
                 layout = layout_of(module, tuple(tensor.shape), sparse)
                 bias = state.get(f"{module}.bias")
-                packed = prune_and_pack(tensor, layout, dtype)
+                packed = prune_and_pack(tensor, layout, codec)
                 if bias is not None:
                     packed["bias"] = bias
                 for short, value in packed.items():
                     writer.add(f"{module}.{short}", value)
                 modules[module] = ModuleSpec.of(layout, bias is not None)
-        quantization = SpenseCheckpointConfig(
-            weight_dtype=weight_dtype,
-            activation_scheme="dynamic_per_token" if dtype.itemsize == 1 else "none",
+        quantization = checkpoint_config(
+            codecs.codec(codec),
             tensor_parallel_sizes=list(tp_sizes),
             ignore=["lm_head"],
             modules=modules,
+            provenance={},
         )
         config = json.loads((source / "config.json").read_text())
         config["quantization_config"] = quantization.model_dump()

@@ -2,16 +2,19 @@
 
 usage: python vllm_generate.py REQUESTS.json RESPONSES
 REQUESTS: {name: {"model": DIR, "llm": {LLM keyword arguments}, "prompts": [[ids]], "max_tokens": n,
-"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?, "pool": task?, "onednn": bool?}}.
+"lora": DIR?, "calls": [[method, {keyword arguments}]]?, "save": DIR?, "pool": task?, "onednn": bool?,
+"imports": [modules]?}}.
 ``calls`` go to every worker before prompts are answered; ``save``: where to leave a sharded state; ``pool``:
-ask for what this pooling task gives instead of tokens; ``onednn`` false: torch's own products. A prompt may
-be {"text": words, "image": seed}, with a random image. The answer to each request is RESPONSES/name.json,
+ask for what this pooling task gives instead of tokens; ``onednn`` false: torch's own products; ``imports``:
+modules of these tests that register something. A prompt may be {"text": words, "image": seed}, with a random
+image. The answer to each request is RESPONSES/name.json,
 what it printed RESPONSES/name.log; an engine that fails leaves only a log.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -27,8 +30,11 @@ def main() -> None:
 
     # Each model class would be looked at in a process of its own, for the sake of CUDA: ten seconds each.
     registry._run_in_subprocess = lambda look: look()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     requests, responses = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, request in requests.items():
+        for module in request.get("imports", []):
+            importlib.import_module(module)
         with (responses / f"{name}.log").open("w") as log:  # of this process and of the workers it starts
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

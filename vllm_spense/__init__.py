@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from vllm_spense.cli.demo import demo
     from vllm_spense.cli.doctor import doctor
     from vllm_spense.evaluation import evaluate
-    from vllm_spense.evaluation.verify import verify
-    from vllm_spense.format.export import export
     from vllm_spense.format.report import inspect
+    from vllm_spense.models.export import export
     from vllm_spense.pruning import PruneConfig, prune
+    from vllm_spense.verification import verify
 
 __version__ = "0.1.0"
 __all__ = ["PruneConfig", "demo", "doctor", "evaluate", "export", "inspect", "prune", "verify"]
@@ -29,8 +29,8 @@ _HOME = {
     "PruneConfig": "vllm_spense.pruning",
     "prune": "vllm_spense.pruning",
     "evaluate": "vllm_spense.evaluation",
-    "verify": "vllm_spense.evaluation.verify",
-    "export": "vllm_spense.format.export",
+    "verify": "vllm_spense.verification",
+    "export": "vllm_spense.models.export",
     "inspect": "vllm_spense.format.report",
     "doctor": "vllm_spense.cli.doctor",
     "demo": "vllm_spense.cli.demo",

@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
+from vllm_spense.devices import H200
 from vllm_spense.format import Checkpoint, Layout
+from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.models.families import fused_with
+from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops.kernel_config import candidates, estimate
 from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.ops.tune import H200, H200_PROCESSORS
 
-FP8 = torch.float8_e4m3fn
 TOKENS = 8  # one decode step of a small batch: the narrowest tile
 ALIGNMENT = 64
-HIDDEN, INTERMEDIATE, QUERIES, KEYS = 5120, 25600, 8192, 1024  # Qwen3-32B
+MODEL = PRESETS["Qwen3-32B"]
+HIDDEN, INTERMEDIATE = MODEL["hidden_size"], MODEL["intermediate_size"]
+QUERIES, KEYS = (MODEL[f"num_{kind}_heads"] * MODEL["head_dim"] for kind in ("attention", "key_value"))
 SHAPES = {
     "q_proj": (QUERIES, HIDDEN),
     "k_proj": (KEYS, HIDDEN),
@@ -34,7 +36,7 @@ SHAPES = {
     "up_proj": (INTERMEDIATE, HIDDEN),
     "down_proj": (HIDDEN, INTERMEDIATE),
 }
-FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+FUSED = tuple(dict.fromkeys(fused_with(name) for name in SHAPES))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def cost(directory: Path) -> Cost:
     mlp = [layout for name, layout in layouts.items() if ".mlp." in name]
     zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] / 2 for layout in mlp)
     weights = sum(layout.out_features * layout.in_features for layout in mlp)
-    stored = sum(LinearSpec.of([x], FP8).weight_bytes + 4 * x.out_features for x in layouts.values())
+    stored = sum(LinearSpec.of([x], UNIFORM_FP8).weight_bytes + 4 * x.out_features for x in layouts.values())
     return Cost(zeros / weights, stored, decode_seconds(layouts))
 
 
@@ -77,7 +79,7 @@ def decode_seconds(layouts: dict[str, Layout]) -> float:
         owner, _, short = name.rsplit(".", 2)
         owners[owner][short] = enlarged(short, layout)
     return sum(
-        _seconds(LinearSpec.of([linears[short] for short in group], FP8))
+        _seconds(LinearSpec.of([linears[short] for short in group], UNIFORM_FP8))
         for linears in owners.values()
         for group in FUSED
     )
@@ -93,5 +95,5 @@ def enlarged(short: str, layout: Layout) -> Layout:
 
 @lru_cache
 def _seconds(spec: LinearSpec) -> float:
-    configs = candidates(spec, TOKENS, H200, cutlass=False)
-    return min(estimate(spec, TOKENS, config, H200_PROCESSORS) for config in configs)
+    configs = candidates(spec, TOKENS, H200.capability, cutlass=False)
+    return min(estimate(spec, TOKENS, config, H200.processors) for config in configs)

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-CPU_KERNELS = "spense_linear_cpu"
+CPU_KERNELS = ROOT / "kernels" / "linear" / "cpu"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 def kernel_sources() -> str:
     """Fingerprint of the GPU kernels' sources."""
-    return fingerprint(path for path in (ROOT / "kernels").iterdir() if not path.name.startswith(CPU_KERNELS))
+    return fingerprint(p for p in (ROOT / "kernels").rglob("*.*") if not p.is_relative_to(CPU_KERNELS))
 
 
 def cpu_kernel_sources() -> str:
-    return fingerprint((ROOT / "kernels").glob(f"{CPU_KERNELS}*"))
+    return fingerprint([CPU_KERNELS, ROOT / "kernels" / "common"])
 
 
 def commit() -> str | None:

@@ -54,7 +54,7 @@ def paper(spec: LinearSpec, tokens: int, device: torch.device) -> Baseline:
     if not dense_rows * dense_columns:
         return Baseline(sparse.calls, f"one call; {sparse.note}", sparse.details)
     sizes = ((dense_rows,), (0,)) if spec.split == "output" else ((dense_columns,), (0,))
-    region = LinearSpec(spec.split, dense_rows, dense_columns, *sizes, spec.weight_dtype)
+    region = LinearSpec(spec.split, dense_rows, dense_columns, *sizes, spec.codecs)
     dense = dense_calls(region, tokens, device)
     added = spec.split == "input"
     calls: Calls = [

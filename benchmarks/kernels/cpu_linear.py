@@ -25,6 +25,7 @@ import torch
 from benchmarks.common.markdown import insert, table
 from benchmarks.common.results import ROOT, provenance, read, write
 from vllm_spense.format.layout import Split
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops import LinearSpec, cpu_linear, online_layout, prune_and_pack, quantize_per_token
 from vllm_spense.ops.cpu_backend import CpuDenseBackend
 
@@ -59,7 +60,7 @@ def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, list[Call]]]:
     torch.manual_seed(0)
     layout = online_layout(split, n, k, 0.5)
     tensors = prune_and_pack(torch.randn(n, k), layout)
-    spec = LinearSpec(split, n, k, (layout.sparse,), (layout.dense,), torch.float8_e4m3fn)
+    spec = LinearSpec(split, n, k, (layout.sparse,), (layout.dense,), UNIFORM_FP8)
     fp32 = CpuDenseBackend()
     prepared = fp32.prepare(spec, tensors)
     wide, scale = prepared["weight_packed"], tensors["weight_scale"]

@@ -11,6 +11,7 @@ from benchmarks.kernels import shapes
 from benchmarks.kernels.baselines import DENSE
 from benchmarks.kernels.shapes import Row
 from benchmarks.kernels.verdicts import blocked, untested
+from vllm_spense.devices import fp8_peak
 from vllm_spense.ops.kernel_config import candidates, label
 
 FACTS = ("device", "kernels", "command", "commit", "date", "versions")
@@ -26,7 +27,7 @@ def describe_row(
         name.removeprefix("ours:"): result for name, result in results.items() if name.startswith("ours:")
     }
     others = {name: result for name, result in results.items() if not name.startswith("ours:")}
-    peak = shapes.fp8_peak(facts["device"])
+    peak = fp8_peak(facts["device"])
     work, dense = shapes.spense_work(spec, tokens), shapes.dense_work(spec, tokens)
     bound, bound_by = work.bound(bandwidth, peak) if bandwidth else (None, None)
     entry: dict[str, Any] = {

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_spense.devices import H200
+from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops import LinearSpec, extension, online_layout
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
-from vllm_spense.ops.tune import H200 as CAPABILITY
-from vllm_spense.ops.tune import H200_PROCESSORS as PROCESSORS
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192, 32768)
 DECODE = 64
@@ -18,9 +19,6 @@ RATIOS = (0.5, 0.25, 0.0)
 
 ASKED = (KernelConfig("sm90", 128, 256, 2, True), KernelConfig("sm90", 128, 128, 2, True))
 """Timed in every row of prefill."""
-
-FP8_PEAK = {"H200": 1979e12, "H100": 1979e12, "GH200": 1979e12, "B200": 4500e12}
-"""Dense FP8 operations/s by data sheet, by a part of the device's name; 2:4 counts as half the operations."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Model:
     intermediate: int
     heads: int
     kv_heads: int
-    head_size: int = 128
+    head_size: int
 
     def layers(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Split, rows of each fused shard and columns of every kind of linear layer."""
@@ -43,11 +41,16 @@ class Model:
         }
 
 
-MODELS = (
-    Model("Qwen3-32B", 5120, 25600, 64, 8),
-    Model("Seed-OSS-36B", 5120, 27648, 80, 8),
-    Model("Llama-3.1-8B", 4096, 14336, 32, 8),
-    Model("Llama-3.1-70B", 8192, 28672, 64, 8),
+MODELS = tuple(
+    Model(
+        name,
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["num_attention_heads"],
+        shape["num_key_value_heads"],
+        shape["head_dim"],
+    )
+    for name, shape in PRESETS.items()
 )
 LAYERS = ("gate_up", "down", "qkv", "o")
 
@@ -73,7 +76,7 @@ def layer_spec(model: Model, layer: str, ratio: float) -> LinearSpec:
     parts = [online_layout(split, rows, columns, ratio) for rows in shards]  # type: ignore[arg-type]
     return LinearSpec(
         *(split, sum(shards), columns),
-        *(tuple(p.sparse for p in parts), tuple(p.dense for p in parts), torch.float8_e4m3fn),
+        *(tuple(p.sparse for p in parts), tuple(p.dense for p in parts), UNIFORM_FP8),
     )
 
 
@@ -137,8 +140,8 @@ def layer_specs(core: bool = False) -> Iterator[LinearSpec]:
 
 def configs(
     row: Row,
-    capability: tuple[int, int] = CAPABILITY,
-    processors: int = PROCESSORS,
+    capability: tuple[int, int] = H200.capability,
+    processors: int = H200.processors,
     cutlass: bool = False,
     all_up_to: int = 128,
     best: int = 3,
@@ -184,17 +187,13 @@ def _activation_bytes(spec: LinearSpec, tokens: int) -> float:
     return tokens * (spec.in_features + 2 * spec.out_features + 4) + 4 * spec.out_features
 
 
-def fp8_peak(device: str) -> float | None:
-    return next((peak for part, peak in FP8_PEAK.items() if part in device), None)
-
-
 @dataclass(frozen=True)
 class Device:
     """What the plan depends on; an H200 where there is no GPU."""
 
-    name: str = "NVIDIA H200"
-    capability: tuple[int, int] = CAPABILITY
-    processors: int = PROCESSORS
+    name: str = H200.device
+    capability: tuple[int, int] = H200.capability
+    processors: int = H200.processors
     cutlass: bool = False
 
     @classmethod

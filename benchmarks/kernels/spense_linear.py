@@ -34,6 +34,7 @@ from benchmarks.kernels.entries import finished
 from benchmarks.kernels.recorder import Parts, Recorder, measure_rows
 from benchmarks.kernels.shapes import Device, Row
 from benchmarks.kernels.verdicts import blocked, untested
+from vllm_spense.devices import MEMORY_RATE, fp8_peak
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, estimate, label
 from vllm_spense.ops.tuning import read_table, shape_of, table_path
@@ -65,7 +66,7 @@ def dry_run(rows: Sequence[Row], device: Device) -> None:
             raise SystemExit(f"{row.key}: no legal configuration")
         predicted = {c: estimate(row.spec, row.tokens, c, device.processors) * 1e6 for c in chosen}
         best = min(predicted, key=lambda c: predicted[c])
-        bound, by = shapes.spense_work(row.spec, row.tokens).bound(4.3e12, shapes.fp8_peak(device.name))
+        bound, by = shapes.spense_work(row.spec, row.tokens).bound(MEMORY_RATE, fp8_peak(device.name))
         total += predicted[best]
         print(
             f"{row.key:36s} {row.spec.split:6s} {row.spec.out_features:6d} x {row.spec.in_features:5d}  "

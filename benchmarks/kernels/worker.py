@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.kernels import shapes
 from benchmarks.kernels.baselines import BASELINES, copy_bandwidth
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops import LinearSpec, cuda_linear
 from vllm_spense.ops.kernel_config import KernelConfig
 from vllm_spense.ops.linear import reference_linear
@@ -124,7 +125,7 @@ def work_off(jobs: Path) -> None:
     for job in json.loads(jobs.read_text()):
         spec = LinearSpec(
             *(job["split"], job["out_features"], job["in_features"]),
-            *(tuple(job["sparse_sizes"]), tuple(job["dense_sizes"]), torch.float8_e4m3fn),
+            *(tuple(job["sparse_sizes"]), tuple(job["dense_sizes"]), UNIFORM_FP8),
         )
         emit("row", key=job["key"])
         for name, fields in job["parts"].items():

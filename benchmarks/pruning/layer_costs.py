@@ -3,7 +3,7 @@
 usage: python -m benchmarks.pruning.layer_costs [--models smollm2 gemma-3-270m]
 
 Per layer: the Fisher costs of the cheaper half of its indices, and the KL divergence from the dense model
-with this half in 2:4 (crudely, as the pilot of `guided` does it; vllm_spense/pruning/pilot.py), on 8
+with this half in 2:4 (crudely, as the pilot of `guided` does it; vllm_spense/pruning/choice/pilot.py), on 8
 calibration windows of 128 tokens. A minute or two of one core each.
 """
 
@@ -24,9 +24,9 @@ from vllm_spense.demo_assets import fetch_text
 from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.pilot import PILOT_TOKENS, Pilot, cheaper_half
+from vllm_spense.pruning.choice.pilot import PILOT_TOKENS, Pilot, cheaper_half
+from vllm_spense.pruning.choice.sensitivity import index_costs
 from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
-from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.text import calibrate, find_sources
 

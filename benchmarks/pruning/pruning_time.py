@@ -28,10 +28,12 @@ from unittest import mock
 import torch
 
 from benchmarks.common.results import ROOT, provenance, read, write
-from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, solve, source
+from vllm_spense.models import presets
+from vllm_spense.pruning import PruneConfig, layer, pipeline, prune, resume, source
 from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.hessian import Hessian
-from vllm_spense.pruning.joint import tokens_used
+from vllm_spense.pruning.solvers import solver
+from vllm_spense.pruning.solvers.hessian import Hessian
+from vllm_spense.pruning.solvers.joint import tokens_used
 
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_RESULT = RESULTS / "gpu" / "pruning.json"
@@ -67,10 +69,11 @@ def _model(
     )
 
 
+QWEN3_32B = presets.PRESETS["Qwen3-32B"]
 SHAPES = {
     "qwen3-32b": Shape(  # a small vocabulary: embedding and head are only read, run once and written
-        _model("qwen3", 5120, 25600, 64, 8, 128, 4096, max_position_embeddings=16384),
-        layers=64,
+        QWEN3_32B | {"model_type": "qwen3", "vocab_size": 4096, "max_position_embeddings": 16384},
+        layers=QWEN3_32B["num_hidden_layers"],
         samples=128,
         seq_len=16384,
         few=2,
@@ -127,9 +130,9 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("forward", LayerInputs, "advance"),
     ("gradient", pipeline, "index_costs"),
     ("Hessian of {}", Hessian, "add"),
-    ("factorise {}", solve, "factorize"),
-    ("OBS {}", solve, "obs_rows"),
-    ("refit and refine {}", solve, "refine"),
+    ("factorise {}", solver, "factorize"),
+    ("OBS {}", solver, "obs_rows"),
+    ("refit and refine {}", solver, "refine"),
     ("joint fit", layer, "fit_jointly"),
     ("round and pack", layer.LayerPruner, "_store"),
     ("round and pack", pipeline, "pack_layer"),
@@ -179,7 +182,7 @@ def save_model(directory: Path, shape: Shape, layers: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = AutoConfig.for_model(**shape.config, num_hidden_layers=layers, dtype="bfloat16")
+    config = AutoConfig.for_model(**shape.config | {"num_hidden_layers": layers}, dtype="bfloat16")
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)

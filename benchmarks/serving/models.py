@@ -13,11 +13,13 @@ from typing import Any
 
 from benchmarks.kernels.shapes import MODELS as SHAPES
 from benchmarks.kernels.shapes import Model as Shape
-from vllm_spense.format import Layout, ModuleSpec, SpenseCheckpointConfig
-from vllm_spense.format.export import dense_fp8_config
-from vllm_spense.format.schema import TORCH_DTYPE
+from vllm_spense.format import Layout, ModuleSpec
+from vllm_spense.format.codecs import FP8
+from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.schema import AnyCheckpointConfig, checkpoint_config
+from vllm_spense.models.export import dense_fp8_config
+from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops import LinearSpec, online_layout
-from vllm_spense.planning.shapes import PRESETS
 
 DENSE = "dense"
 """The variant that Spense is compared with: dense FP8 in vLLM's own kernels."""
@@ -87,23 +89,23 @@ class ServedModel:
             "quantization_config": quantization,
         } | self.more
 
-    def quantization(self, ratio: float) -> SpenseCheckpointConfig:
+    def quantization(self, ratio: float) -> AnyCheckpointConfig:
         biased = {f"{x}_proj" for x in "qkv"} if self.more.get("attention_bias") else set()
-        return SpenseCheckpointConfig(
-            weight_dtype="float8_e4m3fn",
-            activation_scheme="dynamic_per_token",
+        return checkpoint_config(
+            FP8,
             tensor_parallel_sizes=[1],
             ignore=["lm_head"],
             modules={
                 name: ModuleSpec.of(layout, name.rpartition(".")[2] in biased)
                 for name, layout in self.modules(ratio).items()
             },
+            provenance={},
         )
 
     def linear_bytes(self, variant: str) -> int:
         """Of all linear layers as stored, scales left out."""
         layouts = self.modules(1.0 if variant == DENSE else float(variant)).values()
-        return sum(LinearSpec.of([layout], TORCH_DTYPE["float8_e4m3fn"]).weight_bytes for layout in layouts)
+        return sum(LinearSpec.of([layout], UNIFORM_FP8).weight_bytes for layout in layouts)
 
     def cache_bytes(self, tokens: int) -> int:
         """Of keys and values in bf16."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from benchmarks.common.markdown import fill, table
 from benchmarks.common.results import RESULTS, ROOT, read
 from benchmarks.serving.prediction_plots import write_growth, write_roofline
-from vllm_spense.cli.serving_plan import plot_plan
+from vllm_spense.cli.plan import plot_plan
 from vllm_spense.planning import GPUS, plan
 from vllm_spense.planning.gain import Prediction
 

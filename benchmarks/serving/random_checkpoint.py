@@ -9,14 +9,12 @@ import torch
 from benchmarks.kernels.shapes import Model as Shape
 from benchmarks.serving.models import ServedModel
 from vllm_spense.format import CheckpointWriter
-from vllm_spense.format.validate import expected_tensors
 from vllm_spense.ops.random_weights import fill_random
 
-SHAPE = Shape("random", 2048, 8192, 16, 4)
+SHAPE = Shape("random", 2048, 8192, 16, 4, 128)
 VOCAB = 32000
 SHARD_BYTES = 1 << 28
 """`spense prune` writes one file per layer, about as large as this."""
-DTYPES = {"F32": torch.float32, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 def write_random(out: Path, gigabytes: float, ratio: float = 0.5) -> Path:
@@ -26,9 +24,10 @@ def write_random(out: Path, gigabytes: float, ratio: float = 0.5) -> Path:
     plain = {"model.embed_tokens": (VOCAB, SHAPE.hidden), "lm_head": (VOCAB, SHAPE.hidden)}
     norms = [f"model.layers.{i}.{n}_layernorm" for i in range(layers) for n in ("input", "post_attention")]
     with CheckpointWriter(out, max_shard_bytes=SHARD_BYTES) as writer:
-        for seed, (module, spec) in enumerate(model.quantization(ratio).modules.items()):
-            parts = expected_tensors(spec, "float8_e4m3fn").items()
-            tensors = {name: torch.empty(shape, dtype=DTYPES[kinds[0]]) for name, (shape, kinds) in parts}
+        quantization = model.quantization(ratio)
+        for seed, module in enumerate(quantization.modules):
+            held = quantization.linear(module).held().items()
+            tensors = {name: torch.empty(stored.shape, dtype=stored.dtypes[0]) for name, stored in held}
             fill_random(tensors, None, seed)
             for name, tensor in tensors.items():
                 writer.add(f"{module}.{name}", tensor)

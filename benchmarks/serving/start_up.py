@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.common.markdown import insert, table
 from benchmarks.common.results import ROOT, program, provenance, write
 from benchmarks.serving.random_checkpoint import write_random
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 
 RESULTS = ROOT / "benchmarks" / "results" / "start_up.json"
 DOCUMENT = ROOT / "docs" / "reliability.md"

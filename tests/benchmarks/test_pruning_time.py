@@ -17,7 +17,7 @@ from benchmarks.pruning.pruning_time import (
     summary,
     table,
 )
-from vllm_spense.pruning import joint
+from vllm_spense.pruning.solvers import joint
 
 SHAPE = Shape(
     {"vocab_size": 10, "hidden_size": 64},

@@ -153,10 +153,6 @@ def test_bad_input_is_one_clear_error(
         ("", {}),
         ("--regroup 4", {"regroup": 4}),
         ("--order energy", {"order": "energy"}),
-        ("--search-damping", {"search_damping": True}),
-        ("--no-search-damping", {"search_damping": False}),
-        ("--asymmetric 0.25", {"asymmetric": 0.25}),
-        ("--rounding refit", {"rounding": "refit"}),
     ],
 )
 def test_options_that_are_not_given_are_the_presets(
@@ -168,7 +164,7 @@ def test_options_that_are_not_given_are_the_presets(
     command = ["prune", "MODEL", "-o", "OUT", "--dry-run", *arguments.split()]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    names = ("regroup", "order", "search_damping", "asymmetric", "rounding")
+    names = ("regroup", "order")
     assert {name: given[0][name] for name in names if name in given[0]} == expected
 
 

@@ -23,7 +23,7 @@ from vllm_spense.evaluation import load_model, trial
 from vllm_spense.format.manifest import check_manifest
 from vllm_spense.pruning import PruneConfig, PruneReport, prune
 from vllm_spense.pruning.card import NOT_MEASURED
-from vllm_spense.pruning.trust import PruneWarning
+from vllm_spense.pruning.warnings import PruneWarning
 from vllm_spense.text import TextEnd
 
 OPTIONS: dict[str, Any] = {"dense_ratio": 0.75, "num_samples": 4, "seq_len": 64}

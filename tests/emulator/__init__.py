@@ -1,6 +1,6 @@
 """The Hopper kernel on a CPU: its PTX, translated to C++, on a machine with random timing; no GPU is needed.
 
-``launcher.py`` makes a host library of ``kernels/spense_linear_sm90.cu`` that records launches (the kernels
+``launcher.py`` makes a host library of ``kernels/linear/sm90_fp8.cu`` that records launches (the kernels
 are as they are), ``translate.py`` turns the PTX of its kernels into C++ for the machine of ``device.h``,
 ``machine.h``, ``tensor_core.h`` and ``schedule.h``, ``build.py`` puts it together under ``build/emulator``,
 and ``cases.py`` compares a layer with float64.

@@ -75,7 +75,7 @@ def build(
     nvcc, cutlass = find_nvcc(), find_cutlass()
     if not nvcc or not cutlass:
         raise RuntimeError(why_not())
-    files = [p for p in (*kernels.iterdir(), *HERE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    files = [p for p in (*kernels.rglob("*"), *HERE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
     files += [HERE / name for name in ("build.py", "launcher.py", "translate.py")]
     folder = OUTPUT / digest(*files, extra=f"{instances} {defines} {nvcc} {cutlass}")
     if folder.exists():

@@ -1,6 +1,6 @@
 """The host side: the kernel's own launcher, compiled so that it records launches instead of making them.
 
-``spense_linear_sm90.cu`` stays as it is but for the list of instances, of which only the wanted ones are
+``kernels/linear/sm90_fp8.cu`` stays as it is but for the list of instances, of which only the wanted ones are
 kept: each one adds to the compile time. ``recorder.h`` replaces its CUDA calls with macros.
 """
 
@@ -26,7 +26,7 @@ class Instance(NamedTuple):
 def host_source(kernels: Path, instances: tuple[Instance, ...]) -> str:
     """Source of the recording launcher, with these instances only."""
     lines, kept = [], set()
-    for line in (kernels / "spense_linear_sm90.cu").read_text().splitlines():
+    for line in (kernels / "linear" / "sm90_fp8.cu").read_text().splitlines():
         found = re.match(r"\s*SPENSE_INSTANCE\((\d+), (\d+), (true|false), [^,)]*(, true)?\)", line)
         if found:
             instance = Instance(int(found[1]), int(found[2]), found[3] == "true", bool(found[4]))
@@ -40,7 +40,7 @@ def host_source(kernels: Path, instances: tuple[Instance, ...]) -> str:
 
 
 class LinearArgs(ctypes.Structure):
-    """spense::LinearArgs of spense_linear.h."""
+    """spense::LinearArgs of linear/arguments.h."""
 
     _fields_ = [
         *(
@@ -66,7 +66,7 @@ class LinearArgs(ctypes.Structure):
 
 
 class Sm90Config(ctypes.Structure):
-    """spense::Sm90Config of spense_linear_sm90.h."""
+    """spense::Sm90Config of linear/sm90_fp8.h."""
 
     _fields_ = [
         ("tile_rows", ctypes.c_int),
@@ -110,7 +110,7 @@ class Emulator:
         self.machine = ctypes.CDLL(str(folder / "kernels.so"))
         self.machine.emulate.restype = ctypes.c_char_p
         if self.host.linear_arguments_bytes() != ctypes.sizeof(LinearArgs):
-            raise ValueError("LinearArgs of spense_linear.h has other fields than the one here")
+            raise ValueError("LinearArgs of linear/arguments.h has other fields than the one here")
 
     def record(self, args: LinearArgs, config: Sm90Config, clusters_fit: int) -> Recorded:
         """Call the launcher on a device that runs so many clusters at once."""

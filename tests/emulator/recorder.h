@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
-#include "spense_linear_sm90.cuh"
-#include "spense_linear_sm90.h"
+#include "linear/sm90_fp8.cuh"
+#include "linear/sm90_fp8.h"
 
 struct Recorded {  // cases.py has the same fields
   unsigned grid, block, shared_bytes, cluster, launches;

@@ -63,10 +63,11 @@ def mutated(old: str, new: str, folder: Path) -> Path:
     """A copy of the kernels with this change."""
     kernels = folder / "kernels"
     shutil.copytree(KERNELS, kernels)
-    source = kernels / "spense_linear_sm90.cuh"
-    text = source.read_text()
-    assert text.count(old) == 1, "the kernel has changed: adapt the mutation"
-    source.write_text(text.replace(old, new))
+    sources = {path: path.read_text() for path in (kernels / "linear").glob("sm90_*.cuh")}
+    found = sum(text.count(old) for text in sources.values())
+    assert found == 1, "the kernel has changed: adapt the mutation"
+    for path, text in sources.items():
+        path.write_text(text.replace(old, new))
     return kernels
 
 

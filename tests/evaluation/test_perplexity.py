@@ -16,8 +16,8 @@ from tests.tiny import make_llama, make_spense
 from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
 from vllm_spense.evaluation.loading import StoredLinear
-from vllm_spense.format import Checkpoint, CheckpointError, dequantize
-from vllm_spense.format.export import export
+from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.models.export import export
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,14 @@ def test_stored_linear_is_w8a8(spense: Path) -> None:
     x = torch.randn(2, 5, layer.weight.shape[1])
     scale = x.abs().amax(-1, keepdim=True) / 448
     rounded = (x / scale).to(torch.float8_e4m3fn).float() * scale
-    expected = rounded @ dequantize(*checkpoint.module_weight(name)).t()
+    expected = rounded @ checkpoint.module_weight(name).t()
     expected += checkpoint.load(f"{name}.bias").float()
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_bf16_spense_loads_without_scales(dense: Path, tmp_path: Path) -> None:
-    spense = make_spense(dense, tmp_path / "spense", weight_dtype="bfloat16")
+    spense = make_spense(dense, tmp_path / "spense", codec="bf16")
     twin = export(spense, tmp_path / "twin", format="float32")
     ids = torch.arange(48)[None]
     torch.testing.assert_close(logits(spense, ids), logits(twin, ids), rtol=1e-3, atol=1e-3)

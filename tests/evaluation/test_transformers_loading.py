@@ -19,7 +19,7 @@ from tests.tiny_text import add_tokenizer
 from vllm_spense import PruneConfig, export, prune
 from vllm_spense.format import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("ignore::vllm_spense.pruning.trust.PruneWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::vllm_spense.pruning.warnings.PruneWarning")
 KINDS = {
     "llama": "fp8",  # biases
     "qwen2": "bf16",  # tied embeddings

@@ -277,7 +277,8 @@ CASES: dict[str, Case] = {
         edit(CONFIG, lambda c: c.update(quantization_config="spense")),
         "quantization_config must be an object, not str",
     ),
-    "version 2": Case(quantization(version=2), r"format version 2 is not supported \(this release reads 1\)"),
+    "version 3": Case(quantization(version=3), r"format version 3 is not supported \(this release reads 1 "),
+    "version 2": Case(quantization(version=2), r"quantization_config\.codec: Field required"),
     "version true": Case(quantization(version=True), "format version True is not supported"),
     "version text": Case(quantization(version="1"), "format version '1' is not supported"),
     "other method": Case(

@@ -73,7 +73,7 @@ def start_plugin() -> Callable[[Path], None]:
 def check_all_values(checkpoint: Checkpoint) -> None:
     """What the plugin does with every module's tensors once they are loaded."""
     for module in checkpoint.require_spense().modules:
-        check_values(checkpoint.module_tensors(module), module=module)
+        check_values(checkpoint.module_tensors(module), checkpoint.linear(module).codecs, module=module)
 
 
 def select(*kinds: str) -> pytest.MarkDecorator:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.format import fp8
-from vllm_spense.format.fp8 import FP8_DTYPE, FP8_MAX, TOP_CODES, dequantize, quantize_per_channel
+from vllm_spense.format.codecs import fp8
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, TOP_CODES, dequantize, quantize_per_channel
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).double()
 RELATIVE = 2.0**-4  # half a step of 3 mantissa bits

@@ -10,8 +10,8 @@ import pytest
 
 from tests.tiny import HIDDEN, INTER, LAYERS, LINEARS, SPARSE
 from vllm_spense.format import Checkpoint, CheckpointError
-from vllm_spense.format.export import export
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
 
 BIAS_BYTES = 2
 
@@ -48,7 +48,7 @@ def test_sparsity(tiny_spense: Path) -> None:
         expected = SPARSE / INTER / 2 if module in report.hybrid else 0.0
         assert module.sparsity == pytest.approx(expected)
         if module in report.hybrid:
-            weight, _ = Checkpoint(tiny_spense).module_weight(module.name)
+            weight = Checkpoint(tiny_spense).module_weight(module.name)
             assert weight.numel() == HIDDEN * INTER
             zeros = int((weight.float() == 0).sum())
             assert zeros >= module.sparsity * weight.numel()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Layout
@@ -43,7 +42,7 @@ def good() -> Json:
 
 def test_good_config_round_trips() -> None:
     config = parse_config(good())
-    assert config.torch_dtype == torch.float8_e4m3fn
+    assert config.codecs.name == "fp8"
     assert config.modules[DOWN].layout() == Layout("input", 48, 96, 64)
     assert config.modules[DOWN].bias is False
     assert parse_config(config.model_dump()) == config
@@ -81,7 +80,7 @@ def renamed(name: str) -> Callable[[Json], None]:
     return rename
 
 
-VERSION = r"format version {} is not supported \(this release reads 1\)"
+VERSION = r"format version {} is not supported \(this release reads 1 and 2\)"
 INTEGER = "should be a valid integer"
 BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "unknown key": (top(group_size=128), "quantization_config.group_size: Extra inputs are not permitted"),
@@ -92,7 +91,7 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "version true": (top(version=True), VERSION.format("True")),
     "version text": (top(version="1"), VERSION.format("'1'")),
     "version float": (top(version=1.0), VERSION.format(r"1\.0")),
-    "version 2": (top(version=2), VERSION.format("2")),
+    "version 3": (top(version=3), VERSION.format("3")),
     "version 0": (top(version=0), VERSION.format("0")),
     "version list": (top(version=[1]), VERSION.format(r"\[1\]")),
     "weight dtype missing": (without("weight_dtype"), "weight_dtype: Field required"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_spense.format import FP8_DTYPE, CheckpointError
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
 from vllm_spense.format.validate import check_values
 
@@ -15,7 +16,7 @@ NAN = {0x7F, 0xFF}
 
 def refused_at(short: str, values: torch.Tensor) -> int | None:
     try:
-        check_values({short: values}, module="m")
+        check_values({short: values}, UNIFORM_FP8, module="m")
     except CheckpointError as error:
         return int(str(error).split("at flat index ")[1].split(".")[0])
     return None
@@ -37,7 +38,8 @@ def test_every_byte_at_every_place(short: str, size: int) -> None:
 
 @pytest.mark.parametrize("short", ["sparse_meta", "dense_weight"])
 def test_a_bad_byte_in_any_part(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_spense.format.validate._CACHED_BYTES", 16)
+    monkeypatch.setattr("vllm_spense.format.linear._CACHED_BYTES", 16)
+    monkeypatch.setattr("vllm_spense.format.codecs.fp8._CACHED_BYTES", 16)
     for place in range(40):  # two and a half parts of 16 bytes
         values = torch.full((40,), 0x44, dtype=torch.uint8)
         dtype = torch.uint8 if short == "sparse_meta" else FP8_DTYPE

@@ -23,7 +23,7 @@ def build(out: Path) -> dict[str, Path]:
     dense = make_llama(out / "dense", layers=1)
     bases = {name: out / name for name in NAMES}
     make_spense(dense, bases["fp8"])
-    make_spense(dense, bases["bf16"], weight_dtype="bfloat16")
+    make_spense(dense, bases["bf16"], codec="bf16")
     tensors = load_file(bases["fp8"] / "model.safetensors")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with CheckpointWriter(bases["sharded"], max_shard_bytes=int(size * 0.41)) as writer:

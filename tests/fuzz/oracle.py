@@ -21,9 +21,9 @@ from tests.fuzz import serving
 from tests.fuzz.edits import Case, make
 from tests.fuzz.limits import LONGEST, SECONDS, OvertimeError, StopError, ViolationError, fault_of, limits
 from tests.fuzz.reading import InvalidError, Linear, read
-from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.manifest import MANIFEST_NAME, is_loaded_file
+from vllm_spense.verification import verify
 
 ALLOWED = ("refused", "identical", "another valid checkpoint", "found by verify only", "no change")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.ops import cuda_linear, extension
 from vllm_spense.ops.backend import Tensors, decompressed
 from vllm_spense.ops.cuda_backend import CudaBackend

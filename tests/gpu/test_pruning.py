@@ -7,9 +7,9 @@ import torch
 
 from vllm_spense.format import Layout
 from vllm_spense.pruning import PruneConfig
-from vllm_spense.pruning import rows as rows_module
-from vllm_spense.pruning.hessian import Hessian, output_error
-from vllm_spense.pruning.solve import Solver
+from vllm_spense.pruning.solvers import rows as rows_module
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error
+from vllm_spense.pruning.solvers.solver import Solver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.ops import cuda_linear, extension, linear, quantize_per_token, select_backend
 from vllm_spense.ops.backend import decompressed
 from vllm_spense.ops.kernel_config import KernelConfig, label

@@ -73,9 +73,9 @@ def check_object(pattern: str) -> str:
 @pytest.mark.parametrize(
     ("pattern", "instructions"),
     [
-        ("spense_linear_cutlass_90a_0", (r"QGMMA\.SP\.64x256x64\.F32\.E4M3\.E4M3",)),
+        ("linear_cutlass_fp8_90a_0", (r"QGMMA\.SP\.64x256x64\.F32\.E4M3\.E4M3",)),
         # Blackwell's sparse MMA prints no suffix; only sparse ones copy metadata to tensor memory (UTCCP).
-        ("spense_linear_cutlass_100[af]_4", (r"\bUTCQMMA\b", r"\bUTCCP\b")),
+        ("linear_cutlass_fp8_100[af]_4", (r"\bUTCQMMA\b", r"\bUTCCP\b")),
     ],
 )
 def test_the_cutlass_instances_use_sparse_tensor_cores(pattern: str, instructions: tuple[str, ...]) -> None:

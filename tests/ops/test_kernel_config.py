@@ -169,16 +169,18 @@ def test_a_measured_bucket_wins_over_the_estimate() -> None:
 
 
 def test_what_the_device_says_of_its_clusters_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no cluster fits, the call runs unsplit; the extension tells refusal from failure."""
+    """Where no cluster fits, the call runs unsplit; an instance that is not there is an error."""
     alone = pick(DOWN, 16, HOPPER, 132, {}, False, lambda config: 0 if config.cluster > 1 else 132)
     assert alone is not None
     assert alone.cluster == 1
     assert pick(DOWN, 16, HOPPER, 132, {}, False, lambda config: 0) is None
 
-    def refuse(*shape: object) -> int:
-        raise RuntimeError(f"spense: linear_sm90 refused the call with status {2 if shape[2] == 8 else 1}")
+    def clusters(*shape: object) -> int:
+        if shape[2] == 8:
+            return 0
+        raise RuntimeError("spense: linear_sm90 refused the call with status 1")
 
-    monkeypatch.setattr(torch.ops.spense, "sm90_clusters", refuse, raising=False)
+    monkeypatch.setattr(torch.ops.spense, "sm90_clusters", clusters, raising=False)
     assert extension.sm90_clusters(128, 16, 8, False) == 0
     with pytest.raises(RuntimeError, match="status 1"):
         extension.sm90_clusters(128, 16, 3, False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.format import FP8_DTYPE, Layout, quantize_per_channel, unpack_linear
+from tests.tiny import unpacked
+from vllm_spense.format import FP8_DTYPE, Layout, quantize_per_channel
 from vllm_spense.format.layout import Split
 from vllm_spense.ops import online_layout, prune_and_pack
 
@@ -35,7 +36,7 @@ def test_layout(split: Split, shape: tuple[int, int], ratio: float, sparse: int)
 def test_keeps_the_two_largest_of_four(layout: Layout, dtype: torch.dtype) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = weight.clone()
-    stored = unpack_linear(prune_and_pack(weight, layout, torch.bfloat16), layout).float()
+    stored = unpacked(prune_and_pack(weight, layout, "bf16"), layout, "bf16").float()
     assert torch.equal(weight, before), "the caller's weight is not touched"
     rows, cols = layout.sparse_shape
     for i in range(24):
@@ -50,7 +51,7 @@ def test_keeps_the_two_largest_of_four(layout: Layout, dtype: torch.dtype) -> No
 
 def test_ties_keep_the_earlier_positions() -> None:
     layout = Layout("output", 8, 16, 8)
-    stored = unpack_linear(prune_and_pack(torch.ones(8, 16), layout, torch.bfloat16), layout)
+    stored = unpacked(prune_and_pack(torch.ones(8, 16), layout, "bf16"), layout, "bf16")
     assert torch.equal(stored.float(), torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(8, 4))
 
 

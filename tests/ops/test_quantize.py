@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE, FP8_MAX
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX
 from vllm_spense.ops.quantize import MIN_SCALE, quantize_per_token
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.tiny import unpacked
 from vllm_spense.format import FP8_DTYPE, Layout
-from vllm_spense.format.pack import unpack_linear
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES
 from vllm_spense.ops import linear, prune_and_pack, quantize_per_token
 from vllm_spense.ops.repack import PAD, block_metadata, blocked_shape, pad_pitch, unblock_metadata
@@ -88,7 +88,7 @@ def test_the_operator_takes_the_kernels_layout_too(layout: Layout) -> None:
 
 
 def kernel_reads(values: torch.Tensor, blocked: torch.Tensor, rows: int, stage_columns: int) -> torch.Tensor:
-    """The matrix as ``linear_kernel`` (spense_linear_sm90.cuh) puts it together, thread by thread.
+    """The matrix as ``linear_kernel`` (linear/sm90_fp8.cuh) puts it together, thread by thread.
 
     Stages of ``stage_columns`` copy metadata blocks of 16 bytes per row; an instruction covers 64 columns;
     each thread of a warpgroup holds 32 bits of metadata, which cover 8 groups of one row (PTX ISA,
@@ -126,4 +126,4 @@ def test_threads_of_the_kernel_read_the_matrix(rows: int, columns: int, stage_co
     packed = prune_and_pack(torch.randn(rows, columns), layout)
     blocked = block_metadata(packed["sparse_meta"])
     read = kernel_reads(packed["sparse_values"], blocked, rows, stage_columns)
-    assert torch.equal(read, unpack_linear(packed, layout).view(torch.uint8))
+    assert torch.equal(read, unpacked(packed, layout).view(torch.uint8))

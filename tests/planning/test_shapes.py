@@ -10,7 +10,8 @@ import pytest
 
 from tests.tiny import HEAD_DIM, HIDDEN, INTER, KV_HEADS, LAYERS, SPARSE, VOCAB
 from vllm_spense.format import CheckpointError, Layout
-from vllm_spense.planning.shapes import PRESETS, Experts, ModelShape, read_model
+from vllm_spense.models.presets import PRESETS
+from vllm_spense.planning.shapes import Experts, ModelShape, read_model
 
 LLAMA = {
     "model_type": "llama",
@@ -203,7 +204,7 @@ def test_the_class_fills_in_what_is_left_out(tmp_path: Path) -> None:
         ({"num_local_experts": 8, "model_type": "mixtral"}, "the experts of model_type 'mixtral'"),
         (MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, expected an integer from 1 to 8"),
         ({"quantization_config": []}, "quantization_config is '[]'"),
-        ({"quantization_config": {"quant_method": "spense", "version": 2}}, "format version 2"),
+        ({"quantization_config": {"quant_method": "spense", "version": 3}}, "format version 3"),
     ],
 )
 def test_what_config_json_may_not_say(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spense.devices import GPUS, MEMORY_RATE, find_gpu
 from vllm_spense.format import FP8_DTYPE
 from vllm_spense.ops import LinearSpec, tuning
-from vllm_spense.ops.kernel_config import LAUNCH, MEMORY_RATE, candidates, estimate
+from vllm_spense.ops.kernel_config import LAUNCH, candidates, estimate
 from vllm_spense.ops.tuning import TuningEntry, TuningTable, shape_of
-from vllm_spense.planning.gpus import GPUS, find_gpu
 from vllm_spense.planning.shapes import Experts, read_model
 from vllm_spense.planning.step import (
     ALL_REDUCE_SECONDS,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.tiny_gemma4 import gemma4
+from vllm_spense.models.parts import decoder, decoder_layers
 from vllm_spense.pruning.activations import LayerInputs, on_disk
-from vllm_spense.pruning.adapters import decoder, decoder_layers
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.layer import LayerPruner
 

@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 import torch
 
+from vllm_spense.models.parts import MlpShape
 from vllm_spense.pruning import PruneConfig
-from vllm_spense.pruning.adapters import MlpShape
-from vllm_spense.pruning.allocation import allocate, dense_counts, price
-from vllm_spense.pruning.selection import dense_count
-from vllm_spense.pruning.trust import PruneWarning
+from vllm_spense.pruning.choice.allocation import allocate, dense_counts, price
+from vllm_spense.pruning.choice.selection import dense_count
+from vllm_spense.pruning.warnings import PruneWarning
 
 GLU = MlpShape(128, 256, 128, 2)
 

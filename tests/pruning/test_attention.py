@@ -24,21 +24,22 @@ from tests.tiny_families import FAMILIES, make_family
 from tests.tiny_text import write_text
 from vllm_spense.cli.app import app
 from vllm_spense.evaluation import load_model, load_tokenizer
-from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, dequantize
-from vllm_spense.format.export import export
+from vllm_spense.format import Checkpoint
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
+from vllm_spense.models.parts import decoder_layers
 from vllm_spense.ops.tune import layer_specs
-from vllm_spense.pruning import PruneConfig, PruneReport, attention, pipeline, prune
-from vllm_spense.pruning.adapters import decoder_layers
-from vllm_spense.pruning.attention import move_groups, target
-from vllm_spense.pruning.hessian import Hessian, output_error
+from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
+from vllm_spense.pruning.choice import attention
+from vllm_spense.pruning.choice.attention import move_groups, target
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.plan import plan
 from vllm_spense.pruning.resume import ResumeError
-from vllm_spense.pruning.solve import Solver
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error
+from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.text import sample_windows, tokenize
+from vllm_spense.verification import verify
 
 HEAD, HEADS, KV = 16, 8, 4
 """Features of a head, query heads, key/value heads (8 in multi-head attention)."""
@@ -118,7 +119,7 @@ def split_state(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def written(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    return dequantize(*checkpoint.module_weight(module)).float()
+    return checkpoint.module_weight(module)
 
 
 def heads_of(matrix: torch.Tensor, groups: list[int], ratio: int, dim: int) -> torch.Tensor:
@@ -448,7 +449,8 @@ def test_exports_have_the_same_function(format: str, family, tmp_path: Path) -> 
     if format == "fp8":  # transformers needs another package to read it
         weights = load_file(tmp_path / "out" / "model.safetensors")
         name = "model.layers.1.self_attn"
-        parts = [run.checkpoint.module_weight(f"{name}.{short}_proj")[0].float() for short in "qkv"]
+        stored = (f"{name}.{short}_proj" for short in "qkv")
+        parts = [run.checkpoint.linear(n).values(run.checkpoint.module_tensors(n))[0].float() for n in stored]
         assert torch.equal(weights[f"{name}.qkv_proj.weight"].float(), torch.cat(parts))
         return
     got = load_model(tmp_path / "out", activations="none")(IDS).logits

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny_families import make_family
+from vllm_spense.models.parts import UnsupportedModelError, decoder_layers
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.adapters import UnsupportedModelError, decoder_layers
-from vllm_spense.pruning.attention import target
+from vllm_spense.pruning.choice.attention import target
 from vllm_spense.pruning.plan import plan
 
 COMMON = {

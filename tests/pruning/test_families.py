@@ -22,17 +22,18 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_families import EXPERTS, FAMILIES, INTER, make_family, pruned_modules
 from vllm_spense.evaluation import load_model, load_tokenizer
-from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
-from vllm_spense.format.conversion import FUSED_TYPES, part_rows
-from vllm_spense.format.export import export
+from vllm_spense.format import Checkpoint, CheckpointError, quantize_per_channel
+from vllm_spense.models.export import export
+from vllm_spense.models.families import family_of
+from vllm_spense.models.fused import part_rows
+from vllm_spense.models.parts import decoder_layers
+from vllm_spense.models.split import split_fused
 from vllm_spense.planning import read_model
 from vllm_spense.pruning import PruneConfig, PruneReport, pipeline, prune
-from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.config import Preset
-from vllm_spense.pruning.conversion import split_fused
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.text import sample_windows, tokenize
+from vllm_spense.verification import verify
 
 RUNS = [(kind, "bf16", "spensegpt+") for kind in FAMILIES]
 FP8 = ("gemma3_text", "phi3", "phi", "opt", "qwen2_moe", "gemma4_text", "qwen3_5_text", "falcon_h1")
@@ -94,7 +95,7 @@ def family(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def written(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    return dequantize(*checkpoint.module_weight(module))
+    return checkpoint.module_weight(module)
 
 
 def put(model: nn.Module, module: str, weight: torch.Tensor) -> None:
@@ -167,7 +168,7 @@ def test_regions(kind: str, family) -> None:
 def state_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     """The model's tensors, gate and up apart where they are fused."""
     state = dict(model.state_dict())
-    for name in [n for n in state if kind in FUSED_TYPES and "gate_up_proj" in n]:
+    for name in [n for n in state if family_of(kind).fused and "gate_up_proj" in n]:
         fused = state.pop(name)
         state[name.replace("gate_up_proj", "gate_proj")] = fused[:INTER]
         state[name.replace("gate_up_proj", "up_proj")] = fused[INTER:]

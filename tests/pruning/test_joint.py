@@ -12,9 +12,10 @@ from torch.nn.functional import gelu, silu
 from tests.tiny_families import make_family
 from tests.tiny_text import write_text
 from vllm_spense.format import Checkpoint
-from vllm_spense.pruning import PruneConfig, joint, layer, prune
-from vllm_spense.pruning.joint import _slope, _step, _value, fit_jointly, output_losses, split, stride
-from vllm_spense.pruning.refit import conjugate_gradients
+from vllm_spense.pruning import PruneConfig, layer, prune
+from vllm_spense.pruning.solvers import joint
+from vllm_spense.pruning.solvers.joint import _slope, _step, _value, fit_jointly, output_losses, split, stride
+from vllm_spense.pruning.solvers.refit import conjugate_gradients
 
 T, R, K = 300, 6, 16
 

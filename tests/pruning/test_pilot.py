@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_families import make_family, pruned_modules
 from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense.format import Checkpoint
-from vllm_spense.pruning import PruneConfig, pilot, prune
+from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.activations import LayerInputs
-from vllm_spense.pruning.pilot import FALL, Pilot, Verdict, choose, falling
-from vllm_spense.pruning.sensitivity import index_costs
+from vllm_spense.pruning.choice import pilot
+from vllm_spense.pruning.choice.pilot import FALL, Pilot, Verdict, choose, falling
+from vllm_spense.pruning.choice.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel
 
 CPU = torch.device("cpu")

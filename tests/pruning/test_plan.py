@@ -15,9 +15,9 @@ from tests.tiny import make_llama
 from tests.tiny_gemma4 import GEMMA4, gemma4, make_gemma4
 from tests.tiny_text import add_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.models.parts import decoder_layers
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.activations import LayerInputs, in_memory
-from vllm_spense.pruning.adapters import decoder_layers
 from vllm_spense.pruning.plan import Plan, plan
 
 QWEN3_32B = {
@@ -112,6 +112,13 @@ def test_the_joint_fit_costs_gemms_over_some_tokens(tmp_path: Path) -> None:
         assert fitted.layers[5].seconds > plain.layers[5].seconds
     fitted, plain = (plan(model, PruneConfig(**PAPER, joint=n), "h200") for n in (3, 0))
     assert fitted.activation_bytes - plain.activation_bytes == 65536 * 5120 * 4
+
+
+def test_the_order_of_energies_needs_a_second_hessian(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+    sizes = PAPER | {"preset": "spensegpt+"}
+    ordered, plain = (plan(model, PruneConfig(**sizes, order=o), "h200") for o in ("energy", "natural"))
+    assert ordered.layers[5].device_bytes - plain.layers[5].device_bytes == 4 * 25600**2
 
 
 def test_regrouping_inverts_the_hessian_of_down(tmp_path: Path) -> None:

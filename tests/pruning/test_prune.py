@@ -16,10 +16,10 @@ from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model, load_tokenizer
 from vllm_spense.format import Checkpoint, CheckpointError, dequantize, quantize_per_channel
 from vllm_spense.format.manifest import check_manifest, read_manifest
+from vllm_spense.models.parts import UnsupportedModelError
 from vllm_spense.pruning import PruneConfig, PruneProgress, prune
-from vllm_spense.pruning.adapters import UnsupportedModelError
-from vllm_spense.pruning.hessian import Hessian, output_error
-from vllm_spense.pruning.solve import Solver
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error
+from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.text import sample_windows, tokenize
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down"))
@@ -40,7 +40,7 @@ def options(text: Path | None, **changes: Any) -> PruneConfig:
 
 
 def weight(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    return dequantize(*checkpoint.module_weight(module))
+    return checkpoint.module_weight(module)
 
 
 def is_24(region: torch.Tensor) -> bool:

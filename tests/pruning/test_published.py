@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_spense.evaluation import evaluate
-from vllm_spense.evaluation.verify import verify
 from vllm_spense.format import CheckpointError
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
+from vllm_spense.models.parts import UnsupportedModelError
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.adapters import UnsupportedModelError
 from vllm_spense.pruning.plan import plan
+from vllm_spense.verification import verify
 
 Edit = Callable[[Path], object]
 

@@ -9,10 +9,10 @@ import torch
 
 from vllm_spense.format import Layout
 from vllm_spense.pruning import PruneConfig
-from vllm_spense.pruning.hessian import Hessian
-from vllm_spense.pruning.refit import _best_pairs, refine, refit
-from vllm_spense.pruning.solve import REFIT_DAMPING, Solver
-from vllm_spense.pruning.solvers import SolverError, factorize, prune_obs
+from vllm_spense.pruning.solvers.hessian import Hessian
+from vllm_spense.pruning.solvers.obs import SolverError, factorize, prune_obs
+from vllm_spense.pruning.solvers.refit import _best_pairs, refine, refit
+from vllm_spense.pruning.solvers.solver import REFIT_DAMPING, Solver
 
 SIZES = [(1, 8, 8), (5, 16, 16), (12, 48, 24), (7, 40, 16), (16, 64, 64)]
 """N, K, 2:4 columns: one row, one group of metadata, dense columns at the right."""

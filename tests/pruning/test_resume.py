@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -390,6 +391,19 @@ def test_other_inputs_are_named(
     with pytest.raises(ResumeError, match=named + ".*--restart"):
         prune(source, out, options(words, resume=True, **changes))
     assert work_path(out).is_dir(), "the finished layer is still there"
+
+
+def test_a_run_with_options_that_are_gone_is_not_continued(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupt(model, out, options(text), after=1)
+    path = work_path(out) / "state.json"
+    state = json.loads(path.read_text())
+    assert state["fingerprint"]["options"]["rounding"] == "nearest"
+    state["fingerprint"]["options"] |= {"rounding": "refit", "search_damping": True}
+    path.write_text(json.dumps(state))
+    named = r"options\.search_damping was True, is False; options\.rounding was refit, is nearest"
+    with pytest.raises(ResumeError, match=named):
+        prune(model, out, options(text, resume=True))
 
 
 def test_two_runs_into_one_directory(model: Path, text: Path, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from vllm_spense.format import Layout
 from vllm_spense.pruning import PruneConfig
-from vllm_spense.pruning import rows as rows_module
-from vllm_spense.pruning.hessian import Hessian
-from vllm_spense.pruning.rows import solve_by_rows, solver_devices
-from vllm_spense.pruning.solve import Solver
-from vllm_spense.pruning.solvers import SolverError, obs_rows
+from vllm_spense.pruning.solvers import rows as rows_module
+from vllm_spense.pruning.solvers.hessian import Hessian
+from vllm_spense.pruning.solvers.obs import SolverError, obs_rows
+from vllm_spense.pruning.solvers.rows import solve_by_rows, solver_devices
+from vllm_spense.pruning.solvers.solver import Solver
 
 CPU = torch.device("cpu")
 LAYOUTS = [Layout("output", 44, 48, 36), Layout("input", 30, 48, 24)]
@@ -87,7 +87,7 @@ def test_devices_work_at_the_same_time(layout: Layout, monkeypatch: pytest.Monke
         meeting.wait(timeout=20)
         return obs_rows(*args)
 
-    monkeypatch.setattr("vllm_spense.pruning.solve.obs_rows", meet_and_prune)
+    monkeypatch.setattr("vllm_spense.pruning.solvers.solver.obs_rows", meet_and_prune)
     prune(layout, [CPU] * 4)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.pruning.selection import dense_count, index_scores, permutation
+from vllm_spense.pruning.choice.selection import dense_count, index_scores, permutation
 
 
 @pytest.mark.parametrize(

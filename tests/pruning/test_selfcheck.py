@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests.tiny_families import make_family
 from tests.tiny_gemma4 import make_gemma4
 from tests.tiny_text import add_tokenizer
+from vllm_spense.models.parts import UnsupportedModelError
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.pruning.adapters import UnsupportedModelError
 from vllm_spense.pruning.selfcheck import check_replay
 from vllm_spense.pruning.source import SourceModel
 

@@ -14,9 +14,9 @@ from tests.tiny_families import make_family, pruned_modules
 from tests.tiny_gemma4 import make_gemma4
 from vllm_spense.format import CheckpointError
 from vllm_spense.network import logits_at, scored_positions
-from vllm_spense.pruning import sensitivity
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
-from vllm_spense.pruning.sensitivity import DOWN_SHARE, IndexCosts, index_costs
+from vllm_spense.pruning.choice import sensitivity
+from vllm_spense.pruning.choice.sensitivity import DOWN_SHARE, IndexCosts, index_costs
 from vllm_spense.pruning.source import SourceModel
 
 CPU = torch.device("cpu")

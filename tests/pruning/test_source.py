@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_gemma4 import gemma4
 from vllm_spense.format import CheckpointError
+from vllm_spense.models.parts import decoder
 from vllm_spense.pruning import PruneConfig
 from vllm_spense.pruning.activations import LayerInputs, on_disk
-from vllm_spense.pruning.adapters import decoder
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.source import SourceModel
 

@@ -19,17 +19,17 @@ from tests.tiny_text import write_text
 from tests.tiny_wrappers import WRAPPERS, make_headless, make_text_twin, make_wrapper, text_name
 from vllm_spense.evaluation import evaluate, load_model
 from vllm_spense.evaluation.trial import try_out
-from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, dequantize
-from vllm_spense.format.export import export
-from vllm_spense.format.linears import stays_as_stored
+from vllm_spense.format import Checkpoint
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
+from vllm_spense.models.families import stays_as_stored
 from vllm_spense.planning.shapes import read_model
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.pipeline import _report_of
 from vllm_spense.pruning.plan import plan
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.recovery import RecoveryConfig, recover
+from vllm_spense.verification import verify
 
 IDS = torch.arange(3, 51)[None]
 PLAIN = {"preset": "spensegpt+"}
@@ -95,7 +95,7 @@ def test_it_is_the_dense_wrapper_with_the_new_weights(kind: str, wrapper) -> Non
     dense = model(input_ids=IDS).logits
     for name in checkpoint.require_spense().modules:
         inside = str(text_name(kind, name)).replace("model.", "model.language_model.", 1)
-        model.get_submodule(inside).weight.data.copy_(dequantize(*checkpoint.module_weight(name)))
+        model.get_submodule(inside).weight.data.copy_(checkpoint.module_weight(name))
     expected = model(input_ids=IDS).logits
     got = load_model(checkpoint.directory, activations="none")(input_ids=IDS).logits
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
@@ -191,7 +191,7 @@ def test_a_model_for_pooling_is_the_dense_one_with_the_new_weights(kind: str, he
         assert name.startswith(f"{prefix}layers.")
         inside = name.removeprefix(prefix)
         base = model.model if kind == "classifier" else model
-        base.get_submodule(inside).weight.data.copy_(dequantize(*checkpoint.module_weight(name)))
+        base.get_submodule(inside).weight.data.copy_(checkpoint.module_weight(name))
     expected = model(input_ids=IDS)[0]
     loaded = load_model(checkpoint.directory, activations="none")
     got = (loaded.model if kind.startswith("embedding") else loaded)(input_ids=IDS)[0]

@@ -20,18 +20,18 @@ from tests.tiny import make_llama, make_spense
 from tests.tiny_families import make_family
 from tests.tiny_text import add_tokenizer
 from vllm_spense.evaluation import load_model
-from vllm_spense.evaluation.verify import verify
-from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter, dequantize
-from vllm_spense.format.export import export
+from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter
+from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.recovery import RecoveryConfig, RecoveryError, RecoveryProgress, recover, training
 from vllm_spense.recovery.output import round_stochastically, write_rest, write_weights
 from vllm_spense.recovery.student import load_student
 from vllm_spense.recovery.training import learning_rate, train
 from vllm_spense.text import TextRecord
+from vllm_spense.verification import verify
 
 CPU = torch.device("cpu")
-DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
+DTYPES = ("bf16", "fp8")
 WORDS = 32  # of the vocabulary's 512: few enough that some steps teach something about other windows
 HELD_OUT = torch.randint(0, WORDS, (4, 64), generator=torch.Generator().manual_seed(5))
 
@@ -41,8 +41,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``dense``, its pruned versions ``bf16`` and ``fp8``, and ``text.txt``."""
     root = tmp_path_factory.mktemp("recovery")
     add_tokenizer(make_llama(root / "dense"))
-    for name, dtype in DTYPES.items():
-        make_spense(root / "dense", root / name, weight_dtype=dtype)
+    for name in DTYPES:
+        make_spense(root / "dense", root / name, codec=name)
     numbers = torch.randint(0, WORDS, (4000,), generator=torch.Generator().manual_seed(6)).tolist()
     (root / "text.txt").write_text(" ".join(f"w{number}" for number in numbers))
     return root
@@ -268,7 +268,7 @@ def test_a_small_step_survives_fp8(root: Path, tmp_path: Path) -> None:
     config = options(root)
     write(checkpoint, tmp_path / "out", student, config, TextRecord("none", "0" * 64))
     for name in names:
-        old, new = (dequantize(*c.module_weight(name)) for c in (checkpoint, Checkpoint(tmp_path / "out")))
+        old, new = (c.module_weight(name) for c in (checkpoint, Checkpoint(tmp_path / "out")))
         assert float((new * old).sum() / (old * old).sum()) == pytest.approx(1.01, abs=2e-3)
 
 

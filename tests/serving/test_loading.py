@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_spense.format import FP8_DTYPE, CheckpointError, Layout, ModuleSpec, unpack_linear
+from tests.tiny import unpacked
+from vllm_spense.format import FP8_DTYPE, CheckpointError, Layout, ModuleSpec
 from vllm_spense.format.layout import Axis
 from vllm_spense.format.validate import check_values
 from vllm_spense.ops import prune_and_pack
@@ -169,7 +170,7 @@ def full_reference(layer: Fused, x: torch.Tensor) -> list[torch.Tensor]:
     results = []
     for module, layout in layer.layouts.items():
         tensors = layer.tensors[module]
-        weight = unpack_linear(tensors, layout).float()
+        weight = unpacked(tensors, layout).float()
         if "weight_scale" in tensors:
             weight = weight * tensors["weight_scale"][:, None]
         results.append(x @ weight.T + (tensors["bias"].float() if layer.bias else 0))
@@ -192,7 +193,7 @@ def test_each_rank_holds_its_part_of_the_matrix(kind: str, size: int, dtype: tor
             owned = layer.indices(i, rank, size)
             seen[i] += owned
             tensors = layer.tensors[module]
-            full = unpack_linear(tensors, layout).float()
+            full = unpacked(tensors, layout).float()
             assert torch.equal(rows[i], full[owned] if layer.axis == "output" else full[:, owned])
             for name in ("weight_scale", "bias"):
                 if name in mine.tensors:

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import unpacked
 from vllm_spense.format import (
     FP8_DTYPE,
     CheckpointError,
     Layout,
     ModuleSpec,
-    SpenseCheckpointConfig,
-    unpack_linear,
 )
+from vllm_spense.format.codecs import codec
 from vllm_spense.format.layout import Split
+from vllm_spense.format.schema import checkpoint_config
 from vllm_spense.ops import prune_and_pack, quantize_per_token
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM = 48, 96, 4, 2, 8
@@ -57,14 +58,13 @@ def vllm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def make_config(bias: bool = True, dtype: torch.dtype = FP8_DTYPE, drop: str | None = None) -> Any:
     from vllm_spense.serving.config import SpenseConfig
 
-    fp8 = dtype == FP8_DTYPE
     modules = {n: ModuleSpec.of(layout, bias) for n, layout in LAYOUTS.items() if n != drop}
-    checkpoint = SpenseCheckpointConfig(
-        weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
-        activation_scheme="dynamic_per_token" if fp8 else "none",
+    checkpoint = checkpoint_config(
+        codec("fp8" if dtype == FP8_DTYPE else "bf16"),
         tensor_parallel_sizes=[1],
         ignore=["lm_head"],
         modules=modules,
+        provenance={},
     )
     config = SpenseConfig.from_config(checkpoint.model_dump())
     config.packed_modules_mapping = PACKED
@@ -112,7 +112,7 @@ def load(layer: Any, name: str, dtype: torch.dtype, bias: bool, skip: str = "") 
         for short, tensor in tensors.items():
             if f"{module}.{short}" != skip:
                 parameters[short].weight_loader(parameters[short], tensor, *shard)
-        weight = unpack_linear(tensors, LAYOUTS[module]).float()
+        weight = unpacked(tensors, LAYOUTS[module]).float()
         weight = weight * tensors["weight_scale"][:, None] if "weight_scale" in tensors else weight
         vector = tensors["bias"].float() if bias else torch.zeros(len(weight))
         rows.append(torch.cat([weight, vector[:, None]], dim=1))
@@ -470,7 +470,7 @@ def test_parts_of_a_layer_that_vllm_takes_for_fused_on_disk() -> None:
     assert config.shard_names(f"{MLP}.qkv_proj") == [f"{MLP}.qkv_proj"]  # plain tensors in a bf16 checkpoint
 
 
-@pytest.mark.parametrize("version", [2, True, "1"])
+@pytest.mark.parametrize("version", [3, True, "1"])
 def test_a_bad_config_is_refused(version: object) -> None:
     from vllm_spense.serving.config import SpenseConfig
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import HIDDEN, INTER, LAYERS, dense_twin, make_llama, make_spense
 from tests.vllm_runs import Pool
-from vllm_spense.format.export import export
 from vllm_spense.format.manifest import write_manifest
 from vllm_spense.format.report import inspect
+from vllm_spense.models.export import export
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_spense(root / "dense", root / "spense")
     make_spense(root / "other", root / "spense-other")
     make_spense(root / "dense", root / "spense-half", sparse=INTER // 2, tp_sizes=(1,))
-    make_spense(root / "dense", root / "spense-bf16", weight_dtype="bfloat16")
+    make_spense(root / "dense", root / "spense-bf16", codec="bf16")
     export(root / "spense", root / "twin", format="spense-dense")
     export(root / "spense-bf16", root / "export-bf16")
     dense_twin(root / "spense", root / "twin-tp2", tp=2)

@@ -9,7 +9,7 @@ from tests.tiny_families import make_family
 from tests.tiny_text import write_text
 from tests.vllm_runs import Pool
 from vllm_spense.format import Checkpoint
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm

@@ -19,7 +19,7 @@ from tests.tiny_text import write_text
 from tests.vllm_runs import Pool, Run, token_prompts, torchvision
 from tools.model_table import DOCUMENT, FAMILIES, models
 from vllm_spense.evaluation import load_model
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import VOCAB, make_llama, make_spense
 from tests.vllm_runs import Pool
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}

@@ -18,7 +18,7 @@ from tests.vllm_runs import Pool, Run, token_prompts, torchvision
 from tools.model_table import POOLING
 from tools.model_table import WRAPPERS as TITLES
 from vllm_spense.evaluation import load_model
-from vllm_spense.format.export import export
+from vllm_spense.models.export import export
 from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm

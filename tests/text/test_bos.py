@@ -269,7 +269,7 @@ def test_lm_eval_reads_the_same_start(
 # -- pruning and recovery ------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::vllm_spense.pruning.trust.PruneWarning")
+@pytest.mark.filterwarnings("ignore::vllm_spense.pruning.warnings.PruneWarning")
 def test_prune_trial_and_recover(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def library_fits(record: dict[str, Any]) -> str | None:
             return "made from these sources, by the record of its build"
         if record.get("kernels") or record.get("trap"):
             return None
-    newest = max(path.stat().st_mtime for path in (ROOT / "kernels").iterdir())
+    newest = max(path.stat().st_mtime for path in (ROOT / "kernels").rglob("*"))
     return "newer than every file of kernels/" if LIBRARY.stat().st_mtime > newest else None
 
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops.backend import Tensors, decompressed
 from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, label
 from vllm_spense.ops.quantize import quantize_per_token
@@ -62,11 +63,11 @@ class Machine(Protocol):
 def output_layer(columns: int, *shards: tuple[int, int]) -> LinearSpec:
     """(2:4 rows, dense rows) of each shard."""
     sparse, dense = (tuple(shard[i] for shard in shards) for i in range(2))
-    return LinearSpec("output", sum(sparse) + sum(dense), columns, sparse, dense, FP8_DTYPE)
+    return LinearSpec("output", sum(sparse) + sum(dense), columns, sparse, dense, UNIFORM_FP8)
 
 
 def input_layer(rows: int, sparse: int, dense: int) -> LinearSpec:
-    return LinearSpec("input", rows, sparse + dense, (sparse,), (dense,), FP8_DTYPE)
+    return LinearSpec("input", rows, sparse + dense, (sparse,), (dense,), UNIFORM_FP8)
 
 
 LAYERS = {

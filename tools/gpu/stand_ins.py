@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.results import ROOT
 from tools.gpu.first_light_cases import Machine
+from vllm_spense.devices import H200
 from vllm_spense.ops.kernel_config import DECODE_TOKENS, PREFILL_TOKENS, KernelConfig, pairs
 from vllm_spense.ops.linear import reference_linear
 
-SM90_PROCESSORS = 132
+SM90_PROCESSORS = H200.processors
 FAULTS = ("hang", "crash", "wrong")
 
 
@@ -77,8 +76,7 @@ class Emulated(Definition):
 
     def __init__(self) -> None:
         super().__init__()
-        sys.path.insert(0, str(ROOT / "tests"))
-        from emulator import build, cases, launcher, translate
+        from tests.emulator import build, cases, launcher, translate
 
         if reason := build.why_not():
             raise RuntimeError(reason)

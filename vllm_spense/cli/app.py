@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from vllm_spense.cli.console import new_console, print_anywhere, say, shown
+from vllm_spense.cli.dry_run import show_plan
 from vllm_spense.cli.interrupt import interruptible, notes
-from vllm_spense.cli.plan import show_plan
+from vllm_spense.cli.plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.progress import (
     module_progress,
     one_line_warnings,
@@ -24,7 +25,6 @@ from vllm_spense.cli.progress import (
     recovery_progress,
 )
 from vllm_spense.cli.server import ServerError
-from vllm_spense.cli.serving_plan import plot_plan, refuse_unprunable, show_prediction
 from vllm_spense.cli.text_options import CALIBRATION, TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
 from vllm_spense.format.errors import one_line
@@ -74,19 +74,9 @@ def prune(
     order: Annotated[
         Literal["natural", "energy"] | None, typer.Option(help="In which OBS visits the groups of columns")
     ] = None,
-    search_damping: Annotated[
-        bool | None,
-        typer.Option("--search-damping/--no-search-damping", help="Choose the damping by held-out windows"),
-    ] = None,
-    asymmetric: Annotated[
-        float | None, typer.Option(help="Share of earlier layers' error to make up for", min=0, max=1)
-    ] = None,
     joint: Annotated[
         int | None,
         typer.Option(help="Iterations that fit gate and up to intermediate values", min=0),
-    ] = None,
-    rounding: Annotated[
-        Literal["nearest", "refit"] | None, typer.Option(help="To FP8; refit: other weights make up for it")
     ] = None,
     gradient_samples: Annotated[int | None, typer.Option(help="Windows of the gradient pass", min=1)] = None,
     pilot_samples: Annotated[
@@ -134,10 +124,7 @@ def prune(
         "refine": refine,
         "regroup": regroup,
         "order": order,
-        "search_damping": search_damping,
-        "asymmetric": asymmetric,
         "joint": joint,
-        "rounding": rounding,
         "gradient_samples": gradient_samples,
         "pilot_samples": pilot_samples,
     }
@@ -355,7 +342,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check hashes, schema, tensors and values; exit code 1 when anything is wrong."""
-    from vllm_spense.evaluation.verify import verify as run
+    from vllm_spense.verification import verify as run
 
     with module_progress(errors, "checks") as progress:
         report = run(directory, update_manifest=update_manifest, progress=progress)
@@ -374,7 +361,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:
     """Write a plain dense checkpoint with the zeros written out, for any other engine."""
-    from vllm_spense.format.export import export as run
+    from vllm_spense.models.export import export as run
 
     with module_progress(errors, "modules") as progress:
         run(directory, out, format=format, overwrite=overwrite, progress=progress)

@@ -22,7 +22,7 @@ def try_checkpoint(report: PruneReport, console: Console) -> None:
     """
     from vllm_spense.evaluation.trial import PROMPT, memory_available, memory_needed, try_out
     from vllm_spense.pruning.card import record_evaluation
-    from vllm_spense.pruning.trust import warn, warnings_as_errors
+    from vllm_spense.pruning.warnings import warn, warnings_as_errors
 
     directory, end = report.directory, report.text_end
     needed, available = memory_needed(directory), memory_available()

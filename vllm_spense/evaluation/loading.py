@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from vllm_spense import sources
-from vllm_spense.format import Checkpoint, CheckpointError, unpack_linear
-from vllm_spense.format.conversion import left_out, model_parameter
+from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.errors import REPRUNE, RESAVE
 from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.models.fused import left_out, model_parameter
 from vllm_spense.network import SpenseNames, auto_class, spense_names
 from vllm_spense.ops import dense_linear, quantize_per_token
 from vllm_spense.sources import building, check_source, check_tensors, load_config
@@ -136,7 +136,7 @@ def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activa
     model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     names = spense_names(model, checkpoint)
     _load_plain(checkpoint, model, names)
-    quantize = activations == "checkpoint" and quantization.activation_scheme != "none"
+    as_stored = activations == "checkpoint"
     for name, parts in names.modules.items():
         owner, child, found = _shape(model, name)
         specs = [quantization.modules[part] for part in parts]
@@ -148,7 +148,7 @@ def _load_spense(checkpoint: Checkpoint, dtype: torch.dtype, activations: Activa
                 module=name,
                 fix=REPRUNE,
             )
-        setattr(owner, child, _stored_linear(checkpoint, parts, quantize))
+        setattr(owner, child, _stored_linear(checkpoint, parts, as_stored))
     model.tie_weights()
     return model
 
@@ -194,13 +194,22 @@ def _shape(model: nn.Module, name: str) -> tuple[nn.Module | None, str, tuple[in
 
 
 def _stored_linear(checkpoint: Checkpoint, parts: list[str], quantize: bool) -> StoredLinear:
-    """The rows of all ``parts`` as one layer: scales are per row, so fusing them changes no value."""
-    weights, scales, biases = [], [], []
+    """The rows of all ``parts`` as one layer: scales are per row, so fusing them changes no value.
+
+    ``quantize``: round activations as the codec of all parts says, if it is the same.
+    """
+    weights, scales, biases, schemes = [], [], [], set()
     for name in parts:
-        tensors = checkpoint.module_tensors(name)
-        check_values(tensors, module=name, file=checkpoint.directory)
-        weights.append(unpack_linear(tensors, checkpoint.layout(name)))
-        scales += [tensors["weight_scale"]] if "weight_scale" in tensors else []
+        linear, tensors = checkpoint.linear(name), checkpoint.module_tensors(name)
+        check_values(tensors, linear.codecs, module=name, file=checkpoint.directory)
+        weight, scale = linear.values(tensors)
+        weights.append(weight.float())
+        scales.append(scale)
         biases += [tensors["bias"]] if "bias" in tensors else []
-    scale, bias = (torch.cat(found) if found else None for found in (scales, biases))
-    return StoredLinear(torch.cat(weights), scale, bias, quantize)
+        schemes.add(linear.codecs.activations)
+    bias = torch.cat(biases) if biases else None
+    quantize = quantize and schemes == {"dynamic_per_token"}
+    if all(scale is None for scale in scales):
+        return StoredLinear(torch.cat(weights), None, bias, quantize)
+    ones = [torch.ones(len(w)) if s is None else s for w, s in zip(weights, scales, strict=True)]
+    return StoredLinear(torch.cat(weights), torch.cat(ones), bias, quantize)

@@ -4,10 +4,10 @@ Needs torch, safetensors and pydantic; imports neither vLLM nor transformers.
 """
 
 from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, dequantize, quantize_per_channel
 from vllm_spense.format.errors import CheckpointError
-from vllm_spense.format.fp8 import FP8_DTYPE, FP8_MAX, dequantize, quantize_per_channel
-from vllm_spense.format.layout import Axis, Layout, Split, TensorName
-from vllm_spense.format.pack import pack_linear, unpack_linear
+from vllm_spense.format.layout import Axis, Layout, Split
+from vllm_spense.format.linear import Codecs, LinearFormat, pack_linear
 from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig, parse_config
 from vllm_spense.format.sparse24 import compress, decompress
 from vllm_spense.format.writer import CheckpointWriter
@@ -19,16 +19,16 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
+    "Codecs",
     "Layout",
     "ModuleSpec",
     "SpenseCheckpointConfig",
     "Split",
-    "TensorName",
+    "LinearFormat",
     "compress",
     "decompress",
     "dequantize",
     "pack_linear",
     "parse_config",
     "quantize_per_channel",
-    "unpack_linear",
 ]

@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_spense.format.broken_files import Diagnosis, diagnose
+from vllm_spense.format.codecs import tensor_names
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.layout import TENSOR_NAMES, Layout
+from vllm_spense.format.layout import Layout
+from vllm_spense.format.linear import LinearFormat
 from vllm_spense.format.manifest import read_text_file
-from vllm_spense.format.pack import unpack_linear
-from vllm_spense.format.schema import SpenseCheckpointConfig, parse_config
+from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -63,12 +64,12 @@ class Checkpoint:
             )
         self.config: dict[str, Any] = read_json(self.directory / CONFIG_NAME)
         raw = self.config.get("quantization_config")
-        self.quantization: SpenseCheckpointConfig | None = (
+        self.quantization: AnyCheckpointConfig | None = (
             None if raw is None else parse_config(raw, self.directory / CONFIG_NAME)
         )
         self.tensors: dict[str, TensorInfo] = self._read_headers()
 
-    def require_spense(self) -> SpenseCheckpointConfig:
+    def require_spense(self) -> AnyCheckpointConfig:
         """The Spense configuration, or an error that says how to get one."""
         if self.quantization is None:
             raise CheckpointError(
@@ -88,28 +89,28 @@ class Checkpoint:
         with _open(info.file) as stream:
             return stream.get_tensor(name)
 
-    def module_tensors(self, module: str) -> dict[str, torch.Tensor]:
-        """The Spense tensors of one module, by short name."""
-        spec = self.require_spense().modules[module]
-        names: list[str] = [*spec.layout().regions()]
-        names += ["weight_scale"] if self.require_spense().weight_dtype == "float8_e4m3fn" else []
-        names += ["bias"] if spec.bias else []
-        return {n: self.load(f"{module}.{n}") for n in names}
-
-    def module_weight(self, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored matrix ``[N, K]`` with zeros written out, and its scale ``[N]`` (None for bf16)."""
-        tensors = self.module_tensors(module)
-        return unpack_linear(tensors, self.layout(module)), tensors.get("weight_scale")
+    def linear(self, module: str) -> LinearFormat:
+        """What is stored of one module."""
+        return self.require_spense().linear(module)
 
     def layout(self, module: str) -> Layout:
-        return self.require_spense().modules[module].layout()
+        return self.linear(module).layout
+
+    def module_tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """The Spense tensors of one module, by short name."""
+        return {name: self.load(f"{module}.{name}") for name in self.linear(module).held()}
+
+    def module_weight(self, module: str) -> torch.Tensor:
+        """``[N, K]`` fp32: the values that kernels compute with, zeros written out."""
+        return self.linear(module).decode(self.module_tensors(module))
 
     def plain_tensors(self) -> Iterator[str]:
         """Names of all tensors that belong to no Spense module (norms, embeddings, heads)."""
         modules = self.quantization.modules if self.quantization else {}
+        ours = tensor_names() | {"bias"}
         for name in self.tensors:
             module, _, short = name.rpartition(".")
-            if not (module in modules and short in TENSOR_NAMES):
+            if not (module in modules and short in ours):
                 yield name
 
     # -- headers ---------------------------------------------------------------------------------

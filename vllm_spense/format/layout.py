@@ -21,8 +21,6 @@ import torch
 
 Split = Literal["output", "input"]
 Axis = Literal["output", "input"]
-TensorName = Literal["sparse_values", "sparse_meta", "dense_weight", "weight_scale", "bias"]
-TENSOR_NAMES: tuple[TensorName, ...] = get_args(TensorName)
 
 GROUP = 4
 """Consecutive input features of which at most two are kept."""
@@ -67,6 +65,11 @@ class Layout:
         return self.extent - self.sparse
 
     @property
+    def split_dim(self) -> int:
+        """Dimension of ``W [N, K]`` along which S and D follow each other."""
+        return 0 if self.split == "output" else 1
+
+    @property
     def sparse_shape(self) -> tuple[int, int]:
         """Logical [rows, columns] of the 2:4 region."""
         if self.split == "output":
@@ -79,26 +82,6 @@ class Layout:
         if self.split == "output":
             return self.dense, self.in_features
         return self.out_features, self.dense
-
-    def shape(self, name: TensorName) -> tuple[int, ...]:
-        """Stored shape of one tensor; a size of 0 means that the region is empty."""
-        rows, cols = self.sparse_shape
-        if name == "sparse_values":
-            return rows, cols // 2
-        if name == "sparse_meta":
-            return rows, cols // META_GROUP
-        if name == "dense_weight":
-            return self.dense_shape
-        return (self.out_features,)
-
-    def regions(self) -> tuple[Literal["sparse_values", "sparse_meta", "dense_weight"], ...]:
-        """The weight tensors that a file holds: those of regions that are not empty."""
-        names: tuple[Literal["sparse_values", "sparse_meta", "dense_weight"], ...] = ()
-        if self.sparse:
-            names += ("sparse_values", "sparse_meta")
-        if self.dense:
-            names += ("dense_weight",)
-        return names
 
     def shard(self, axis: Axis, size: int) -> Layout:
         """Layout of one of ``size`` equal tensor-parallel slices along ``axis``.
@@ -130,18 +113,20 @@ class Layout:
         else:
             yield features, self.in_features if axis == "input" else self.out_features
 
-    def slice_tensor(
-        self, name: TensorName, tensor: torch.Tensor, axis: Axis, rank: int, size: int
-    ) -> torch.Tensor:
-        """Rank ``rank``'s part of a stored tensor (a view wherever one slice is enough).
+    def cut_region(self, tensor: torch.Tensor, axis: Axis, rank: int, size: int) -> torch.Tensor:
+        """Rank ``rank``'s part of a region's tensor ``[rows, …]`` with columns in proportion to inputs."""
+        return _slice(tensor, 0 if axis == "output" else 1, rank, size)
 
-        Per-output tensors (``weight_scale``, ``bias``) are replicated along the input axis.
-        """
-        vector = name in ("weight_scale", "bias")
-        if size == 1 or (vector and axis == "input"):
+    def cut_rows(self, tensor: torch.Tensor, axis: Axis, rank: int, size: int) -> torch.Tensor:
+        """The same of a tensor ``[N]`` with something per output: replicated along the input axis, and cut
+        where the regions of an output split are (then a copy)."""
+        if axis == "input" or size == 1:
             return tensor
-        dim = 0 if axis == "output" else 1
-        both = vector and self.split == "output"
-        parts = tensor.split([self.sparse, self.dense]) if both else (tensor,)
-        cut = [p.narrow(dim, rank * (p.shape[dim] // size), p.shape[dim] // size) for p in parts]
-        return cut[0] if len(cut) == 1 else torch.cat(cut, dim)
+        if self.split == "input":
+            return _slice(tensor, 0, rank, size)
+        return torch.cat([_slice(part, 0, rank, size) for part in tensor.split([self.sparse, self.dense])])
+
+
+def _slice(tensor: torch.Tensor, dim: int, rank: int, size: int) -> torch.Tensor:
+    width = tensor.shape[dim] // size
+    return tensor if size == 1 else tensor.narrow(dim, rank * width, width)

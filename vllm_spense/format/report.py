@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.schema import ModuleSpec
+from vllm_spense.format.layout import Layout
+from vllm_spense.format.linear import LinearFormat
+from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec
 
 
 @dataclass(frozen=True)
@@ -81,23 +83,26 @@ def inspect(directory: str | Path) -> CheckpointReport:
     """Read config and headers of a Spense checkpoint; raises :class:`CheckpointError`."""
     checkpoint = Checkpoint(directory)
     config = checkpoint.require_spense()
-    width = config.torch_dtype.itemsize
     losses = config.provenance.get("losses", {})
     modules = []
     for name, spec in config.modules.items():
-        layout = spec.layout()
+        linear = config.linear(name)
+        layout = linear.layout
         weights = spec.out_features * spec.in_features
         pruned = layout.sparse_shape[0] * layout.sparse_shape[1]
-        scale = 4 * spec.out_features if width == 1 else 0
-        stored = (weights - pruned) * width + pruned * width // 2 + pruned // 8 + scale
+        dense = LinearFormat(Layout("output", spec.out_features, spec.in_features, 0), linear.codecs)
         loss = losses.get(name) if isinstance(losses, dict) else None
-        modules.append(ModuleReport(name, spec, pruned / 2 / weights, stored, weights * width + scale, loss))
+        modules.append(ModuleReport(name, spec, pruned / 2 / weights, linear.nbytes(), dense.nbytes(), loss))
     total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
     return CheckpointReport(
         checkpoint.directory,
-        config.weight_dtype,
+        config.weight_dtype if config.version == 1 else _codec_names(config),
         config.tensor_parallel_sizes,
         modules,
         total,
         config.provenance,
     )
+
+
+def _codec_names(config: AnyCheckpointConfig) -> str:
+    return " and ".join(sorted({config.linear(name).codecs.name for name in config.modules}))

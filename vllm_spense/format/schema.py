@@ -1,10 +1,14 @@
-"""Schema of ``quantization_config`` in a Spense checkpoint's config.json (format version 1)."""
+"""Schema of ``quantization_config`` in a Spense checkpoint's config.json.
+
+Version 1 has one codec for the whole file, FP8 or bf16, by its dtype's name in torch. Version 2 names a codec
+for the file, for a module or for a region of one; it is written only where version 1 cannot say it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -15,10 +19,12 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_spense.format.codecs import BF16, FP8, Codec, codec_names
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.layout import Layout, Split
+from vllm_spense.format.linear import Codecs, LinearFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 MAX_FEATURES = 1 << 24
 """No linear layer has more features on a side; a larger number is a damaged or hostile file."""
 
@@ -27,10 +33,17 @@ Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_
 WeightDtype = Literal["float8_e4m3fn", "bfloat16"]
 MAX_NESTING = 16
 """Of the provenance: vLLM pickles the configuration for its workers, and pickle recurses."""
-TORCH_DTYPE: dict[str, torch.dtype] = {
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "bfloat16": torch.bfloat16,
-}
+_VERSION_1: dict[WeightDtype, Codec] = {"float8_e4m3fn": FP8, "bfloat16": BF16}
+"""Its names for codecs."""
+
+
+def _known(name: str) -> str:
+    if name not in codec_names():
+        raise ValueError(f"unknown codec {name!r} (this release knows {', '.join(codec_names())})")
+    return name
+
+
+CodecName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_known)]
 
 
 def _shallow(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -81,38 +94,124 @@ class ModuleSpec(_Strict):
         )
 
 
+class RegionCodecs(_Strict):
+    """A codec for each region of a layer that has both."""
+
+    sparse: CodecName
+    dense: CodecName
+
+
+class CodecModuleSpec(ModuleSpec):
+    """The same, and its codec where it is not the file's."""
+
+    codec: CodecName | RegionCodecs | None = None
+
+
+TensorParallelSizes = Annotated[list[Annotated[int, Field(strict=True, ge=1, le=1024)]], Field(min_length=1)]
+Provenance = Annotated[dict[str, Any], AfterValidator(_shallow)]
+
+
 class SpenseCheckpointConfig(_Strict):
-    """What a Spense checkpoint says about itself; see docs/format.md for every key."""
+    """What a Spense checkpoint of version 1 says about itself; see docs/format.md for every key."""
 
     quant_method: Literal["spense"] = "spense"
     version: Literal[1] = 1
     weight_dtype: WeightDtype
     activation_scheme: Literal["dynamic_per_token", "none"]
-    tensor_parallel_sizes: Annotated[
-        list[Annotated[int, Field(strict=True, ge=1, le=1024)]], Field(min_length=1)
-    ]
+    tensor_parallel_sizes: TensorParallelSizes
     ignore: list[Name] = []
     modules: dict[Name, ModuleSpec]
-    provenance: Annotated[dict[str, Any], AfterValidator(_shallow)] = {}
+    provenance: Provenance = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> SpenseCheckpointConfig:
-        expected = "dynamic_per_token" if self.weight_dtype == "float8_e4m3fn" else "none"
+        expected = _VERSION_1[self.weight_dtype].activations
         if self.activation_scheme != expected:
             raise ValueError(f"activation_scheme must be {expected!r} for weight_dtype {self.weight_dtype!r}")
-        both = sorted(set(self.ignore) & set(self.modules))
-        if both:
-            raise ValueError(f"{both[0]} stands in both modules and ignore")
-        if not self.modules:
-            raise ValueError("modules must not be empty")
+        _check_modules(self.modules, self.ignore)
         return self
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPE[self.weight_dtype]
+    def codecs(self) -> Codecs:
+        """Of every module."""
+        return Codecs(_VERSION_1[self.weight_dtype], _VERSION_1[self.weight_dtype])
+
+    def codecs_of(self, spec: ModuleSpec) -> Codecs:
+        """Of one of the modules."""
+        return self.codecs
+
+    def linear(self, module: str) -> LinearFormat:
+        """What is stored of one module."""
+        spec = self.modules[module]
+        return LinearFormat(spec.layout(), self.codecs_of(spec), spec.bias)
 
 
-def parse_config(raw: object, file: object = "config.json") -> SpenseCheckpointConfig:
+class SpenseCheckpointConfig2(_Strict):
+    """The same of version 2: ``codec`` is that of all modules that name none."""
+
+    quant_method: Literal["spense"] = "spense"
+    version: Literal[2] = 2
+    codec: CodecName
+    tensor_parallel_sizes: TensorParallelSizes
+    ignore: list[Name] = []
+    modules: dict[Name, CodecModuleSpec]
+    provenance: Provenance = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpenseCheckpointConfig2:
+        _check_modules(self.modules, self.ignore)
+        return self
+
+    @property
+    def codecs(self) -> Codecs:
+        """Of the modules that name none."""
+        return Codecs.of(self.codec)
+
+    def codecs_of(self, spec: ModuleSpec) -> Codecs:
+        """Of one of the modules."""
+        own = spec.codec if isinstance(spec, CodecModuleSpec) else None
+        return Codecs.of(own.model_dump() if isinstance(own, RegionCodecs) else own or self.codec)
+
+    def linear(self, module: str) -> LinearFormat:
+        """What is stored of one module."""
+        spec = self.modules[module]
+        return LinearFormat(spec.layout(), self.codecs_of(spec), spec.bias)
+
+
+AnyCheckpointConfig = SpenseCheckpointConfig | SpenseCheckpointConfig2
+
+
+def checkpoint_config(
+    codec: Codec,
+    *,
+    tensor_parallel_sizes: list[int],
+    modules: dict[str, ModuleSpec],
+    ignore: list[str],
+    provenance: dict[str, Any],
+) -> AnyCheckpointConfig:
+    """The configuration of a checkpoint with one codec, in the oldest version that can say it."""
+    rest: dict[str, Any] = {
+        "tensor_parallel_sizes": tensor_parallel_sizes,
+        "ignore": ignore,
+        "modules": {name: spec.model_dump() for name, spec in modules.items()},
+        "provenance": provenance,
+    }
+    for weight_dtype, known in _VERSION_1.items():
+        if known is codec:
+            scheme = codec.activations
+            return SpenseCheckpointConfig(weight_dtype=weight_dtype, activation_scheme=scheme, **rest)
+    return SpenseCheckpointConfig2(codec=codec.name, **rest)
+
+
+def _check_modules(modules: Mapping[str, ModuleSpec], ignore: list[str]) -> None:
+    both = sorted(set(ignore) & set(modules))
+    if both:
+        raise ValueError(f"{both[0]} stands in both modules and ignore")
+    if not modules:
+        raise ValueError("modules must not be empty")
+
+
+def parse_config(raw: object, file: object = "config.json") -> AnyCheckpointConfig:
     """Validate a ``quantization_config`` dictionary; one :class:`CheckpointError` names every mistake."""
     if not isinstance(raw, dict):
         raise CheckpointError(
@@ -125,14 +224,15 @@ def parse_config(raw: object, file: object = "config.json") -> SpenseCheckpointC
             fix="point at a directory that `spense prune` wrote",
         )
     version = raw.get("version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise CheckpointError(
-            f"format version {version!r} is not supported (this release reads {FORMAT_VERSION})",
+            f"format version {version!r} is not supported (this release reads 1 and 2)",
             file=file,
             fix="install the vllm-spense release that wrote the checkpoint",
         )
     try:
-        return SpenseCheckpointConfig.model_validate(raw)
+        model = SpenseCheckpointConfig if version == 1 else SpenseCheckpointConfig2
+        return model.model_validate(raw)
     except ValidationError as error:
         found = [
             f"quantization_config.{'.'.join(map(str, e['loc']))}: {e['msg']}"

@@ -26,7 +26,7 @@ def legal_meta_bytes() -> torch.Tensor:
 
 
 def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compress a 2:4 matrix ``[rows, cols]`` of any 1-, 2- or 4-byte float dtype.
+    """Compress a 2:4 matrix ``[rows, cols]`` of any dtype of 1, 2 or 4 bytes.
 
     Returns ``values [rows, cols / 2]`` in the same dtype and ``meta [rows, cols / 8]`` uint8.
     Negative zero counts as zero and is stored as +0. Raises ``ValueError`` if ``cols`` is no multiple
@@ -37,7 +37,8 @@ def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"{cols} columns are no multiple of {META_GROUP}")
     bits = _BITS[weight.element_size()]
     groups = weight.contiguous().view(bits).view(rows, cols // GROUP, GROUP)
-    nonzero = (weight != 0).view_as(groups) if weight.element_size() > 1 else (groups & 0x7F) != 0
+    eight_bit_float = weight.element_size() == 1 and weight.dtype.is_floating_point  # some cannot be compared
+    nonzero = (groups & 0x7F) != 0 if eight_bit_float else (weight != 0).view_as(groups)
     if groups.numel() and int(nonzero.sum(-1).max()) > 2:
         bad = int((nonzero.sum(-1) > 2).any(-1).nonzero()[0])
         raise ValueError(f"row {bad} has a group of {GROUP} with more than two non-zeros")

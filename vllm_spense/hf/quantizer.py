@@ -23,16 +23,21 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vllm_spense.format import Checkpoint, CheckpointError, Layout, dequantize, unpack_linear
-from vllm_spense.format.conversion import FUSED
+from vllm_spense.format import (
+    Checkpoint,
+    CheckpointError,
+    Codecs,
+    Layout,
+    LinearFormat,
+)
 from vllm_spense.format.errors import REPRUNE
 from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.models.families import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _METHOD = "spense"
-_REGIONS = ("sparse_values", "sparse_meta", "dense_weight", "weight_scale")
 
 
 def register() -> None:
@@ -75,12 +80,20 @@ class SpenseLoader(HfQuantizer):
             )
         self.checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         check_headers(self.checkpoint)
-        for module, spec in self.checkpoint.require_spense().modules.items():
+        config = self.checkpoint.require_spense()
+        for module, spec in config.modules.items():
             if spec.bias:  # all else that a layer holds goes through Decompress
                 bias = {"bias": self.checkpoint.load(f"{module}.bias")}
-                check_values(bias, module=module, file=self.checkpoint.directory)
+                check_values(bias, config.codecs, module=module, file=self.checkpoint.directory)
+        stored = {config.linear(module).codecs for module in config.modules}
+        if len(stored) > 1:  # transformers says of which parameter the tensors are, and not which they are
+            raise CheckpointError(
+                f"the layers have several codecs ({', '.join(sorted(c.name for c in stored))})",
+                file=self.checkpoint.directory,
+                fix="load what `spense export` makes",
+            )
         self.expected = _expected(model, self.dtype)
-        self.decompress = Decompress(self.checkpoint.directory, self.expected)
+        self.decompress = Decompress(self.checkpoint.directory, stored.pop(), self.expected)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Asked by transformers after 5.19: ours are read as stored, all others in the model's dtype."""
@@ -89,9 +102,10 @@ class SpenseLoader(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Which stored tensors become which parameter, by the ends of names: transformers knows the rest."""
-        sources = [(".weight", [f".{short}" for short in _REGIONS])]
+        ours = self.decompress.names
+        sources = [(".weight", [f".{short}" for short in ours])]
         for fused, parts in FUSED.items():
-            for kind, shorts in (("bias", ["bias"]), ("weight", ["weight", *_REGIONS])):
+            for kind, shorts in (("bias", ["bias"]), ("weight", ["weight", *ours])):
                 if any(name.endswith(f".{fused}.{kind}") for name in self.expected):
                     stored = [f".{part}.{short}" for part in parts for short in shorts]
                     sources.insert(0, (f".{fused}.{kind}", stored))
@@ -151,11 +165,19 @@ class Decompress(ConversionOps):
     end of loading. ``missing`` is transformers' set of the parameters in no file, None before a first layer.
     """
 
-    def __init__(self, directory: Path, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    def __init__(
+        self, directory: Path, codecs: Codecs, expected: dict[str, tuple[torch.Size, torch.dtype]]
+    ) -> None:
         self.directory = directory
+        self.codecs = codecs
         self.expected = expected
         self.problem: CheckpointError | None = None
         self.missing: set[str] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the stored tensors of a layer but its bias."""
+        return tuple(LinearFormat(Layout("output", 2, 8, 1), self.codecs).tensors())
 
     def __deepcopy__(self, memo: object) -> Decompress:
         return self  # transformers copies a converter for every tensor
@@ -194,7 +216,7 @@ class Decompress(ConversionOps):
         return {full_layer_name: whole}
 
     def _rows(self, tensors: dict[str, torch.Tensor], name: str, in_features: int) -> torch.Tensor:
-        check_values(tensors, module=name, file=self.directory)
+        check_values(tensors, self.codecs, module=name, file=self.directory)
         for plain in ("weight", "bias"):
             if plain in tensors:
                 return tensors[plain]
@@ -204,8 +226,7 @@ class Decompress(ConversionOps):
                 f"transformers {transformers.__version__} rounds scales to {scale.dtype} when it reads them",
                 fix="load what `spense export` makes, or use another version of transformers",
             )
-        layout = _layout(tensors, in_features)
-        return dequantize(unpack_linear(tensors, layout), scale)
+        return LinearFormat(_layout(tensors, in_features), self.codecs).decode(tensors)
 
 
 def _layout(tensors: dict[str, torch.Tensor], in_features: int) -> Layout:

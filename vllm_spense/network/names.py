@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_spense.format import Checkpoint
-from vllm_spense.format.conversion import fused_groups
+from vllm_spense.models.fused import fused_groups
 
 
 def stored_names(network: Any, stored: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops import cpu_linear
 from vllm_spense.ops.backend import Tensors, activations, decompressed, regions, scale_only
 from vllm_spense.ops.linear import dense_linear
@@ -24,7 +25,7 @@ class CpuBackend:
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
-        if spec.weight_dtype != torch.float8_e4m3fn:
+        if spec.codecs != UNIFORM_FP8:
             return "the kernels take FP8 weights"
         return cpu_linear.why_not_here()
 
@@ -60,7 +61,7 @@ class CpuDenseBackend:
         return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        e4m3 = spec.weight_dtype == torch.float8_e4m3fn
+        e4m3 = spec.codecs == UNIFORM_FP8
         weight = widened_weight(*regions(spec, tensors)) if e4m3 else decompressed(spec, tensors).float()
         return {"weight_packed": weight} | scale_only(tensors)
 

@@ -1,6 +1,6 @@
 """``spense::linear_cpu``: compressed e4m3 weights on x86-64 CPUs, widened in registers.
 
-The kernels (``kernels/spense_linear_cpu*``) read the weights of 16 output rows side by side:
+The kernels (``kernels/linear/cpu``) read the weights of 16 output rows side by side:
 :func:`interleave` turns every 16 rows ``[16, bytes]`` of a checkpoint tensor into ``[bytes, 16]``.
 """
 
@@ -19,7 +19,7 @@ from vllm_spense.ops.spec import LinearSpec
 ISAS = ("avx2", "avx512", "avx512_bf16")
 """Instruction sets that there are kernels for; a CPU that has one has those before it."""
 STRIP = 16
-"""Rows that lie side by side, and columns of one step (kRows, kStep of kernels/spense_linear_cpu.h)."""
+"""Rows that lie side by side, and columns of one step (kRows, kStep of kernels/linear/cpu/kernels.h)."""
 
 
 class Interleaved(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops import cuda_linear, extension
 from vllm_spense.ops.backend import Tensors, activations
 from vllm_spense.ops.linear import linear
@@ -14,7 +15,7 @@ from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import usable
 
 __all__ = ["CudaBackend", "cuda_linear"]
-MAX_SHARDS = 4  # kMaxShards of kernels/spense_linear.h
+MAX_SHARDS = 4  # kMaxShards of kernels/linear/arguments.h
 
 
 class CudaBackend:
@@ -25,7 +26,7 @@ class CudaBackend:
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"runs on CUDA devices, not on {device.type}"
-        if spec.weight_dtype != torch.float8_e4m3fn:
+        if spec.codecs != UNIFORM_FP8:
             return "the kernels take FP8 weights"
         if not spec.hybrid:
             return "there is no 2:4 region: a dense kernel is the right one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig
 from vllm_spense.ops.linear import linear, reference_linear
@@ -70,7 +71,7 @@ def cuda_linear(
     split = "output" if output_split else "input"
     spec = LinearSpec(
         *(split, weight_scale.numel(), x.shape[1]),
-        *(tuple(sparse_sizes), tuple(dense_sizes), torch.float8_e4m3fn),
+        *(tuple(sparse_sizes), tuple(dense_sizes), UNIFORM_FP8),
     )
     config = choose(spec, max(x.shape[0], 1), x.device)
     # The CUTLASS epilogues store bf16 only; another dtype is converted from it.

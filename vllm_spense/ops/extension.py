@@ -50,9 +50,4 @@ def sm90_clusters(rows: int, tokens: int, cluster: int, multicast: bool, paired:
     multiprocessors in a row).
     ``RuntimeError`` for an instance that is not compiled, and with what CUDA says where it fails.
     """
-    try:
-        return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast, paired))
-    except RuntimeError as error:
-        if "status 2" in str(error):  # kUnsupported of kernels/spense_linear.h
-            return 0
-        raise
+    return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast, paired))

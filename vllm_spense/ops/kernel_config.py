@@ -12,18 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_spense.devices import MEMORY_RATE, SHARED_RATE, SM_DENSE_RATE, SM_LOAD_RATE
 from vllm_spense.ops.spec import LinearSpec
 
 DECODE_TOKENS = (8, 16, 32, 64, 128)
 PREFILL_TOKENS = (128, 256)
 
-MEMORY_RATE = 4.3e12  # bytes/s of device memory
-SM_LOAD_RATE = 50e9  # bytes/s that one multiprocessor takes in, from L2 or memory
-SM_DENSE_RATE = (
-    10e12  # FP8 operations/s of one multiprocessor, two thirds of the data sheet's; 2:4 twice that
-)
 CYCLE = 8192 / SM_DENSE_RATE  # s; the tensor cores of one multiprocessor do 4096 FP8 multiply-adds per cycle
-SHARED_RATE = 128  # bytes per cycle of one multiprocessor's shared memory, reads and writes together
 STAGE = 128  # columns of W that the cycles below are counted for
 SPARSE_BYTES = 0.625  # per 2:4 weight: half a value and an eighth of metadata
 LAUNCH = 3e-6

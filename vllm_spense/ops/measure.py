@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.cuda_backend import CudaBackend
 from vllm_spense.ops.cuda_linear import run
@@ -25,11 +26,9 @@ def random_layer(spec: LinearSpec, device: torch.device, seed: int = 0) -> Tenso
     """Checkpoint tensors of an FP8 layer with valid random contents."""
     (sparse_rows, sparse_columns), dense = spec.sparse_shape, spec.dense_shape
     tensors = {
-        "sparse_values": torch.empty(
-            sparse_rows, sparse_columns // 2, dtype=spec.weight_dtype, device=device
-        ),
+        "sparse_values": torch.empty(sparse_rows, sparse_columns // 2, dtype=FP8_DTYPE, device=device),
         "sparse_meta": torch.empty(sparse_rows, sparse_columns // 8, dtype=torch.uint8, device=device),
-        "dense_weight": torch.empty(dense, dtype=spec.weight_dtype, device=device),
+        "dense_weight": torch.empty(dense, dtype=FP8_DTYPE, device=device),
         "weight_scale": torch.empty(spec.out_features, device=device),
     }
     fill_random(tensors, None, seed)
@@ -104,7 +103,7 @@ def dense_calls(
     for _ in range(count):
         shape = (spec.out_features, spec.in_features)
         weight = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-        w = (weight * 64).clamp(-448, 448).to(spec.weight_dtype)
+        w = (weight * 64).clamp(-448, 448).to(FP8_DTYPE)
         calls.append(
             partial(torch._scaled_mm, xq, w.t(), xs, scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import META_GROUP, Layout, Split
-from vllm_spense.format.pack import pack_linear
+from vllm_spense.format.linear import pack_linear
 from vllm_spense.format.sparse24 import magnitude_mask
 
 
@@ -22,13 +21,11 @@ def online_layout(split: Split, out_features: int, in_features: int, dense_ratio
     return Layout(split, out_features, in_features, sparse)
 
 
-def prune_and_pack(
-    weight: torch.Tensor, layout: Layout, weight_dtype: torch.dtype = FP8_DTYPE
-) -> dict[str, torch.Tensor]:
+def prune_and_pack(weight: torch.Tensor, layout: Layout, codec: str = "fp8") -> dict[str, torch.Tensor]:
     """Keep the two largest of every group of four in the 2:4 region of ``weight [N, K]``, then pack."""
     if layout.sparse:
         weight = weight.clone()
         rows, cols = layout.sparse_shape
         region = weight[:rows, :cols]
         region.masked_fill_(~magnitude_mask(region.abs().float()), 0)
-    return pack_linear(weight, layout, weight_dtype=weight_dtype)
+    return pack_linear(weight, layout, codec=codec)

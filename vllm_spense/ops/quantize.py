@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE, FP8_MAX
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX
 
 MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
 """vLLM's own lower bound for dynamic FP8 scales; an all-zero token gets this scale."""

@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate, pairs
 from vllm_spense.ops.linear import OUT_DTYPES, linear, reference_linear
@@ -86,7 +87,7 @@ def _(
         return silu_mul(linear(*layer, sparse_sizes, dense_sizes, True, torch.float32), out_dtype)
     spec = LinearSpec(
         *("output", weight_scale.numel(), x.shape[1], tuple(sparse_sizes), tuple(dense_sizes)),
-        torch.float8_e4m3fn,
+        UNIFORM_FP8,
     )
     y = torch.empty((x.shape[0], spec.out_features // 2), dtype=out_dtype, device=x.device)
     amax = torch.zeros((x.shape[0], 1), device=x.device)

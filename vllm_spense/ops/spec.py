@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from vllm_spense.format.layout import Layout
+from vllm_spense.format.linear import Codecs
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,10 @@ class LinearSpec:
     in_features: int
     sparse_sizes: tuple[int, ...]
     dense_sizes: tuple[int, ...]
-    weight_dtype: torch.dtype
+    codecs: Codecs
 
     @classmethod
-    def of(cls, layouts: Sequence[Layout], weight_dtype: torch.dtype) -> LinearSpec:
+    def of(cls, layouts: Sequence[Layout], codecs: Codecs) -> LinearSpec:
         """The layer that these modules form when they are fused along their outputs."""
         fused = layouts if layouts[0].split == "output" else layouts[:1]
         return cls(
@@ -34,12 +33,12 @@ class LinearSpec:
             in_features=layouts[0].in_features,
             sparse_sizes=tuple(x.sparse for x in fused),
             dense_sizes=tuple(x.dense for x in fused),
-            weight_dtype=weight_dtype,
+            codecs=codecs,
         )
 
     @property
     def quantize_activations(self) -> bool:
-        return self.weight_dtype == torch.float8_e4m3fn
+        return self.codecs.activations == "dynamic_per_token"
 
     @property
     def hybrid(self) -> bool:
@@ -63,13 +62,13 @@ class LinearSpec:
     def weight_bytes(self) -> int:
         """Bytes of the stored weights: values and metadata of the 2:4 region, the dense region; no scales."""
         (sparse_rows, sparse_columns), (rows, columns) = self.sparse_shape, self.dense_shape
-        sparse, width = sparse_rows * sparse_columns, self.weight_dtype.itemsize
-        return sparse * width // 2 + sparse // 8 + rows * columns * width
+        sparse, dense = sparse_rows * sparse_columns, rows * columns
+        return sparse // 2 * self.codecs.sparse.bits // 8 + sparse // 8 + dense * self.codecs.dense.bits // 8
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the same weights if all of them were dense; no scales."""
-        return self.out_features * self.in_features * self.weight_dtype.itemsize
+        return self.out_features * self.in_features * self.codecs.dense.bits // 8
 
     @property
     def row_extents(self) -> tuple[int, ...]:

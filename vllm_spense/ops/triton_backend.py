@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops.backend import Tensors, scale_only
 from vllm_spense.ops.quantize import quantize_per_token
 from vllm_spense.ops.spec import LinearSpec
@@ -77,7 +77,7 @@ class TritonBackend:
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
         if device.type != "cuda" or torch.version.hip:
             return f"runs on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device.type}"
-        if spec.weight_dtype != FP8_DTYPE:
+        if spec.codecs != UNIFORM_FP8:
             return "the kernel takes FP8 weights"
         capability = _capability(device)
         if capability < OLDEST:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_spense.format.fp8 import FP8_DTYPE
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import META_GROUP
 from vllm_spense.ops.linear import OUT_DTYPES
 from vllm_spense.ops.triton_ptx import BF16, FP16, spread_bytes, spread_halves, widen_bytes

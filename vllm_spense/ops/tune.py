@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from vllm_spense.devices import H200
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.files import write_text
+from vllm_spense.models.families import fused_with
 from vllm_spense.ops import extension
 from vllm_spense.ops.kernel_config import KernelConfig, candidates, estimate
 from vllm_spense.ops.measure import TimedLayer, dense_calls, time_graph
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import TuningEntry, TuningTable, measured, read_table, shape_of, table_path
 
-H200, H200_PROCESSORS = (9, 0), 132
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -76,11 +76,11 @@ def layer_specs(checkpoint: Checkpoint, tensor_parallel: int = 1) -> list[Linear
     specs: dict[LinearSpec, None] = {}
     for name in config.modules:
         parent, _, last = name.rpartition(".")
-        parts = next((parts for parts in FUSED.values() if last in parts), (last,))
-        layouts = [checkpoint.layout(full) for p in parts if (full := f"{parent}.{p}") in config.modules]
+        together = [f"{parent}.{part}" for part in fused_with(last)]
+        layouts = [checkpoint.layout(full) for full in together if full in config.modules]
         if any(layout.sparse for layout in layouts):  # the same for each part, so that it counts once
             sliced = [layout.shard(layout.split, tensor_parallel) for layout in layouts]
-            specs[LinearSpec.of(sliced, config.torch_dtype)] = None
+            specs[LinearSpec.of(sliced, config.codecs)] = None
     return list(specs)
 
 
@@ -89,9 +89,9 @@ def plan(specs: Iterable[LinearSpec], tokens: Iterable[int]) -> Iterator[tuple[s
     counts = list(tokens)
     for spec in specs:
         for count in counts:
-            legal = candidates(spec, count, H200, cutlass=True)
-            best = min(legal, key=lambda c: estimate(spec, count, c, H200_PROCESSORS))
-            us = round(estimate(spec, count, best, H200_PROCESSORS) * 1e6, 1)
+            legal = candidates(spec, count, H200.capability, cutlass=True)
+            best = min(legal, key=lambda c: estimate(spec, count, c, H200.processors))
+            us = round(estimate(spec, count, best, H200.processors) * 1e6, 1)
             yield f"{spec.split} {spec.out_features}x{spec.in_features}", count, len(legal), str(best), us
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_spense.devices import BLACKWELL, HOPPER, Gpu
 from vllm_spense.ops.kernel_config import LAUNCH
 from vllm_spense.ops.spec import LinearSpec
-from vllm_spense.planning.gpus import Gpu
 from vllm_spense.planning.shapes import ModelShape
 from vllm_spense.planning.step import PAYS, Phase, layer_time
 
-HOPPER, BLACKWELL = (9, 0), (10, 0)
 FOUR_BIT_SHARE = 0.76
 """Share of a dense FP8 kernel's memory rate that a 4-bit one reaches. For W4A8 on Hopper its authors measured
 1.37x to 1.65x of FP8's speed at 1 to 64 tokens, 1.51x in the mean of ten shapes, where bytes would give 1.97x

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_spense.devices import GPUS
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.planning.gain import plan
-from vllm_spense.planning.gpus import GPUS
 from vllm_spense.planning.shapes import ModelShape, read_model
 
 _Count = Annotated[int, Field(strict=True, ge=1)]
@@ -37,7 +37,7 @@ class MeasuredRow(_Strict):
 
 
 class MeasuredRun(_Strict):
-    """The file that :func:`compare` reads. ``gpu`` is one of ``gpus.GPUS``; the rest says what ran."""
+    """The file that :func:`compare` reads. ``gpu`` is one of ``devices.GPUS``; the rest says what ran."""
 
     gpu: str
     tensor_parallel: _Count = 1

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_spense.ops.kernel_config import MEMORY_RATE
+from vllm_spense.devices import ATTAINABLE, MEMORY_RATE, TENSOR_SHARE, Gpu, find_gpu
 from vllm_spense.planning.alternatives import Alternative, advice, alternatives
-from vllm_spense.planning.gpus import ATTAINABLE, TENSOR_SHARE, Gpu, find_gpu
 from vllm_spense.planning.shapes import ModelShape, read_model
 from vllm_spense.planning.step import (
     KV_BYTES,

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_spense.format.checkpoint import CONFIG_NAME
-from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import CheckpointError
-from vllm_spense.format.fp8 import FP8_DTYPE
 from vllm_spense.format.layout import Axis, Layout
-from vllm_spense.format.schema import MAX_FEATURES, SpenseCheckpointConfig, parse_config
+from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.schema import MAX_FEATURES, AnyCheckpointConfig, parse_config
+from vllm_spense.models.families import FAMILIES, ROW_PARALLEL, family_of, fused_with, in_attention
+from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops.online import online_layout
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.sources import check_source, load_config
 
 Kind = Literal["mlp", "attention"]
 
-PLAIN_MLPS = frozenset({"phi", "starcoder2", "nemotron", "opt", "arcee", "apertus", "jais2", "nanochat"})
-"""``model_type`` of models whose MLP has no gate."""
-MOE_TYPES = frozenset({"qwen2_moe", "qwen3_moe"})
 _OTHER_ATTENTION = dict.fromkeys(
     ("kv_lora_rank", "ssm_state_size", "mamba_d_state"), "this model's attention keeps no ordinary KV cache"
 )
@@ -38,31 +36,7 @@ _OTHER_ATTENTION |= dict.fromkeys(
     ("global_head_dim", "num_kv_shared_layers"), "this model's layers differ in heads and share KV caches"
 )
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ROW_PARALLEL = frozenset({"down_proj", "o_proj", "fc2", "c_proj", "dense", "out_proj"})
-"""Linears whose inputs tensor parallelism splits; of all others it splits the outputs."""
 _MAX_LAYERS = 4096
-
-
-def _preset(layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": False,
-    }
-
-
-PRESETS = {
-    "Qwen3-32B": _preset(64, 5120, 25600, 64, 151936),
-    "Seed-OSS-36B": _preset(64, 5120, 27648, 80, 155136),
-    "Llama-3.1-8B": _preset(32, 4096, 14336, 32, 128256),
-    "Llama-3.1-70B": _preset(80, 8192, 28672, 64, 128256),
-}
-"""What config.json of these models says, for a look without files."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +116,7 @@ class ModelShape:
             if linear.kind == "mlp" and self.dense_ratio is not None:
                 ratio = self.dense_ratio  # as load-time mode does it: each rank splits its own slice
                 parts = [online_layout(linear.axis, p.out_features, p.in_features, ratio) for p in parts]
-            found.append(RankLinear(linear.kind, LinearSpec.of(parts, FP8_DTYPE), linear.count))
+            found.append(RankLinear(linear.kind, LinearSpec.of(parts, UNIFORM_FP8), linear.count))
         return found
 
     def mlp_dense_ratio(self) -> float:
@@ -263,12 +237,12 @@ def _count(
     return value
 
 
-def _quantization(raw: Mapping[str, Any], file: object) -> SpenseCheckpointConfig | None:
+def _quantization(raw: Mapping[str, Any], file: object) -> AnyCheckpointConfig | None:
     found = raw.get("quantization_config")
     if found is None:
         return None
     quantization = parse_config(found, file)
-    if quantization.torch_dtype != FP8_DTYPE:
+    if quantization.codecs != UNIFORM_FP8:
         raise CheckpointError(
             "a bf16 Spense checkpoint is served as a dense bf16 model: there is no gain to predict",
             file=file,
@@ -299,11 +273,12 @@ def _experts(config: Mapping[str, Any], layers: int, file: object) -> Experts | 
     if not keys:
         return None
     kind = config.get("model_type")
-    if kind not in MOE_TYPES:
+    if not family_of(kind).routed:
+        known = sorted(name for name, found in FAMILIES.items() if found.routed)
         raise CheckpointError(
             f"{keys[0]} is set, but the experts of model_type {kind!r} are not known",
             file=file,
-            fix=f"mixtures of experts that can be predicted: {', '.join(sorted(MOE_TYPES))}",
+            fix=f"mixtures of experts that can be predicted: {', '.join(known)}",
         )
     step, without = _count(config, "decoder_sparse_step", file, default=1), config.get("mlp_only_layers")
     skipped = without if isinstance(without, list) else []
@@ -326,7 +301,7 @@ def _dense_linears(
         dense("attention", (q, kv, kv), hidden, "output", layers),
         dense("attention", (hidden,), q, "input", layers),
     ]
-    inner = 1 if config.get("model_type") in PLAIN_MLPS else 2
+    inner = 2 if family_of(config.get("model_type")).gated else 1
     mixed = experts.layers if experts is not None else 0
     mlps = []
     if layers > mixed:
@@ -340,7 +315,7 @@ def _dense_linears(
     return tuple(linears)
 
 
-def _linears_of(quantization: SpenseCheckpointConfig, layers: int, file: object) -> tuple[Linear, ...]:
+def _linears_of(quantization: AnyCheckpointConfig, layers: int, file: object) -> tuple[Linear, ...]:
     """The checkpoint's modules as vLLM fuses them; equal layers become one :class:`Linear`."""
     counts: Counter[tuple[Kind, tuple[Layout, ...], Axis]] = Counter()
     seen: dict[Kind, set[int]] = {"mlp": set(), "attention": set()}
@@ -349,14 +324,13 @@ def _linears_of(quantization: SpenseCheckpointConfig, layers: int, file: object)
         number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         if number is None:
             continue
-        kind: Kind = "attention" if "attn" in parent else "mlp"
+        kind: Kind = "attention" if in_attention(parent) else "mlp"
         seen[kind].add(int(number[1]))
-        together = next((parts for parts in FUSED.values() if last in parts), (last,))
-        present = [part for part in together if f"{parent}.{part}" in quantization.modules]
+        present = [part for part in fused_with(last) if f"{parent}.{part}" in quantization.modules]
         if last != present[0]:
             continue
         layouts = tuple(quantization.modules[f"{parent}.{part}"].layout() for part in present)
-        axis: Axis = "input" if last in _ROW_PARALLEL else "output"
+        axis: Axis = "input" if last in ROW_PARALLEL else "output"
         counts[kind, layouts, spec.split if spec.sparse else axis] += 1
     if seen["attention"] != set(range(layers)):
         raise CheckpointError(

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
+from vllm_spense.devices import Gpu
 from vllm_spense.ops.kernel_config import LAUNCH, candidates, estimate
 from vllm_spense.ops.repack import PITCH
 from vllm_spense.ops.spec import LinearSpec
 from vllm_spense.ops.tuning import MAX_BUCKET, TuningEntry, bucket, dense_ratio, measured, shape_of
-from vllm_spense.planning.gpus import Gpu
 from vllm_spense.planning.shapes import ModelShape, RankLinear
 
 KvDtype = Literal["bf16", "fp8"]

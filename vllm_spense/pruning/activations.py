@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.writer import writing
-from vllm_spense.pruning.adapters import UnsupportedModelError, decoder, decoder_layers
+from vllm_spense.models.parts import UnsupportedModelError, decoder, decoder_layers
 from vllm_spense.pruning.arguments import Allocate, Arguments, Call, SharedValues, map_tensors
 
 Hook = Callable[[torch.Tensor], None]

@@ -10,7 +10,7 @@ import torch
 
 from vllm_spense.format import CheckpointError
 from vllm_spense.format.checkpoint import CONFIG_NAME, read_json
-from vllm_spense.pruning.adapters import DecoderLayer
+from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.layer import LayerPruner
 from vllm_spense.pruning.source import SourceModel, layers_of, meta_network

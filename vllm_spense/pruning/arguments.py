@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_spense.pruning.adapters import UnsupportedModelError
+from vllm_spense.models.parts import UnsupportedModelError
 
 Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 Key = tuple[int, Any]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spense.format.manifest import replace_text
-from vllm_spense.pruning.adapters import layer_name
+from vllm_spense.models.parts import layer_name
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.sources import BaseModel
 from vllm_spense.text import TextRecord

@@ -15,7 +15,6 @@ GRADIENT_SELECTIONS = ("fisher", "consensus")
 Allocation = Literal["uniform", "bytes", "time"]
 Preset = Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"]
 Order = Literal["natural", "energy"]
-Rounding = Literal["nearest", "refit"]
 Targets = Literal["mlp", "mlp+attention"]
 WeightDtype = Literal["fp8", "bf16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -42,6 +41,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named settings; ``guided`` is the fields' own defaults. The paper's are exactly those of arXiv 2606.10445;
 the last three prune strictly."""
 
+RETIRED: dict[str, dict[str, Any]] = {
+    "order": {"search_damping": False, "asymmetric": 0.0},
+    "joint": {"rounding": "nearest"},
+}
+"""Options that there once were (docs/experiments.md), behind the one that they followed, with the value that
+every run has now. Records keep them: equal runs write equal bytes, and unfinished ones with other values are
+not continued."""
+
 
 class PruneConfig(BaseModel):
     """Options of :func:`vllm_spense.pruning.prune`; raises ``pydantic.ValidationError`` (a ValueError).
@@ -60,12 +67,8 @@ class PruneConfig(BaseModel):
 
     ``refit``: iterations of least squares on the kept weights; ``refine``: rounds in which better pairs are
     chosen. ``regroup``: rounds of dealing the 2:4 columns of down to better groups of four. ``order``
-    ``energy``: OBS visits the groups with the largest inputs first. ``search_damping``: a tenth of, one or
-    ten times ``damping`` for each input of an MLP's linears, whichever prunes held-out windows best.
-    ``asymmetric``: part, from 0 to 1, of the error of earlier layers that the MLP is to make up for.
-    ``joint``: iterations that fit gate and up to the MLP's intermediate values. ``rounding`` ``refit``: the
-    weights of an FP8 checkpoint are rounded in blocks of columns, and the others make up for it; without
-    effect in bf16. All of these are about linears with a 2:4 region.
+    ``energy``: OBS visits the groups with the largest inputs first. ``joint``: iterations that fit gate and
+    up to the MLP's intermediate values. All of these are about linears with a 2:4 region.
 
     ``targets`` ``mlp+attention`` prunes the projections of attention, too. ``attention_dense_ratio``
     (default: ``dense_ratio``) is the part of its key/value heads that stays dense in every layer, with all
@@ -92,10 +95,7 @@ class PruneConfig(BaseModel):
     refine: Annotated[int, Field(ge=0, le=1000)] = 4
     regroup: Annotated[int, Field(ge=0, le=1000)] = 4
     order: Order = "energy"
-    search_damping: bool = False
-    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
     joint: Annotated[int, Field(ge=0, le=1000)] = 2
-    rounding: Rounding = "nearest"
     gradient_samples: Positive = 16
     pilot_samples: Annotated[int, Field(ge=0)] = 8
     dense_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -125,11 +125,7 @@ class PruneConfig(BaseModel):
             return given
         default = "spensegpt+" if {"method", "selection"} & set(given) else "guided"
         preset = given.get("preset", default)
-        settings = PRESETS.get(preset, {}) | {"preset": preset}
-        rounds = given.get("rounding") == "refit" and given.get("weight_dtype") != "bf16"
-        if rounds or given.get("asymmetric"):
-            settings["joint"] = 0
-        return settings | given
+        return PRESETS.get(preset, {}) | {"preset": preset} | given
 
     @model_validator(mode="after")
     def _refined_obs(self) -> PruneConfig:
@@ -137,15 +133,11 @@ class PruneConfig(BaseModel):
             raise ValueError("refine chooses pairs between least squares: give refit iterations, too")
         if (self.refit or self.refine) and self.method != "obs":
             raise ValueError(f"refit and refine improve method 'obs', not {self.method!r}")
-        others = ("regroup", "search_damping", "asymmetric", "joint")
+        others = ("regroup", "joint")
         given = [name for name in others if getattr(self, name)]
         given += ["order"] if self.order != "natural" else []
         if given and self.method != "obs":
             raise ValueError(f"{', '.join(given)}: only for method 'obs', not {self.method!r}")
-        if self.rounding == "refit" and not self.refit:
-            raise ValueError("rounding 'refit' is a least squares: give refit iterations, too")
-        if self.joint and (self.rounding_refit or self.asymmetric):
-            raise ValueError("joint moves weights that rounding 'refit' and asymmetric have set: choose one")
         return self
 
     @model_validator(mode="after")
@@ -174,17 +166,17 @@ class PruneConfig(BaseModel):
         """The options that decide the result: not where text and files are or how a run is carried out.
 
         Younger ones are left out where they are as usual, as in all records from before they were options.
+        Retired ones (:data:`RETIRED`) keep their place.
         """
         aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
         younger = {"bos": "auto", "text_column": None}
         aside |= set() if self.needs_pilot else {"pilot_samples"}
         aside |= {name for name, usual in younger.items() if getattr(self, name) == usual}
-        return self.model_dump(exclude=aside)
-
-    @property
-    def rounding_refit(self) -> bool:
-        """Whether the solver rounds weights to FP8 itself."""
-        return self.rounding == "refit" and self.weight_dtype == "fp8"
+        record: dict[str, Any] = {}
+        for name, value in self.model_dump(exclude=aside).items():
+            record[name] = value
+            record |= RETIRED.get(name, {})
+        return record
 
     @property
     def needs_calibration(self) -> bool:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vllm_spense.format import CheckpointError, Layout, dequantize, quantize_per_channel
+from vllm_spense.format import CheckpointError, Codecs, Layout, LinearFormat
+from vllm_spense.format.codecs import codec
+from vllm_spense.models.parts import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.activations import (
     LayerInputs,
     Outputs,
@@ -18,8 +20,7 @@ from vllm_spense.pruning.activations import (
     replaying,
     watching,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, check_weights
-from vllm_spense.pruning.attention import (
+from vllm_spense.pruning.choice.attention import (
     Attention,
     group_order,
     move_groups,
@@ -27,12 +28,7 @@ from vllm_spense.pruning.attention import (
     observe_out,
     target,
 )
-from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.hessian import output_error, squares
-from vllm_spense.pruning.joint import fit_jointly, output_losses, split, stride
-from vllm_spense.pruning.moments import DenseStream, InputStatistics, Moments
-from vllm_spense.pruning.regroup import regroup
-from vllm_spense.pruning.selection import (
+from vllm_spense.pruning.choice.selection import (
     DenseChoice,
     dense_count,
     index_scores,
@@ -40,8 +36,12 @@ from vllm_spense.pruning.selection import (
     permute_columns,
     permute_rows,
 )
-from vllm_spense.pruning.solve import Solver
-from vllm_spense.pruning.solvers import factorize
+from vllm_spense.pruning.config import PruneConfig
+from vllm_spense.pruning.solvers.hessian import Hessian, output_error, squares
+from vllm_spense.pruning.solvers.joint import fit_jointly, output_losses, split, stride
+from vllm_spense.pruning.solvers.obs import factorize
+from vllm_spense.pruning.solvers.regroup import regroup
+from vllm_spense.pruning.solvers.solver import Solver
 
 KEEP_BYTES = 2 << 30
 """Inputs of down up to this size are kept between two passes instead of being computed again."""
@@ -67,13 +67,13 @@ class PrunedLayer:
 
 @dataclass
 class _Observed:
-    """What the unpruned layer showed: attention's outputs per sample (on the CPU), the moments in front
+    """What the unpruned layer showed: attention's outputs per sample (on the CPU), the Hessian in front
     of the inner linears, per sample some of their inputs [T, K] fp32 (on the CPU; only where they are fitted
     jointly) and some that judge the fit, and the sums of squares in front of down if indices are scored.
     """
 
     attention: Outputs
-    entering: Moments
+    h: torch.Tensor
     tokens: list[torch.Tensor]
     unseen: list[torch.Tensor]
     down_squares: torch.Tensor | None
@@ -93,12 +93,6 @@ class LayerPruner:
         self.config = config
         self.inputs = inputs
         self.choice = choice
-        self.dense = DenseStream(inputs) if inputs is not None and config.asymmetric else None
-
-    def skip(self, index: int, layer: DecoderLayer) -> None:
-        """See a layer that another run pruned while it has its original weights."""
-        if self.dense is not None:
-            self.dense.advance(index, layer)
 
     def prune(self, index: int, layer: DecoderLayer) -> PrunedLayer:
         """Prune the targets and round all linears of ``layer`` where it is, then advance the inputs.
@@ -110,9 +104,8 @@ class LayerPruner:
         """
         result = PrunedLayer({}, self.layouts(index, layer))
         check_weights(layer)
-        self.skip(index, layer)
         attention = target(layer, self.config)
-        if self.config.weight_dtype == "fp8":
+        if codec(self.config.weight_dtype).everywhere:
             for name, linear in layer.dense.items():
                 if attention is None or name not in attention.linears:
                     self._store(result, name, linear, linear.weight.float())
@@ -145,27 +138,25 @@ class LayerPruner:
         seen = self._observe(index, layer, mlp, dense)
         order = self._permute(index, mlp, dense, seen)
         result.row_order |= dict.fromkeys(mlp.inner, order)
-        entering = Moments() if seen is None else seen.entering
-        solver = entering.solver(self.config, " and ".join(mlp.inner))
+        solver = Solver(self.config, None if seen is None else seen.h, " and ".join(mlp.inner))
         if seen is not None and seen.tokens:
-            assert entering.h is not None
-            self._solve_jointly(mlp, result, solver, seen, entering.h)
+            self._solve_jointly(mlp, result, solver, seen)
         else:
             for name, linear in mlp.inner.items():
                 self._solve(result, solver, name, linear)
         # The inner linears are pruned now, so down sees other inputs than before.
-        entering, kept = (Moments(), []) if seen is None else self._observe_down(index, layer, mlp, seen)
-        if entering.h is not None and self.config.regroup and result.layouts[mlp.down_name].sparse:
-            order = self._regroup(mlp, result, entering.h)
-            entering, kept = entering.take(order), [x[..., order] for x in kept]
-        self._solve(result, entering.solver(self.config, mlp.down_name), mlp.down_name, mlp.down)
+        h, kept = (None, []) if seen is None else self._observe_down(index, layer, mlp, seen)
+        if h is not None and self.config.regroup and result.layouts[mlp.down_name].sparse:
+            order = self._regroup(mlp, result, h)
+            h, kept = h[order][:, order], [x[..., order] for x in kept]
+        self._solve(result, Solver(self.config, h, mlp.down_name), mlp.down_name, mlp.down)
         if seen is not None:
             self._advance(index, layer, mlp, seen, kept)
 
     def layouts(self, index: int, layer: DecoderLayer) -> dict[str, Layout]:
         """Regions of every packed linear of ``layer``; ``ValueError`` for sizes that no layout fits."""
         layouts = {} if layer.mlp is None else self._mlp_layouts(index, layer.mlp)
-        if self.config.weight_dtype == "fp8":
+        if codec(self.config.weight_dtype).everywhere:
             layouts |= {
                 name: Layout("output", linear.out_features, linear.in_features, 0)
                 for name, linear in layer.dense.items()
@@ -192,8 +183,7 @@ class LayerPruner:
             return None
         device = mlp.down.weight.device
         scored = self.config.selection == "spensegpt+" and 0 < dense < mlp.intermediate
-        originals = None if self.dense is None else self.dense.reader
-        entering = InputStatistics(mlp.reader.in_features, device, self.config, originals)
+        h = Hessian(mlp.reader.in_features, device)
         sums = torch.zeros(mlp.intermediate, device=device)
         fitted = self.config.joint and dense < mlp.intermediate
         samples, length = self.inputs.hidden.shape[:2]
@@ -202,7 +192,7 @@ class LayerPruner:
         unseen: list[torch.Tensor] = []
 
         def see_inner(x: torch.Tensor) -> None:
-            entering.add(x)
+            h.add(x)
             if fitted:
                 for part, found in zip(split(x.flatten(0, -2), every), (tokens, unseen), strict=True):
                     found.append(part.float().cpu())
@@ -223,29 +213,28 @@ class LayerPruner:
             raise CheckpointError(
                 "the calibration inputs of this layer hold NaN or infinity", module=mlp.down_name
             )
-        moments = entering.moments(next(iter(mlp.inner)))
-        return _Observed(attention, moments, tokens, unseen, sums if scored else None)
+        matrix = h.matrix(next(iter(mlp.inner)))
+        return _Observed(attention, matrix, tokens, unseen, sums if scored else None)
 
     def _observe_down(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed
-    ) -> tuple[Moments, list[torch.Tensor]]:
-        """Moments of down's inputs, and these inputs themselves if they are small enough to keep."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hessian [I, I] of down's inputs, and these inputs themselves if they are small enough to keep."""
         assert self.inputs is not None
-        originals = None if self.dense is None else self.dense.down
-        entering = InputStatistics(mlp.intermediate, mlp.down.weight.device, self.config, originals)
+        h = Hessian(mlp.intermediate, mlp.down.weight.device)
         tokens = sum(x.numel() // x.shape[-1] for x in seen.attention)
         keep = tokens * mlp.intermediate * mlp.down.weight.element_size() <= KEEP_BYTES
         kept: list[torch.Tensor] = []
 
         def see_down(x: torch.Tensor) -> None:
-            entering.add(x)
+            h.add(x)
             if keep:
                 kept.append(x.cpu())
             raise Stop
 
         with self._replaying_attention(layer, seen), watching(mlp.down, see_down):
             self.inputs.feed(index, layer.module)
-        return entering.moments(mlp.down_name), kept
+        return h.matrix(mlp.down_name), kept
 
     def _advance(
         self, index: int, layer: DecoderLayer, mlp: Mlp, seen: _Observed, kept: list[torch.Tensor]
@@ -279,19 +268,14 @@ class LayerPruner:
             scores = self.choice.costs[index]
         if seen is not None and seen.down_squares is not None:
             weights = [linear.weight.float() for linear in mlp.inner.values()]
-            assert seen.entering.h is not None
-            scores = index_scores(weights, mlp.down.weight.float(), seen.entering.h, seen.down_squares)
+            scores = index_scores(weights, mlp.down.weight.float(), seen.h, seen.down_squares)
         order = permutation(scores, mlp.intermediate, dense)
         self._reorder(mlp, order)
         return order
 
-    def _solve_jointly(
-        self, mlp: Mlp, result: PrunedLayer, solver: Solver, seen: _Observed, h: torch.Tensor
-    ) -> None:
+    def _solve_jointly(self, mlp: Mlp, result: PrunedLayer, solver: Solver, seen: _Observed) -> None:
         """Prune the inner linears, then fit their 2:4 rows to the dense intermediate values of some tokens,
-        unless that does not lower the error of the MLP's output on others.
-
-        ``h [K, K]`` is the Hessian of all inputs."""
+        unless that does not lower the error of the MLP's output on others."""
         if mlp.activation is None:
             raise ValueError(
                 f"{mlp.name}: its activation function was not found, so that joint cannot be used"
@@ -304,7 +288,7 @@ class LayerPruner:
         unfitted = [weight[rows] for weight in pruned.values()]
         biases = [None if x.bias is None else x.bias[rows].float() for x in mlp.inner.values()]
         tokens, unseen = torch.cat(seen.tokens).to(device), torch.cat(seen.unseen).to(device)
-        fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, h, self.config.joint)
+        fitted = fit_jointly(mlp.activation, unfitted, dense, biases, tokens, seen.h, self.config.joint)
         if len(unseen):
             down = mlp.down.weight[:, rows].float()
             before, after = output_losses(mlp.activation, [unfitted, fitted], dense, biases, down, unseen)
@@ -334,8 +318,6 @@ class LayerPruner:
         for linear in mlp.inner.values():
             permute_rows(linear, order)
         permute_columns(mlp.down, order)
-        if self.dense is not None:
-            self.dense.permute(order)
 
     def _solve(self, result: PrunedLayer, solver: Solver, name: str, linear: nn.Linear) -> None:
         original = linear.weight.to(torch.float32, copy=True)
@@ -359,8 +341,5 @@ class LayerPruner:
     def _store(self, result: PrunedLayer, name: str, linear: nn.Linear, weight: torch.Tensor) -> None:
         """Keep ``weight`` for packing, and put its rounded values into ``linear``."""
         result.weights[name] = weight.detach().clone()
-        if self.config.weight_dtype == "fp8":
-            rounded = dequantize(*quantize_per_channel(weight))
-        else:
-            rounded = weight.to(torch.bfloat16).float()
-        linear.weight.copy_(rounded)
+        stored = LinearFormat(result.layouts[name], Codecs.of(self.config.weight_dtype))
+        linear.weight.copy_(stored.decode(stored.encode(weight)))

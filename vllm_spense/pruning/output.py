@@ -12,24 +12,24 @@ from safetensors import safe_open
 from torch import nn
 
 from vllm_spense.format import (
-    FP8_DTYPE,
     CheckpointWriter,
+    Codecs,
     Layout,
+    LinearFormat,
     ModuleSpec,
-    SpenseCheckpointConfig,
-    dequantize,
     pack_linear,
-    unpack_linear,
 )
+from vllm_spense.format.codecs import codec
 from vllm_spense.format.files import storable
+from vllm_spense.format.schema import checkpoint_config
 from vllm_spense.format.side_files import side_files
-from vllm_spense.pruning.adapters import DecoderLayer
-from vllm_spense.pruning.attention import target
+from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.card import CARD_NAME, model_card
+from vllm_spense.pruning.choice.attention import target
+from vllm_spense.pruning.choice.pilot import Verdict
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer
-from vllm_spense.pruning.pilot import Verdict
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.sources import BaseModel
@@ -51,7 +51,6 @@ def pack_layer(
     pruned: PrunedLayer, layer: DecoderLayer, source: SourceModel, config: PruneConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, ModuleSpec]]:
     """All tensors of one decoder layer's file (packed linears and what stays as it is), and the linears."""
-    dtype = FP8_DTYPE if config.weight_dtype == "fp8" else torch.bfloat16
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, ModuleSpec] = {}
     linears = linears_of(layer)
@@ -61,7 +60,9 @@ def pack_layer(
             bias = source.checkpoint.load(f"{name}.bias")
             order = pruned.row_order.get(name)
             bias = bias if order is None else bias[order]
-        parts = pack_linear(pruned.weights[name], layout, weight_dtype=dtype, bias=bias)  # on its device
+        parts = pack_linear(
+            pruned.weights[name], layout, codec=config.weight_dtype, bias=bias
+        )  # on its device
         tensors |= {f"{name}.{short}": tensor.cpu() for short, tensor in parts.items()}
         modules[name] = ModuleSpec.of(layout, bias is not None)
     packed = {f"{name}.{short}" for name in modules for short in ("weight", "bias")}
@@ -72,16 +73,16 @@ def pack_layer(
 
 
 @torch.no_grad()
-def restore_layer(layer: DecoderLayer, modules: dict[str, ModuleSpec], shard: Path) -> None:
+def restore_layer(
+    layer: DecoderLayer, modules: dict[str, ModuleSpec], shard: Path, weight_dtype: str
+) -> None:
     """Put the packed linears of a finished layer back into it, as the pruner left them."""
     linears = linears_of(layer)
     with safe_open(shard, framework="pt") as stream:
-        names = set(stream.keys())
         for module, spec in modules.items():
-            shorts: list[str] = [*spec.layout().regions(), "weight_scale", "bias"]
-            tensors = {s: stream.get_tensor(f"{module}.{s}") for s in shorts if f"{module}.{s}" in names}
-            weight = dequantize(unpack_linear(tensors, spec.layout()), tensors.get("weight_scale"))
-            linears[module].weight.copy_(weight)
+            linear = LinearFormat(spec.layout(), Codecs.of(weight_dtype), spec.bias)
+            tensors = {short: stream.get_tensor(f"{module}.{short}") for short in linear.held()}
+            linears[module].weight.copy_(linear.decode(tensors))
             if spec.bias:
                 linears[module].bias.copy_(tensors["bias"])
 
@@ -142,10 +143,8 @@ def describe(
     provenance = _provenance(config, base, text, records)
     if verdict is not None:
         provenance["allocation"] = verdict.record()
-    fp8 = config.weight_dtype == "fp8"
-    quantization = SpenseCheckpointConfig(
-        weight_dtype="float8_e4m3fn" if fp8 else "bfloat16",
-        activation_scheme="dynamic_per_token" if fp8 else "none",
+    quantization = checkpoint_config(
+        codec(config.weight_dtype),
         tensor_parallel_sizes=written.tensor_parallel_sizes,
         ignore=_ignored(source, modules),
         modules=modules,

@@ -14,11 +14,14 @@ from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.format.report import inspect
 from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
+from vllm_spense.models.parts import DecoderLayer, layer_name, mlp_shapes
 from vllm_spense.network import language_head
 from vllm_spense.pruning.activations import LayerInputs, in_memory, on_disk
-from vllm_spense.pruning.adapters import DecoderLayer, layer_name, mlp_shapes, warn_about_experts
 from vllm_spense.pruning.admission import check_layouts
-from vllm_spense.pruning.allocation import dense_counts
+from vllm_spense.pruning.choice.allocation import dense_counts
+from vllm_spense.pruning.choice.pilot import Verdict, choose
+from vllm_spense.pruning.choice.selection import DenseChoice
+from vllm_spense.pruning.choice.sensitivity import index_costs
 from vllm_spense.pruning.config import GRADIENT_SELECTIONS, PruneConfig
 from vllm_spense.pruning.fingerprint import fingerprint
 from vllm_spense.pruning.layer import LayerPruner
@@ -31,14 +34,12 @@ from vllm_spense.pruning.output import (
     restore_layer,
     write_rest,
 )
-from vllm_spense.pruning.pilot import Verdict, choose
 from vllm_spense.pruning.resume import LayerRecord, WorkDirectory
-from vllm_spense.pruning.selection import DenseChoice
 from vllm_spense.pruning.selfcheck import check_replay
-from vllm_spense.pruning.sensitivity import index_costs
 from vllm_spense.pruning.source import SourceModel, source_directory
-from vllm_spense.pruning.trust import (
+from vllm_spense.pruning.warnings import (
     warn_about_calibration,
+    warn_about_experts,
     warn_about_overlap,
     warn_about_size,
     warnings_as_errors,
@@ -110,11 +111,11 @@ def prune(
     in ``.OUT.spense-work``, and ``config.resume`` continues from them to the same bytes.
 
     Raises :class:`~vllm_spense.format.CheckpointError` (a ``ValueError``) for unusable source files,
-    :class:`~vllm_spense.pruning.adapters.UnsupportedModelError` (a ``ValueError``) for other
+    :class:`~vllm_spense.models.parts.UnsupportedModelError` (a ``ValueError``) for other
     architectures, ``ValueError`` for calibration text and sizes that do not fit, ``FileExistsError``
     for an ``out`` that is in use, :class:`~vllm_spense.pruning.resume.ResumeError` for an unfinished run
-    in the way, :class:`~vllm_spense.pruning.solvers.SolverError` for a Hessian that cannot be factored.
-    Warns with :class:`~vllm_spense.pruning.trust.PruneWarning`; under ``config.strict`` each is a
+    in the way, :class:`~vllm_spense.pruning.solvers.obs.SolverError` for a Hessian that cannot be factored.
+    Warns with :class:`~vllm_spense.pruning.warnings.PruneWarning`; under ``config.strict`` each is a
     ``ValueError`` instead, with the work directory kept as for other errors.
     """
     started = time.monotonic()
@@ -235,8 +236,7 @@ class _LayerLoop:
         if self.inputs is None:
             return
         with self.source.resident(layer.module):
-            self.pruner.skip(index, layer)
-            restore_layer(layer, record.modules, self.work.shard(index))
+            restore_layer(layer, record.modules, self.work.shard(index), self.config.weight_dtype)
             self.inputs.advance(index, layer.module)
 
     def _progress(

@@ -11,21 +11,22 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_spense.format import Layout
+from vllm_spense.devices import GPUS, Rates
+from vllm_spense.format import Codecs, Layout, LinearFormat
 from vllm_spense.format.layout import GROUP
+from vllm_spense.models.families import ATTENTION_OUT
+from vllm_spense.models.parts import DecoderLayer, Mlp, decoder
 from vllm_spense.network import language_head
-from vllm_spense.pruning.adapters import DecoderLayer, Mlp, decoder
 from vllm_spense.pruning.admission import admit
-from vllm_spense.pruning.attention import OUT, target
+from vllm_spense.pruning.choice.attention import target
+from vllm_spense.pruning.choice.pilot import PILOT_EVERY, PILOT_LOGITS, PILOT_TOKENS
+from vllm_spense.pruning.choice.sensitivity import LOGITS
 from vllm_spense.pruning.config import PruneConfig
-from vllm_spense.pruning.joint import SHARED_ITERATIONS, tokens_used
 from vllm_spense.pruning.layer import KEEP_BYTES, LayerPruner
 from vllm_spense.pruning.output import REST_SHARD_BYTES, linears_of
-from vllm_spense.pruning.pilot import PILOT_EVERY, PILOT_LOGITS, PILOT_TOKENS
 from vllm_spense.pruning.pipeline import GRADIENT_TOKENS
-from vllm_spense.pruning.rounding import BLOCKS, ITERATIONS
-from vllm_spense.pruning.rows import ROWS
-from vllm_spense.pruning.sensitivity import LOGITS
+from vllm_spense.pruning.solvers.joint import SHARED_ITERATIONS, tokens_used
+from vllm_spense.pruning.solvers.rows import ROWS
 from vllm_spense.pruning.source import source_directory
 
 DeviceModel = Literal["here", "h200", "b200"]
@@ -48,17 +49,7 @@ CHECK_FACTOR = 3.5
 """fp32 copies of a tensor while it is looked through for NaN: the values, their magnitudes, two masks."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Of a device: FLOP/s of large GEMMs in the compute dtype and in fp32 (no TF32), bytes/s elementwise."""
-
-    flop: float
-    flop_fp32: float
-    bandwidth: float
-
-
-THROUGHPUT = {"h200": Rates(6.0e14, 4.5e13, 3.0e12), "b200": Rates(1.3e15, 6.0e13, 5.0e12)}
-"""bf16 and fp32: about 0.6 and 0.7 of the data sheets, memory 0.6; not measured."""
+THROUGHPUT = {name.lower(): gpu.rates for name, gpu in GPUS.items() if gpu.rates is not None}
 
 
 @dataclass(frozen=True)
@@ -242,19 +233,12 @@ class _Sizes:
         return GradientPlan(max(device), kept, flop, flop / self.rates.flop)
 
     def activations(self, layer: DecoderLayer) -> int:
-        """Hidden states in bf16, attention's outputs and, where they are kept, down's inputs.
-
-        For an asymmetric objective the dense model's hidden states and its inputs of this MLP, too.
-        """
+        """Hidden states in bf16, attention's outputs and, where they are kept, down's inputs."""
         hidden = self.tokens * self.model.hidden_size
         inner = 0 if layer.mlp is None else self.tokens * layer.mlp.intermediate
         wide = hidden + (inner if self._keeps(layer.mlp) else 0)
-        streams = 1
-        if self.config.asymmetric:
-            wide += hidden + inner if layer.mlp is not None else 0
-            streams = 2
         joint = self._joint_tokens * self.model.hidden_size * 4 if layer.mlp is not None else 0
-        return streams * hidden * 2 + wide * self.dtype.itemsize + joint
+        return hidden * 2 + wide * self.dtype.itemsize + joint
 
     def arguments(self, layers: list[DecoderLayer]) -> int:
         """Bytes per token beside hidden states: Gemma 4's inputs per layer, shared keys and values."""
@@ -262,7 +246,7 @@ class _Sizes:
         for layer in layers:
             if getattr(layer.attention_block, "store_full_length_kv", False):
                 keys = layer.outside[f"{layer.name}.self_attn.k_proj"].out_features
-                numbers += 2 * keys * (2 if self.config.asymmetric else 1)
+                numbers += 2 * keys
         return numbers * self.dtype.itemsize
 
     @property
@@ -299,20 +283,15 @@ class _Sizes:
         if mlp is not None:
             rows = min(mlp.intermediate, ROWS)  # values, gate's outputs and slopes of all tokens, of a block
             solver = max(solver, 4 * self._joint_tokens * (hidden + 3 * rows))
-        options = self.config
-        more = 2 * options.search_damping + (options.asymmetric > 0) + (options.order == "energy")
-        matrices = 4 * (hidden**2 + more * inner**2)
+        matrices = 4 * (hidden**2 + (self.config.order == "energy") * inner**2)
         return resident + matrices + max(sample + 4 * inner**2, solver + 3 * max(packed))
 
     def _output(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> int:
-        wide = 1 if self.config.weight_dtype == "fp8" else 2
+        codecs = Codecs.of(self.config.weight_dtype)
         total = _numel(layer) * self.stored.itemsize
         for layout in layouts.values():
             total -= layout.out_features * layout.in_features * self.stored.itemsize
-            for name in layout.regions():
-                rows, columns = layout.shape(name)
-                total += rows * columns * (1 if name == "sparse_meta" else wide)
-            total += layout.out_features * 4 if wide == 1 else 0
+            total += LinearFormat(layout, codecs).nbytes()
         return total
 
     def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:
@@ -321,7 +300,7 @@ class _Sizes:
         Linear attention has no product of that size.
         """
         named = [name.split(".") for name in layer.outside]
-        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in OUT]
+        outs = [".".join(path) for path in named if path[-2] == "self_attn" and path[-1] in ATTENTION_OUT]
         return 2.0 * tokens * seq * max((layer.outside[name].in_features for name in outs), default=0)
 
     def _work(self, layer: DecoderLayer, layouts: dict[str, Layout]) -> _Work:
@@ -331,7 +310,6 @@ class _Sizes:
         tokens = float(self.tokens)
         flop = 2 * tokens * sum(w.numel() for linear in layer.outside.values() for w in linear.parameters())
         flop += self._attention(layer, tokens, self.config.seq_len)
-        original = flop
         sides: list[int] = []
         solved: list[str] = []
         if (attention := target(layer, self.config)) is not None:
@@ -342,15 +320,10 @@ class _Sizes:
             inner = sum(2 * tokens * linear.weight.numel() for linear in mlp.inner.values())
             passes = self.config.scores_indices + 1 + (not self._keeps(mlp))
             flop += passes * inner + 2 * tokens * mlp.down.weight.numel()
-            original += inner + 2 * tokens * mlp.down.weight.numel()
             sides += [mlp.reader.in_features, mlp.intermediate]
             solved += [*mlp.inner, mlp.down_name]
         statistics = sum(tokens * k * (k + 512) for k in sides)  # the blocks on and above the diagonal
         work = _Work(flop, statistics)
-        if self.config.asymmetric:  # the dense model runs, too, and its inputs meet those of the pruned one
-            work.flop += original
-            if mlp is not None:
-                work.fp32 += sum(2 * tokens * k**2 + 4 / 3 * k**3 for k in sides[-2:])
         if self.config.method == "obs":
             work.fp32 += sum(4 / 3 * k**3 for k in sides)
             for name in solved:
@@ -385,10 +358,6 @@ class _Sizes:
             work.fp32 += 2.0 * gemms * rows * k**2
             passes = fits * config.refit * ITERATION_PASSES + config.refine * ROUND_PASSES
             work.moved += 4.0 * passes * rows * k
-        if config.rounding_refit and layout.sparse:  # all rows; those of D start from a target of their own
-            n = layout.out_features
-            work.fp32 += 2.0 * (BLOCKS * (1 + ITERATIONS) * n + n - rows) * k**2
-            work.moved += 4.0 * BLOCKS * ITERATIONS * ITERATION_PASSES * n * k
 
 
 def _embedding(network: Any) -> Iterator[Any]:

@@ -22,8 +22,8 @@ from vllm_spense.format.files import sync, writing
 from vllm_spense.format.manifest import MANIFEST_NAME, sha256
 from vllm_spense.format.target import Target
 from vllm_spense.format.writer import save_shard
-from vllm_spense.pruning.pilot import Verdict
-from vllm_spense.pruning.selection import DenseChoice
+from vllm_spense.pruning.choice.pilot import Verdict
+from vllm_spense.pruning.choice.selection import DenseChoice
 
 _STATE, _LOCK, _CHOICE, _VERDICT = "state.json", "lock", "choice.safetensors", "verdict.json"
 _STATE_VERSION = 3

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_spense.format import CheckpointError
+from vllm_spense.models.parts import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.activations import (
     LayerInputs,
     first_output,
@@ -20,7 +21,6 @@ from vllm_spense.pruning.activations import (
     recording_outputs,
     replaying,
 )
-from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError
 from vllm_spense.pruning.source import SourceModel
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

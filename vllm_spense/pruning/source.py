@@ -14,13 +14,13 @@ from torch import nn
 
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.checkpoint import CONFIG_NAME
-from vllm_spense.format.conversion import left_out, model_parameter
 from vllm_spense.format.errors import RESAVE, one_line
 from vllm_spense.format.settings import portable
 from vllm_spense.format.side_files import NEVER_USED
+from vllm_spense.models.fused import left_out, model_parameter
+from vllm_spense.models.parts import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
+from vllm_spense.models.split import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.network import auto_class, module_names, stored_names
-from vllm_spense.pruning.adapters import DecoderLayer, UnsupportedModelError, decoder, decoder_layers
-from vllm_spense.pruning.conversion import SourceCheckpoint, checkpoint_name, split_fused
 from vllm_spense.sources import building, check_source, check_tensors, load_config, refusal
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -95,7 +95,7 @@ class SourceModel:
     ``network`` has all parameters on the meta device; :meth:`resident` lends a module its tensors, on
     ``device`` in ``dtype`` (default: fp32 on CPUs, elsewhere as stored). Buffers that no file holds
     (rotary frequencies) are real from the start. ``layers`` are its decoder layers. Fused linears are
-    split, in the network and in ``checkpoint`` (:mod:`vllm_spense.pruning.conversion`). ``names``: what
+    split, in the network and in ``checkpoint`` (:mod:`vllm_spense.models.split`). ``names``: what
     the files call each of the network's tensors (:mod:`vllm_spense.network.names`); ``layers`` speak of
     their parts by the files' names.
 

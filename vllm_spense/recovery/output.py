@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_spense.format import Checkpoint, CheckpointWriter, pack_linear
+from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.pruning.card import CARD_NAME
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
@@ -63,10 +63,12 @@ def _module(
     stored = checkpoint.module_tensors(name)
     if value is None:
         return stored
-    dtype = checkpoint.require_spense().torch_dtype
-    scale = stored.get("weight_scale", torch.ones(1))[:, None]
-    value = round_stochastically(value / scale, dtype, generator) * scale  # pack_linear finds this scale
-    return pack_linear(value, checkpoint.layout(name), weight_dtype=dtype, bias=stored.get("bias"))
+    linear = checkpoint.linear(name)
+    values, scale = linear.values(stored)
+    if values.dtype.is_floating_point:
+        unit = torch.ones(1, 1) if scale is None else scale[:, None]
+        value = round_stochastically(value / unit, values.dtype, generator) * unit  # encode finds this scale
+    return linear.encode(value, stored.get("bias"))
 
 
 def round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vllm_spense.format import Checkpoint, CheckpointError, CheckpointWriter
 from vllm_spense.format.target import Target
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.pruning.source import source_directory
-from vllm_spense.pruning.trust import warn_about_overlap
+from vllm_spense.pruning.warnings import warn_about_overlap
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write_rest, write_weights
 from vllm_spense.recovery.student import load_student

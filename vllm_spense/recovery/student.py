@@ -11,10 +11,10 @@ from torch import nn
 
 from vllm_spense.evaluation import load_model
 from vllm_spense.format import Checkpoint, Layout, dequantize
-from vllm_spense.format.conversion import fused_groups
-from vllm_spense.format.linears import MLP_SPLITS
+from vllm_spense.models.families import MLP_SPLITS, in_attention
+from vllm_spense.models.fused import fused_groups
+from vllm_spense.models.parts import decoder
 from vllm_spense.network import language_head, spense_names
-from vllm_spense.pruning.adapters import decoder
 from vllm_spense.recovery.config import Train
 
 
@@ -84,7 +84,7 @@ def load_student(checkpoint: Checkpoint, train: Train, device: torch.device) -> 
 def _is_linear_to_train(module: str, train: Train) -> bool:
     """Whether the linear ``module`` (or plain MLP matrix of a checkpoint) belongs to what is trained."""
     *path, last = module.split(".")
-    if "self_attn" in path or "linear_attn" in path:
+    if in_attention(module):
         return train == "all" and last != "conv1d"
     return "experts" not in path and last in MLP_SPLITS
 

@@ -14,12 +14,11 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.conversion import FUSED
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.linears import MLP_SPLITS, stays_as_stored
 from vllm_spense.format.manifest import MANIFEST_NAME, check_manifest, is_loaded_file
-from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig, parse_config
+from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec, parse_config
 from vllm_spense.format.validate import check_headers
+from vllm_spense.models.families import FUSED, MLP_SPLITS, stays_as_stored
 from vllm_spense.serving.summary import LoadSummary
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class SpenseConfig(QuantizationConfig):
     Picklable: vLLM sends it to its engine and worker processes.
     """
 
-    def __init__(self, checkpoint: SpenseCheckpointConfig | None = None) -> None:
+    def __init__(self, checkpoint: AnyCheckpointConfig | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
         self.summary = LoadSummary()
@@ -156,7 +155,16 @@ class SpenseConfig(QuantizationConfig):
                 module=prefix,
                 fix=REPRUNE,
             )
-        return SpenseLinearMethod(prefix, specs, self.checkpoint, self.summary)
+        codecs = {self.checkpoint.codecs_of(spec) for spec in specs.values()}
+        if len(codecs) > 1:
+            raise CheckpointError(
+                f"vLLM fuses {', '.join(names)} into one layer, and they are stored in several codecs "
+                f"({', '.join(sorted(c.name for c in codecs))})",
+                module=prefix,
+                fix=REPRUNE,
+            )
+        sizes = self.checkpoint.tensor_parallel_sizes
+        return SpenseLinearMethod(prefix, specs, codecs.pop(), sizes, self.summary)
 
     def shard_names(self, prefix: str) -> list[str]:
         """Checkpoint names of the layers that vLLM fuses under ``prefix``.

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vllm_spense.format.schema import ModuleSpec, SpenseCheckpointConfig
+from vllm_spense.format.linear import Codecs
+from vllm_spense.format.schema import ModuleSpec
 from vllm_spense.format.validate import check_values
 from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.random_weights import fill_random
@@ -23,12 +24,14 @@ class SpenseLinearMethod(SpenseMethod):
         self,
         prefix: str,
         specs: dict[str, ModuleSpec],
-        config: SpenseCheckpointConfig,
+        codecs: Codecs,
+        promised_sizes: list[int],
         summary: LoadSummary,
     ) -> None:
         super().__init__(prefix, summary)
         self.specs = specs
-        self.config = config
+        self.codecs = codecs
+        self.promised_sizes = promised_sizes
         self.plan: LoadPlan
 
     def create_weights(
@@ -45,8 +48,8 @@ class SpenseLinearMethod(SpenseMethod):
         self.plan = make_plan(
             self.prefix,
             self.specs,
-            self.config.torch_dtype,
-            self.config.tensor_parallel_sizes,
+            self.codecs,
+            self.promised_sizes,
             axis="output" if input_size_per_partition == input_size else "input",
             in_features=input_size,
             local_outputs=output_partition_sizes,
@@ -79,5 +82,6 @@ class SpenseLinearMethod(SpenseMethod):
             self.plan.check_complete(self.loaded)
         bias = getattr(layer, "bias", None)
         self.plan.check_bias(bias is not None)
-        check_values(tensors if bias is None else {**tensors, "bias": bias.data}, module=self.prefix)
+        checked = tensors if bias is None else {**tensors, "bias": bias.data}
+        check_values(checked, self.codecs, module=self.prefix)
         return self.plan.spec(), tensors

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from vllm_spense.format.codecs import Stored
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.layout import Axis, Layout, TensorName
+from vllm_spense.format.layout import Axis, Layout
+from vllm_spense.format.linear import Codecs, LinearFormat
 from vllm_spense.format.schema import ModuleSpec
 from vllm_spense.ops.dispatch import LinearSpec
 
 Loaded = set[tuple[str, int]]
 _QKV = {"q": 0, "k": 1, "v": 2}
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shard_indices(shard_id: object, count: int, prefix: str) -> tuple[int, ...]:
@@ -41,15 +43,24 @@ class ModuleSlice:
     """One checkpoint module and the part of it that this rank owns."""
 
     name: str
-    layout: Layout
+    linear: LinearFormat
     axis: Axis
     rank: int
     parts: int
-    bias: bool
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """The module's tensors in files, by short name."""
+        return self.linear.tensors()
+
+    @cached_property
+    def held(self) -> dict[str, Stored]:
+        """This rank's part of them."""
+        return self.linear.shard(self.axis, self.parts).tensors()
 
     @property
     def local(self) -> Layout:
-        return self.layout.shard(self.axis, self.parts)
+        return self.linear.layout.shard(self.axis, self.parts)
 
 
 @dataclass(frozen=True)
@@ -58,37 +69,31 @@ class LoadPlan:
 
     prefix: str
     modules: tuple[ModuleSlice, ...]
-    weight_dtype: torch.dtype
 
     @property
-    def names(self) -> tuple[TensorName, ...]:
+    def codecs(self) -> Codecs:
+        return self.modules[0].linear.codecs
+
+    @property
+    def names(self) -> tuple[str, ...]:
         """Parameters to create (bias excepted: vLLM owns it)."""
-        names: tuple[TensorName, ...] = ("sparse_values", "sparse_meta", "dense_weight")
-        return (*names, "weight_scale") if self.weight_dtype.itemsize == 1 else names
+        return tuple(name for name in self.modules[0].stored if name != "bias")
 
-    def dtype(self, name: TensorName) -> torch.dtype:
-        if name == "sparse_meta":
-            return torch.uint8
-        return torch.float32 if name == "weight_scale" else self.weight_dtype
+    def dtype(self, name: str) -> torch.dtype:
+        return self.modules[0].stored[name].dtypes[0]
 
-    def shape(self, name: TensorName) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the fused parameter: the modules' local tensors stacked along the output axis."""
-        shapes = [m.local.shape(name) for m in self.modules]
+        shapes = [m.held[name].shape for m in self.modules]
         return (sum(s[0] for s in shapes), *shapes[0][1:])
 
     def spec(self) -> LinearSpec:
-        return LinearSpec.of([m.local for m in self.modules], self.weight_dtype)
+        return LinearSpec.of([m.local for m in self.modules], self.codecs)
 
     def expected(self) -> Loaded:
         """(tensor, module index) of everything that must be loaded before the layer may run."""
-        wanted: Loaded = set()
-        for i, module in enumerate(self.modules):
-            wanted |= {(name, i) for name in module.local.regions()}
-            if "weight_scale" in self.names:
-                wanted.add(("weight_scale", i))
-            if module.bias:
-                wanted.add(("bias", i))
-        return wanted
+        modules = enumerate(self.modules)
+        return {(name, i) for i, m in modules for name, stored in m.held.items() if stored.held}
 
     def check_complete(self, loaded: Loaded) -> None:
         """Raise :class:`CheckpointError` naming the first tensor that was never loaded."""
@@ -106,7 +111,7 @@ class LoadPlan:
     def check_bias(self, wanted: bool) -> None:
         """A bias that the model has and the checkpoint lacks would stay uninitialised memory."""
         for module in self.modules:
-            if wanted and not module.bias:
+            if wanted and not module.linear.bias:
                 raise CheckpointError(
                     "the model in config.json has a bias here, quantization_config says that there is none",
                     module=module.name,
@@ -115,7 +120,7 @@ class LoadPlan:
                 )
 
     def copy(
-        self, name: TensorName, target: torch.Tensor, source: torch.Tensor, shard_id: object
+        self, name: str, target: torch.Tensor, source: torch.Tensor, shard_id: object
     ) -> tuple[int, ...]:
         """Copy this rank's part of one checkpoint tensor into the fused parameter.
 
@@ -130,7 +135,8 @@ class LoadPlan:
                 module=self.prefix,
                 fix="split the fused projection before pruning",
             )
-        rows = [self.modules[index].layout.shape(name)[0] for index in indices]
+        parts = [self.modules[index].stored.get(name) for index in indices]
+        rows = [part.shape[0] for part in parts if part is not None]
         pieces = [source]
         if len(rows) > 1 and source.ndim and source.shape[0] == sum(rows):
             pieces = list(source.split(rows))
@@ -138,30 +144,29 @@ class LoadPlan:
             self._copy(name, target, piece, index)
         return indices
 
-    def _copy(self, name: TensorName, target: torch.Tensor, source: torch.Tensor, index: int) -> None:
+    def _copy(self, name: str, target: torch.Tensor, source: torch.Tensor, index: int) -> None:
         module = self.modules[index]
         self._check_source(module, name, source)
-        part = module.layout.slice_tensor(name, source, module.axis, module.rank, module.parts)
-        start = sum(m.local.shape(name)[0] for m in self.modules[:index])
+        part = module.linear.cut(name, source, module.axis, module.rank, module.parts)
+        start = sum(m.held[name].shape[0] for m in self.modules[:index])
         target.narrow(0, start, part.shape[0]).copy_(part)
 
-    def _check_source(self, module: ModuleSlice, name: TensorName, source: torch.Tensor) -> None:
-        shape = module.layout.shape(name)
-        dtypes = FLOAT_DTYPES if name == "bias" else (self.dtype(name),)
-        if tuple(source.shape) != shape:
-            problem = f"shape {list(source.shape)}, expected {list(shape)}"
-        elif source.dtype not in dtypes:
-            problem = f"dtype {source.dtype}, expected {dtypes[0]}"
-        elif name == "bias" and not module.bias:
-            problem = "unexpected tensor: the config says that this module has no bias"
-        elif not all(shape):
+    def _check_source(self, module: ModuleSlice, name: str, source: torch.Tensor) -> None:
+        stored = module.stored.get(name)
+        if stored is None:
+            problem = f"unexpected tensor: the config says that this module has no {name}"
+        elif tuple(source.shape) != stored.shape:
+            problem = f"shape {list(source.shape)}, expected {list(stored.shape)}"
+        elif source.dtype not in stored.dtypes:
+            problem = f"dtype {source.dtype}, expected {stored.dtypes[0]}"
+        elif not stored.held:
             problem = "unexpected tensor: the config says that this region is empty"
         else:
             return
         raise CheckpointError(problem, module=module.name, tensor=name, fix=REPRUNE)
 
 
-def make_loader(plan: LoadPlan, name: TensorName, loaded: Loaded) -> Callable[..., None]:
+def make_loader(plan: LoadPlan, name: str, loaded: Loaded) -> Callable[..., None]:
     """The ``weight_loader`` of one parameter; it holds the plan, never the layer (vLLM reloads)."""
 
     def spense_weight_loader(
@@ -175,7 +180,7 @@ def make_loader(plan: LoadPlan, name: TensorName, loaded: Loaded) -> Callable[..
 def make_plan(
     prefix: str,
     specs: dict[str, ModuleSpec],
-    weight_dtype: torch.dtype,
+    codecs: Codecs,
     promised_sizes: list[int],
     *,
     axis: Axis,
@@ -218,16 +223,17 @@ def make_plan(
                 module=name,
                 fix="serve with one of these sizes, or prune again with --max-tp",
             )
+        linear = LinearFormat(spec.layout(), codecs, spec.bias)
         try:
-            spec.layout().shard(axis, parts)
+            linear.shard(axis, parts)
         except ValueError as error:
             raise CheckpointError(
                 f"cannot be cut into {parts} tensor-parallel parts: {error}",
                 module=name,
                 fix=f"serve with a tensor parallel size among {promised_sizes}",
             ) from None
-        slices.append(ModuleSlice(name, spec.layout(), axis, rank * parts // size, parts, spec.bias))
-    return LoadPlan(prefix, tuple(slices), weight_dtype)
+        slices.append(ModuleSlice(name, linear, axis, rank * parts // size, parts))
+    return LoadPlan(prefix, tuple(slices))
 
 
 def _parts(

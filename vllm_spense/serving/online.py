@@ -8,6 +8,7 @@ import torch
 
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Axis, Layout, Split
+from vllm_spense.format.linear import LinearFormat
 from vllm_spense.ops.dispatch import LinearSpec, Tensors
 from vllm_spense.ops.online import online_layout, prune_and_pack
 from vllm_spense.serving import compat
@@ -72,14 +73,14 @@ class SpenseOnlineLinearMethod(SpenseMethod):
         slices, packed = [], []
         for rows in weight.split(self.widths):
             layout = online_layout(self.split, rows.shape[0], rows.shape[1], self.dense_ratio)
-            slices.append(ModuleSlice(self.prefix, layout, self.axis, 0, 1, False))
+            slices.append(ModuleSlice(self.prefix, LinearFormat(layout), self.axis, 0, 1))
             try:
                 packed.append(prune_and_pack(rows, layout))
             except ValueError as error:
                 raise CheckpointError(
                     str(error), module=self.prefix, tensor="weight", fix="download the model again"
                 ) from None
-        plan = LoadPlan(self.prefix, tuple(slices), torch.float8_e4m3fn)
+        plan = LoadPlan(self.prefix, tuple(slices))
         tensors: Tensors = {}
         for name in plan.names:
             tensors[name] = torch.empty(plan.shape(name), dtype=plan.dtype(name), device=weight.device)
@@ -106,7 +107,7 @@ def _make_dense_loader(method: SpenseOnlineLinearMethod, loaded: Loaded):
             rows = widths[index]
             parts = size if axis == "input" else piece.shape[0] // rows
             full = Layout("output", piece.shape[0], piece.shape[1], 0)
-            part = full.slice_tensor("dense_weight", piece, axis, rank * parts // size, parts)
+            part = full.cut_region(piece, axis, rank * parts // size, parts)
             param.data.narrow(0, sum(widths[:index]), rows).copy_(part)
             loaded.add(("weight", index))
 

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from vllm.logger import init_logger
 
+from vllm_spense.models.families import in_attention
+
 if TYPE_CHECKING:
     from vllm_spense.ops.dispatch import LinearSpec
 
@@ -70,7 +72,7 @@ def describe(layers: Sequence[LayerFacts], unquantized: int) -> str:
     """The log block, one fact per line."""
     specs = [facts.spec for facts in layers]
     hybrid = [facts for facts in layers if facts.spec.hybrid]
-    mlp = [facts.spec for facts in hybrid if ".self_attn." not in facts.prefix]
+    mlp = [facts.spec for facts in hybrid if not in_attention(facts.prefix)]
     fp8 = specs[0].quantize_activations
     dtype, scales = ("FP8", sum(4 * spec.out_features for spec in specs)) if fp8 else ("bf16", 0)
     stored = sum(spec.weight_bytes for spec in specs) + scales

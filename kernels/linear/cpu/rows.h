@@ -1,0 +1,91 @@
+// What happens to activations in front of and behind the strips, in plain loops that the compiler vectorises: included once per
+// instruction set. Needs -ffp-contract=off, as the definition rounds after every step.
+#pragma once
+#include <immintrin.h>
+#include <cstring>
+#include <limits>
+#include "linear/cpu/kernels.h"
+
+namespace spense::cpu {
+namespace {
+
+constexpr float kMaxE4m3 = 448.0f;
+constexpr float kMinScale = 1.0f / (448.0f * 512.0f);  // vLLM's own lower bound
+
+template <class To, class From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
+inline float to_float(float x) { return x; }
+inline float to_float(Fp16 x) { return _cvtsh_ss(x.bits); }
+inline float to_float(Bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline void store(float* to, float x) { *to = x; }
+inline void store(Fp16* to, float x) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(Bf16* to, float x) {
+  uint32_t const bits = bit_cast<uint32_t>(x);
+  to->bits = x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// To the nearest e4m3, ties to even, for |x| <= 448; NaN stays NaN.
+inline float rounded_to_e4m3(float x) {
+  uint32_t const bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFF;
+  uint32_t const normal = (magnitude + 0x7FFFF + (magnitude >> 20 & 1)) & 0xFFF00000;
+  constexpr float kSubnormalStep = 0x1.8p14f;  // behind it, fp32 has steps of 2^-9
+  uint32_t const subnormal = bit_cast<uint32_t>((bit_cast<float>(magnitude) + kSubnormalStep) - kSubnormalStep);
+  float const rounded = bit_cast<float>((magnitude < 0x3C800000 ? subnormal : normal) | (bits & 0x80000000));  // 2^-6: the smallest normal
+  return x != x ? x : rounded;
+}
+
+template <class T, class Value>
+void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* values, int64_t pitch, float* scales) {
+  for (int64_t t = from; t < to; ++t) {
+    T const* row = x + t * in;
+    Value* out = values + t * pitch;
+    uint32_t largest = 0;  // as integers magnitudes are in the same order, with NaN above all
+    for (int64_t i = 0; i < in; ++i) largest = std::max(largest, bit_cast<uint32_t>(to_float(row[i])) & 0x7FFFFFFF);
+    float const amax = bit_cast<float>(largest) / kMaxE4m3;
+    float const scale = amax < kMinScale ? kMinScale : amax;
+    scales[t] = scale;
+    for (int64_t i = 0; i < in; ++i) {
+      float v = to_float(row[i]) / scale;
+      v = v > kMaxE4m3 ? kMaxE4m3 : v;
+      v = v < -kMaxE4m3 ? -kMaxE4m3 : v;
+      store(out + i, rounded_to_e4m3(v));
+    }
+    std::fill(out + in, out + pitch, Value{});
+  }
+}
+
+template <class T>
+void finish_rows(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, T const* bias, T* y, int64_t y_pitch) {
+  for (int t = 0; t < tokens; ++t, out += kRows, y += y_pitch)
+    for (int r = 0; r < rows; ++r) {
+      float const scaled = out[r] * x_scale[t] * weight_scale[r];
+      store(y + r, bias ? scaled + to_float(bias[r]) : scaled);
+    }
+}
+
+template <class Value>
+void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch, float* scales) {
+  auto const run = [&](auto const* p) { quantize_rows(p, in, from, to, static_cast<Value*>(values), pitch, scales); };
+  if (dtype == kBfloat16) return run(static_cast<Bf16 const*>(x));
+  if (dtype == kFloat16) return run(static_cast<Fp16 const*>(x));
+  run(static_cast<float const*>(x));
+}
+
+void finish(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias, Dtype dtype, void* y,
+            int64_t y_pitch) {
+  auto const run = [&](auto* p) { finish_rows(out, tokens, rows, x_scale, weight_scale, static_cast<decltype(p)>(const_cast<void*>(bias)), p, y_pitch); };
+  if (dtype == kBfloat16) return run(static_cast<Bf16*>(y));
+  if (dtype == kFloat16) return run(static_cast<Fp16*>(y));
+  run(static_cast<float*>(y));
+}
+
+}  // namespace
+}  // namespace spense::cpu

@@ -1,0 +1,65 @@
+"""Every registered codec through the whole tool: prune, verify, export, and real vLLM on the CPU.
+
+`toy-int8` (tests/toy_codec.py) is one class and a registration, and no part of the product knows it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_llama
+from tests.vllm_runs import Pool
+from vllm_spense.format import Checkpoint
+from vllm_spense.format.codecs import codec_names
+from vllm_spense.models.export import export
+from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.verification import verify
+
+pytestmark = pytest.mark.vllm
+every_codec = pytest.mark.parametrize("codec", codec_names())
+EAGER = {"enforce_eager": True}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``dense``, and per codec what was pruned of it, its dense twin and its bf16 export."""
+    root = tmp_path_factory.mktemp("codecs")
+    make_llama(root / "dense")
+    for codec in codec_names():
+        config = PruneConfig(preset="magnitude", dense_ratio=0.5, weight_dtype=codec, alignment=16)
+        prune(root / "dense", root / codec, config)
+        export(root / codec, root / f"{codec}-twin", format="spense-dense")
+        export(root / codec, root / f"{codec}-bf16", format="bfloat16")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    pool = Pool(tmp_path_factory.mktemp("runs"))
+    for name in ("dense", *(f"{c}{kind}" for c in codec_names() for kind in ("", "-twin", "-bf16"))):
+        pool.add("codecs", name, {"model": str(root / name), "llm": EAGER, "imports": ["tests.toy_codec"]})
+    return pool
+
+
+@every_codec
+def test_what_was_pruned_is_sound(root: Path, codec: str) -> None:
+    report = verify(root / codec)
+    assert report.modules == 14
+    checkpoint = Checkpoint(root / codec)
+    spec = checkpoint.require_spense().modules["model.layers.0.mlp.down_proj"]
+    assert (spec.sparse, spec.dense) == (96, 112)
+    assert {checkpoint.linear(name).codecs.name for name in checkpoint.require_spense().modules} == {codec}
+
+
+@every_codec
+def test_it_answers_as_its_dense_twin_does(runs: Pool, codec: str) -> None:
+    assert runs[codec].outputs == runs[f"{codec}-twin"].outputs
+    assert all(a != b for a, b in zip(runs[codec].tokens, runs["dense"].tokens, strict=True))
+
+
+@pytest.mark.parametrize("codec", [name for name in codec_names() if name != "fp8"])
+def test_without_kernels_it_is_stock_vllm_on_the_export(runs: Pool, codec: str) -> None:
+    """FP8 rounds activations, which the export does not say."""
+    assert runs[codec].outputs == runs[f"{codec}-bf16"].outputs

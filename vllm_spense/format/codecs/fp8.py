@@ -1,0 +1,84 @@
+"""FP8 e4m3 weights with one fp32 scale per output channel."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_spense.format.codecs.base import RowCodec
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+TOP_CODES = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
+"""What a row's largest weight may become: one factor of two holds every alignment to the e4m3 grid."""
+_MIN_SCALE = 2.0**-100
+"""Keeps ``weight / scale`` finite for rows of denormals."""
+_CHUNK = 1 << 24
+"""Weights rounded at a time: bounds the fp32 temporaries to some 64 MiB each."""
+_CACHED_BYTES = 1 << 19
+"""Looked at in one go on a CPU: stays in the cache."""
+
+
+class Fp8(RowCodec):
+    """e4m3 with one scale per row, for kernels that round their inputs to e4m3 per token."""
+
+    name = "fp8"
+    dtype = FP8_DTYPE
+    bits = 8
+    companions = ("weight_scale",)
+    activations = "dynamic_per_token"
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_per_channel(weight)
+
+    def illegal(self, name: str, tensor: torch.Tensor) -> tuple[int, str] | None:
+        """In a tenth of the time where all bytes are legal: seven low bits that are all ones are NaN."""
+        if name == "weight_scale" or not tensor.is_contiguous():
+            return super().illegal(name, tensor)
+        flat = tensor.view(-1).view(torch.uint8)
+        # on a CPU in parts that stay in its cache, elsewhere in one reduction with one host sync
+        parts = flat.split(_CACHED_BYTES) if tensor.device.type == "cpu" else [flat]
+        return super().illegal(name, tensor) if any(map(_has_nan, parts)) else None
+
+    def illegal_values(self, values: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return (values.view(torch.uint8) & 0x7F) == 0x7F, "an FP8 NaN"
+
+
+def _has_nan(e4m3: torch.Tensor) -> bool:
+    return int((e4m3 & 0x7F).amax()) == 0x7F
+
+
+def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round ``weight [N, K]`` to e4m3 with one scale per row.
+
+    The scale maps the row's largest magnitude exactly to that one of :data:`TOP_CODES` that gives the
+    least squared error of the row (8 to 14 % less than always 448, on SmolLM2). Returns ``(fp8 [N, K],
+    scale [N] fp32)``. All-zero rows get scale 1; -0 becomes +0. Raises ``ValueError`` on NaN or infinity.
+    """
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    parts = [_quantize_rows(part.float()) for part in weight.split(rows)]
+    bits = torch.cat([q.view(torch.uint8) for q, _ in parts])
+    return bits.view(FP8_DTYPE), torch.cat([scale for _, scale in parts])
+
+
+def _quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+    if not torch.isfinite(absmax).all():
+        raise ValueError("weight holds NaN or infinity")
+    best_bits = torch.zeros_like(wide, dtype=torch.uint8)
+    best_scale = torch.ones_like(absmax)
+    best_error = torch.full_like(absmax, torch.inf)
+    for code in TOP_CODES:
+        scale = torch.where(absmax > 0, (absmax / code).clamp_min(_MIN_SCALE), 1.0)
+        q = (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+        error = (q.float() - wide / scale[:, None]).square().sum(dim=1) * scale.square()
+        better = error < best_error  # of equal errors the first, the smallest scale
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_bits = torch.where(better[:, None], q.view(torch.uint8), best_bits)
+    return torch.where(best_bits == 0x80, 0, best_bits).view(FP8_DTYPE), best_scale
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """fp32 ``[N, K]``: the stored weight times its row's scale (None: weight is unscaled)."""
+    wide = weight.float()
+    return wide if scale is None else wide * scale[:, None]

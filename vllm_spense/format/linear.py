@@ -1,0 +1,235 @@
+"""One linear layer in a checkpoint: a layout joined with the codecs of its regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from vllm_spense.format.codecs import FP8, Activations, Codec, RowCodec, Stored, codec
+from vllm_spense.format.codecs.base import Tensors, first
+from vllm_spense.format.layout import Axis, Layout
+from vllm_spense.format.sparse24 import legal_meta_bytes
+
+BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CACHED_BYTES = 1 << 19
+"""Looked at in one go on a CPU: stays in the cache."""
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The codecs of a layer's 2:4 region and of its dense region."""
+
+    sparse: Codec
+    dense: Codec
+
+    @classmethod
+    def of(cls, names: str | Mapping[str, str]) -> Codecs:
+        """From what config.json says: one name, or one for each region; ``ValueError`` for unknown ones."""
+        if isinstance(names, str):
+            return cls(codec(names), codec(names))
+        return cls(codec(names["sparse"]), codec(names["dense"]))
+
+    @property
+    def single(self) -> Codec | None:
+        """The codec of both regions, or None."""
+        return self.sparse if self.sparse is self.dense else None
+
+    @property
+    def name(self) -> str:
+        return self.sparse.name if self.single else f"{self.sparse.name}+{self.dense.name}"
+
+    @property
+    def activations(self) -> Activations:
+        """What kernels do with the inputs: both regions read the same ones."""
+        return self.sparse.activations if self.sparse.activations == self.dense.activations else "none"
+
+
+UNIFORM_FP8 = Codecs(FP8, FP8)
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """What a checkpoint holds of one linear layer.
+
+    With one codec the layer is that codec's. With two, each region is a layer of its own in its codec, and
+    the names of its companions get the region in front: ``sparse_weight_scale``, ``dense_weight_scale``.
+    """
+
+    layout: Layout
+    codecs: Codecs = UNIFORM_FP8
+    bias: bool = False
+
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor by its short name, those of empty regions with a size of 0."""
+        found: dict[str, Stored] = {}
+        for part in self._parts():
+            stored = part.codec.tensors(part.layout)
+            found |= {part.name(n): s for n, s in stored.items() if part.owns(n)}
+        if self.bias:
+            found["bias"] = Stored((self.layout.out_features,), BIAS_DTYPES, rows=True)
+        return found
+
+    def held(self) -> dict[str, Stored]:
+        """Those that files hold."""
+        return {name: stored for name, stored in self.tensors().items() if stored.held}
+
+    def nbytes(self) -> int:
+        """Bytes in files, without the bias."""
+        held = (stored for name, stored in self.held().items() if name != "bias")
+        return sum(prod(stored.shape) * stored.dtypes[0].itemsize for stored in held)
+
+    def encode(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Tensors:
+        """The tensors that files hold of ``weight [N, K]``, whose 2:4 region already obeys 2:4.
+
+        ``ValueError`` for NaN, infinity, another shape and a region that does not obey it.
+        """
+        if tuple(weight.shape) != (self.layout.out_features, self.layout.in_features):
+            raise ValueError(f"weight {tuple(weight.shape)} does not fit {self.layout}")
+        tensors: Tensors = {}
+        for part in self._parts():
+            encoded = part.codec.encode(part.of(weight), part.layout)
+            tensors |= {part.name(name): tensor for name, tensor in encoded.items()}
+        return tensors if bias is None else tensors | {"bias": bias.contiguous()}
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[N, K]`` fp32: the values that kernels compute with, zeros written out."""
+        decoded = [part.codec.decode(part.pick(tensors), part.layout) for part in self._parts()]
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded, self.layout.split_dim)
+
+    def values(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stored matrix ``[N, K]``, zeros written out, and the scale of each row ``[N]``, where its codec
+        stores values one by one; else :meth:`decode` and None."""
+        (part, *more) = self._parts()
+        if more or not isinstance(part.codec, RowCodec):
+            return self.decode(tensors), None
+        return part.codec.values(tensors, self.layout), tensors.get("weight_scale")
+
+    def spelled_out(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """The tensors of the same layer without a 2:4 region; ``ValueError`` where two codecs store it."""
+        (part, *more) = self._parts()
+        if more:
+            raise ValueError(f"regions in {self.codecs.name} have no dense layer with the same values")
+        return part.codec.spelled_out(tensors, self.layout)
+
+    def cut(self, name: str, tensor: torch.Tensor, axis: Axis, rank: int, size: int) -> torch.Tensor:
+        """Rank ``rank``'s part of a stored tensor (a view wherever one slice is enough)."""
+        if name == "bias":
+            return self.layout.cut_rows(tensor, axis, rank, size)
+        part = next(p for p in self._parts() if name in map(p.name, filter(p.owns, p.codec.names)))
+        return part.codec.cut(part.layout, part.short(name), tensor, axis, rank, size)
+
+    def shard(self, axis: Axis, size: int) -> LinearFormat:
+        """The layer of one of ``size`` ranks; ``ValueError`` when a region cannot be cut evenly."""
+        local = replace(self, layout=self.layout.shard(axis, size))
+        if axis == "input" and size > 1:
+            for what, region, columns in (
+                ("2:4", self.codecs.sparse, local.layout.sparse_shape[1] // 2 if self.layout.sparse else 0),
+                ("dense", self.codecs.dense, local.layout.dense_shape[1] if self.layout.dense else 0),
+            ):
+                if columns % region.granule:
+                    raise ValueError(
+                        f"a rank would have {columns} {what} values per row, "
+                        f"and codec {region.name} parts them by {region.granule}"
+                    )
+        return local
+
+    def shardable(self, axis: Axis, size: int) -> bool:
+        """Whether :meth:`shard` would succeed."""
+        try:
+            self.shard(axis, size)
+        except ValueError:
+            return False
+        return True
+
+    def illegal(self, name: str, tensor: torch.Tensor) -> tuple[int, str] | None:
+        """Flat index of the first value that no kernel may see, and what it is; None: all are legal."""
+        return illegal_value(name, tensor, self.codecs)
+
+    def _parts(self) -> list[_Part]:
+        if self.codecs.single is not None or not (self.layout.sparse and self.layout.dense):
+            owner = self.codecs.sparse if self.layout.sparse else self.codecs.dense
+            return [_Part(owner, self.layout, None, slice(None), 0)]
+        border, dim = self.layout.sparse, self.layout.split_dim
+        rows, columns = self.layout.sparse_shape
+        sparse = _Part(
+            self.codecs.sparse, Layout("output", rows, columns, rows), "sparse", slice(border), dim
+        )
+        rows, columns = self.layout.dense_shape
+        dense = _Part(
+            self.codecs.dense, Layout("output", rows, columns, 0), "dense", slice(border, None), dim
+        )
+        return [sparse, dense]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer, or one region of it, that one codec stores."""
+
+    codec: Codec
+    layout: Layout
+    region: str | None
+    where: slice
+    dim: int
+
+    def owns(self, short: str) -> bool:
+        return self.region is None or short in self.codec.companions or short.startswith(f"{self.region}_")
+
+    def name(self, short: str) -> str:
+        return f"{self.region}_{short}" if self.region and short in self.codec.companions else short
+
+    def short(self, name: str) -> str:
+        return next(short for short in self.codec.names if self.name(short) == name)
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight[self.where] if self.dim == 0 else weight[:, self.where]
+
+    def pick(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        names = {short: self.name(short) for short in self.codec.names if self.owns(short)}
+        return {short: tensors[name] for short, name in names.items() if name in tensors}
+
+
+def pack_linear(
+    weight: torch.Tensor, layout: Layout, *, codec: str = "fp8", bias: torch.Tensor | None = None
+) -> Tensors:
+    """:meth:`LinearFormat.encode` with one codec for both regions."""
+    return LinearFormat(layout, Codecs.of(codec)).encode(weight, bias)
+
+
+def illegal_value(name: str, tensor: torch.Tensor, codecs: Codecs) -> tuple[int, str] | None:
+    """What is wrong with a tensor of a layer in these codecs, by its short name; nothing with an empty one.
+
+    Runs on any device with one reduction and one host sync per tensor.
+    """
+    if not tensor.numel():
+        return None
+    if name == "bias":
+        return first(~torch.isfinite(tensor), "NaN or infinity")
+    if name == "sparse_meta":
+        return _illegal_metadata(tensor)
+    owner = codecs.dense if name.startswith("dense_") else codecs.sparse
+    short = next((n for n in owner.names if name.removeprefix("sparse_").removeprefix("dense_") == n), name)
+    return owner.illegal(short, tensor)
+
+
+def _illegal_metadata(meta: torch.Tensor) -> tuple[int, str] | None:
+    if meta.is_contiguous():
+        flat = meta.view(-1)
+        # on a CPU in parts that stay in its cache, elsewhere in one reduction with one host sync
+        parts = flat.split(_CACHED_BYTES) if meta.device.type == "cpu" else [flat]
+        if all(map(_metadata_is_legal, parts)):
+            return None
+    bad = ~legal_meta_bytes().to(meta.device)[meta.int()]
+    return first(bad, "an illegal 2:4 metadata nibble (legal: 4 8 9 C D E)")
+
+
+def _metadata_is_legal(meta: torch.Tensor) -> bool:
+    """Both nibbles of a byte at a time, in a tenth of the time of finding out where one is illegal.
+
+    With x the first and y the second position of a nibble, y + 7 - x has its eighth if and only if x < y, and
+    no sum or difference leaves its nibble.
+    """
+    eights = ((meta >> 2) & 0x33).add_(0x77).sub_(meta & 0x33).bitwise_and_(0x88)
+    return int(eights.amin()) == 0x88

@@ -1,0 +1,137 @@
+"""Spense checkpoint -> an ordinary dense checkpoint with the zeros written out, for any other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.codecs import FP8
+from vllm_spense.format.layout import Layout
+from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
+from vllm_spense.format.validate import check_headers, check_values
+from vllm_spense.format.writer import CheckpointWriter
+from vllm_spense.models.fused import fused_groups
+
+ExportFormat = Literal["bfloat16", "float32", "fp8", "spense-dense"]
+
+
+def export(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    format: ExportFormat = "bfloat16",
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda module: None,
+) -> Path:
+    """Write a dense Hugging Face checkpoint with the same function as the Spense one.
+
+    ``bfloat16``/``float32``: plain weights (stored value times scale, rounded once; float32 is exact).
+    ``fp8``: the stored FP8 values and scales, unrounded, in the compressed-tensors layout that stock
+    vLLM runs with per-token FP8 activations: the same W8A8 arithmetic without this plugin.
+    ``spense-dense``: a Spense checkpoint without 2:4 regions, the dense twin that gives bit-identical
+    results through the same operators (to tell a format problem from a kernel problem).
+    Raises :class:`CheckpointError` for a damaged source, ``ValueError`` for fp8 of a bf16 checkpoint.
+    """
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.require_spense()
+    stored = {config.linear(module).codecs for module in config.modules}
+    if format == "fp8" and any(codecs.single is not FP8 for codecs in stored):
+        names = ", ".join(sorted(codecs.name for codecs in stored))
+        raise ValueError(f"{directory} holds {names} weights: export it as bfloat16")
+    check_headers(checkpoint)
+    with CheckpointWriter(out, overwrite=overwrite, inputs=[directory]) as writer:
+        writer.write_config(_dense_config(checkpoint, format))
+        writer.copy_side_files(checkpoint.directory)
+        writer.write_text("README.md", _card(checkpoint, format))
+        # Other engines want the architecture's own linears; the twin stays a Spense checkpoint.
+        model_type = "" if format == "spense-dense" else str(checkpoint.config.get("model_type"))
+        for name, parts in fused_groups(checkpoint.plain_tensors(), model_type).items():
+            writer.add(name, _joined([checkpoint.load(part) for part in parts]))
+        for module, parts in fused_groups(config.modules, model_type).items():
+            _export_module(checkpoint, module, parts, format, writer)
+            for part in parts:
+                progress(part)
+    return Path(out)
+
+
+def _export_module(
+    checkpoint: Checkpoint, module: str, parts: list[str], format: ExportFormat, writer: CheckpointWriter
+) -> None:
+    exported = [_dense_tensors(checkpoint, part, format) for part in parts]
+    for short in exported[0]:
+        writer.add(f"{module}.{short}", _joined([tensors[short] for tensors in exported]))
+
+
+def _dense_tensors(checkpoint: Checkpoint, module: str, format: ExportFormat) -> dict[str, torch.Tensor]:
+    """The tensors of one module by short name; outputs are the first dimension of each."""
+    linear, tensors = checkpoint.linear(module), checkpoint.module_tensors(module)
+    check_values(tensors, linear.codecs, module=module, file=checkpoint.directory)
+    if format == "spense-dense":
+        dense = linear.spelled_out(tensors)
+    elif format == "fp8":
+        spelled = linear.spelled_out(tensors)
+        dense = {"weight": spelled["dense_weight"], "weight_scale": spelled["weight_scale"][:, None]}
+    else:
+        dense = {"weight": linear.decode(tensors).to(getattr(torch, format))}
+    return dense | ({"bias": tensors["bias"]} if "bias" in tensors else {})
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts of a fused linear stacked along the outputs."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any]:
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if format == "spense-dense":
+        config["quantization_config"] = _without_sparsity(checkpoint.require_spense()).model_dump()
+        return config
+    if format != "fp8":
+        config["dtype"] = format
+        config.pop("torch_dtype", None)
+        return config
+    config["quantization_config"] = dense_fp8_config(checkpoint.require_spense().ignore)
+    return config
+
+
+def dense_fp8_config(ignore: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of stock vLLM's dense FP8: weights per channel, activations per token."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(ignore),
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": common | {"strategy": "channel", "dynamic": False},
+                "input_activations": common | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+
+
+def _without_sparsity(config: AnyCheckpointConfig) -> AnyCheckpointConfig:
+    """The same modules with empty 2:4 regions; ``ValueError`` for one whose regions have two codecs."""
+    modules = {}
+    for name, spec in config.modules.items():
+        codecs = config.linear(name).codecs
+        if codecs.single is None:
+            raise ValueError(f"{name} holds {codecs.name} weights, as no dense layer can: export as bfloat16")
+        layout = Layout("output", spec.out_features, spec.in_features, 0)
+        modules[name] = spec.model_copy(update={"split": "output", "sparse": 0, "dense": layout.dense})
+    return parse_config(config.model_copy(update={"modules": modules}).model_dump())
+
+
+def _card(checkpoint: Checkpoint, format: ExportFormat) -> str:
+    return (
+        f"# Dense export of {checkpoint.directory.name}\n\n"
+        f"Written by `spense export` ({format}). The weights are those of a Spense checkpoint with its "
+        "zeros written out; the order of the MLPs' intermediate dimension and of the heads is that "
+        "checkpoint's.\n"
+    )
