@@ -75,7 +75,8 @@ def test_sdist_holds_what_setup_compiles_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kernels = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels").rglob("*") if p.is_file()}
-    assert kernels | {"setup.py", "pyproject.toml", "LICENSE", "vllm_spense/py.typed"} <= names
+    others = {"setup.py", "tools/find_cuda.py", "pyproject.toml", "LICENSE", "vllm_spense/py.typed"}
+    assert kernels | others <= names
     assert not [name for name in names if name.endswith((".so", ".o")) or name.startswith("tests/")]
 
 

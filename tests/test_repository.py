@@ -18,7 +18,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MAKEFILE = (ROOT / "Makefile").read_text()
 PHONY = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)
 TARGETS = set(PHONY[1].replace("\\", " ").split()) if PHONY else set()
-FOLDERS = r"(?:\.ci|\.github|benchmarks|docs|kernels|requirements|tests|vllm_spense)"
+FOLDERS = r"(?:\.ci|\.github|benchmarks|docs|kernels|requirements|tests|tools|vllm_spense)"
 
 
 def steps(workflow: Path) -> list[dict[str, Any]]:

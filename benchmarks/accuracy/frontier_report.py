@@ -45,7 +45,7 @@ class Figure:
 
 
 Run = dict[str, Any]
-"""The figures of one row and seed, on one split: cost and the metrics of accuracy_frontier.py."""
+"""The figures of one row and seed, on one split: cost and the metrics of frontier.py."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of A B")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--capture-sizes", nargs="+", metavar="N", help="of CUDA graphs (default: vLLM's)")
-    parser.add_argument("--no-onednn", action="store_true", help="for rehearsals on CPUs (serving_engine.py)")
+    parser.add_argument("--no-onednn", action="store_true", help="for rehearsals on CPUs (engine.py)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving_decode.json")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serving")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def built() -> dict[tuple[str, str], dict]:
     done = subprocess.run(
-        [sys.executable, "tools/serving_meta.py", "--models", *LAYERS],
+        [sys.executable, "-m", "tools.serving_meta", "--models", *LAYERS],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,

@@ -82,6 +82,7 @@ def show_plan(run: Run, stages: list[Stage]) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     stages = "\n".join(f"  {stage.name:9s} {stage.about}" for stage in STAGES)
     parser = argparse.ArgumentParser(
+        "python -m tools.gpu",
         description=(__doc__ or "").replace("{stages}", stages),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -93,7 +93,7 @@ async def soak(port: int, count: int, seconds: float) -> tuple[Clients, list[Pro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m tools.soak", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Spense checkpoint with a tokenizer")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=10)
