@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import layers
 import pytest
 import torch
 
+from tests import layers
 from vllm_spense.ops import LinearArguments, LinearSpec, extension, quantize_per_token
 from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.linear import cuda
