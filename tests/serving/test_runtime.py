@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from vllm_spense.format import Codecs
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.ops import LinearSpec, select_backend
 from vllm_spense.ops.linear.reference import OUT_DTYPES
@@ -23,7 +24,7 @@ def case(request: pytest.FixtureRequest) -> tuple[LinearSpec, dict[str, torch.Te
     torch.manual_seed(0)
     layout = online_layout(request.param, N, K, 0.5)
     tensors = prune_and_pack(torch.randn(N, K), layout)
-    spec = LinearSpec(request.param, N, K, (layout.sparse,), (layout.dense,), torch.float8_e4m3fn)
+    spec = LinearSpec(request.param, N, K, (layout.sparse,), (layout.dense,))
     return spec, tensors, torch.randn(5, K).bfloat16()
 
 
@@ -83,7 +84,7 @@ def test_layers_without_a_sparse_region_keep_the_default(monkeypatch) -> None:
     tensors = prune_and_pack(torch.randn(N, K), online_layout("output", N, K, 1.0))
     tensors["sparse_values"] = torch.empty(0, K // 2, dtype=torch.float8_e4m3fn)
     tensors["sparse_meta"] = torch.empty(0, K // 8, dtype=torch.uint8)
-    spec = LinearSpec("output", N, K, (0,), (N,), torch.float8_e4m3fn)
+    spec = LinearSpec("output", N, K, (0,), (N,))
     monkeypatch.setenv("SPENSE_BACKEND", "cuda")
     assert make_runtime(spec, tensors, torch.nn.Module()).name == "cpu"
 
@@ -125,7 +126,7 @@ def test_a_layer_finds_its_runtime(case) -> None:
     layer = torch.nn.Module()
     layer.orig_dtype = torch.bfloat16
     assert make_runtime(spec, tensors, layer).name == "cpu"
-    unquantized = LinearSpec(spec.split, N, K, spec.sparse_sizes, spec.dense_sizes, torch.bfloat16)
+    unquantized = LinearSpec(spec.split, N, K, spec.sparse_sizes, spec.dense_sizes, Codecs.of("bf16"))
     assert make_runtime(unquantized, tensors, layer).name == "vllm-unquantized"
 
 
@@ -146,7 +147,7 @@ def permitted():
 
 before = permitted()
 layout = online_layout("output", 48, 64, 0.5)
-spec = LinearSpec.of([layout], torch.float8_e4m3fn)
+spec = LinearSpec.of([layout])
 make_runtime(spec, prune_and_pack(torch.randn(48, 64), layout), torch.nn.Module())
 print(before, permitted())
 """

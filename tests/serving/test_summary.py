@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_spense.format import Codecs
 from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.format.report import inspect
@@ -235,6 +236,6 @@ def test_a_cpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bf16_weights_are_a_reason() -> None:
     layout = online_layout("input", 48, 96, 0.5)
-    name, why = named(choose(LinearSpec.of([layout], torch.bfloat16), CPU))
+    name, why = named(choose(LinearSpec.of([layout], Codecs.of("bf16")), CPU))
     assert name == "vllm-unquantized"
     assert why == "bf16 weights run as vLLM's unquantized layers"
