@@ -14,9 +14,10 @@ from tests.pruning.problems import hessian, inputs, is_24, options, random_weigh
 from tests.tiny import INTER
 from vllm_spense.evaluation import load_tokenizer
 from vllm_spense.format import Checkpoint, Layout
+from vllm_spense.format.codecs import codec_names
 from vllm_spense.models.parts import Mlp
 from vllm_spense.pruning import PruneConfig, PruneProgress, pipeline, prune
-from vllm_spense.pruning.layer import LayerPruner, PrunedLayer, encode
+from vllm_spense.pruning.layer import LayerPruner, PrunedLayer, encode, reorder_rows
 from vllm_spense.pruning.solvers.hessian import Hessian
 from vllm_spense.pruning.solvers.obs import factorize, prune_magnitude
 from vllm_spense.pruning.solvers.regroup import regroup
@@ -123,6 +124,21 @@ def test_regrouping_a_layer(kind: str, weight_dtype: str, sparse: int) -> None:
     alive[:, [1, 2, 7]] = 0
     assert torch.equal(order[:sparse], regroup(alive, inverse, 6))
     assert not torch.equal(order[:sparse], regroup(down[:, :sparse], inverse, 6))
+
+
+@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("sparse", [0, 24, 40])
+def test_rows_of_every_codec_can_be_reordered(name: str, sparse: int) -> None:
+    """Encoded rows in another order are the same bytes as rows that were reordered and then encoded."""
+    config = options().model_copy(update={"weight_dtype": name})
+    layout = Layout("output", 40, 16, sparse)
+    weight = prune_magnitude(random_weight(40, 16), layout)
+    order = torch.cat([torch.randperm(sparse), sparse + torch.randperm(40 - sparse)])
+    expected = encode(weight[order], layout, config)
+    found = reorder_rows(encode(weight, layout, config), layout, order)
+    assert found.keys() == expected.keys()
+    for short, tensor in expected.items():
+        assert torch.equal(found[short].view(torch.uint8), tensor.view(torch.uint8)), short
 
 
 # -- the whole run ---------------------------------------------------------------------------------
