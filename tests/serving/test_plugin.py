@@ -15,12 +15,12 @@ import torch
 
 from tests.tiny import unpacked
 from vllm_spense.format import (
-    FP8_DTYPE,
     CheckpointError,
     Layout,
     ModuleSpec,
+    codecs,
 )
-from vllm_spense.format.codecs import codec
+from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.layout import Split
 from vllm_spense.format.online import prune_and_pack
 from vllm_spense.format.schema import checkpoint_config
@@ -56,12 +56,12 @@ def vllm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cleanup_dist_env_and_memory()
 
 
-def make_config(bias: bool = True, dtype: torch.dtype = FP8_DTYPE, drop: str | None = None) -> Any:
+def make_config(bias: bool = True, codec: str = "fp8", drop: str | None = None) -> Any:
     from vllm_spense.serving.config import SpenseConfig
 
     modules = {n: ModuleSpec.of(layout, bias) for n, layout in LAYOUTS.items() if n != drop}
     checkpoint = checkpoint_config(
-        codec("fp8" if dtype == FP8_DTYPE else "bf16"),
+        codecs.codec(codec),
         tensor_parallel_sizes=[1],
         ignore=["lm_head"],
         modules=modules,
@@ -94,48 +94,48 @@ SHARDS: dict[str, list[tuple[str, tuple]]] = {
 }
 
 
-def stored(module: str, dtype: torch.dtype, bias: bool, seed: int = 0) -> dict[str, torch.Tensor]:
+def stored(module: str, codec: str, bias: bool, seed: int = 0) -> dict[str, torch.Tensor]:
     layout = LAYOUTS[module]
     generator = torch.Generator().manual_seed(seed + len(module))
     weight = torch.randn(layout.out_features, layout.in_features, generator=generator) * 0.2
-    tensors = prune_and_pack(weight, layout, dtype)
+    tensors = prune_and_pack(weight, layout, codec)
     if bias:
         tensors["bias"] = torch.randn(layout.out_features, generator=generator).bfloat16()
     return tensors
 
 
-def load(layer: Any, name: str, dtype: torch.dtype, bias: bool, skip: str = "") -> torch.Tensor:
+def load(layer: Any, name: str, codec: str, bias: bool, skip: str = "") -> torch.Tensor:
     """Load every shard through the parameters' own loaders; returns the dense ``[N, K + 1]`` with bias."""
     parameters = dict(layer.named_parameters())
     rows = []
     for module, shard in SHARDS[name]:
-        tensors = stored(module, dtype, bias)
+        tensors = stored(module, codec, bias)
         for short, tensor in tensors.items():
             if f"{module}.{short}" != skip:
                 parameters[short].weight_loader(parameters[short], tensor, *shard)
-        weight = unpacked(tensors, LAYOUTS[module]).float()
+        weight = unpacked(tensors, LAYOUTS[module], codec).float()
         weight = weight * tensors["weight_scale"][:, None] if "weight_scale" in tensors else weight
         vector = tensors["bias"].float() if bias else torch.zeros(len(weight))
         rows.append(torch.cat([weight, vector[:, None]], dim=1))
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", codec_names())
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", SHARDS)
 @pytest.mark.usefixtures("vllm_process")
-def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, dtype: torch.dtype) -> None:
+def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, codec: str) -> None:
     from vllm_spense.serving.layers.linear import SpenseLinearMethod
 
-    layer = make_layer(name, make_config(bias, dtype), bias)
+    layer = make_layer(name, make_config(bias, codec), bias)
     assert type(layer.quant_method) is SpenseLinearMethod
-    dense = load(layer, name, dtype, bias)
+    dense = load(layer, name, codec, bias)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(2, 3, dense.shape[1] - 1, generator=torch.Generator().manual_seed(1)).bfloat16()
     y = layer(x)
     y = y[0] if isinstance(y, tuple) else y
     wide = x.float()
-    if dtype == FP8_DTYPE:
+    if codec == "fp8":
         q, scale = quantize_per_token(x.flatten(0, 1))
         wide = (q.float() * scale).view(x.shape)
     expected = wide @ dense[:, :-1].T + dense[:, -1]
@@ -143,11 +143,11 @@ def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, dtype: tor
     assert (y.float() - expected).norm() / expected.norm() < BOUND
 
 
-@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", codec_names())
 @pytest.mark.parametrize("name", ["qkv_proj", "o_proj"])
 @pytest.mark.usefixtures("vllm_process")
 def test_attention_with_half_of_its_heads_in_24(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three parts with unlike numbers of 2:4 rows; of q, k and v it is checked that heads stay whole."""
     for short, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
@@ -157,7 +157,7 @@ def test_attention_with_half_of_its_heads_in_24(
     monkeypatch.setitem(LAYOUTS, f"{ATTN}.o_proj", Layout("input", HIDDEN, features, features // 2))
     checked: list[int] = []
     monkeypatch.setattr("vllm_spense.serving.layers.linear.check_heads", lambda _, size: checked.append(size))
-    test_real_layers_compute_the_stored_matrix(name, True, dtype)
+    test_real_layers_compute_the_stored_matrix(name, True, codec)
     assert checked == ([HEAD_DIM] if name == "qkv_proj" else [])
 
 
@@ -167,7 +167,7 @@ def test_attention_with_half_of_its_heads_in_24(
 @pytest.mark.usefixtures("vllm_process")
 def test_a_missing_shard_stops_the_load(skip: str) -> None:
     layer = make_layer("gate_up_proj", make_config())
-    load(layer, "gate_up_proj", FP8_DTYPE, True, skip=skip)
+    load(layer, "gate_up_proj", "fp8", True, skip=skip)
     module, _, tensor = skip.rpartition(".")
     with pytest.raises(
         CheckpointError, match=f"module {module}, tensor {tensor}: the tensor was never loaded"
@@ -178,7 +178,7 @@ def test_a_missing_shard_stops_the_load(skip: str) -> None:
 @pytest.mark.usefixtures("vllm_process")
 def test_a_bad_value_stops_the_load() -> None:
     layer = make_layer("down_proj", make_config())
-    load(layer, "down_proj", FP8_DTYPE, True)
+    load(layer, "down_proj", "fp8", True)
     layer.weight_scale.data[7] = 0.0
     with pytest.raises(
         CheckpointError, match="tensor weight_scale: a scale that is not finite and positive at"
@@ -190,7 +190,7 @@ def test_a_bad_value_stops_the_load() -> None:
 @pytest.mark.usefixtures("vllm_process")
 def test_lora_finds_a_weight(name: str) -> None:
     layer = make_layer(name, make_config())
-    load(layer, name, FP8_DTYPE, True)
+    load(layer, name, "fp8", True)
     layer.quant_method.process_weights_after_loading(layer)
     assert any(isinstance(getattr(layer, n, None), torch.Tensor) for n in ("weight", "weight_packed"))
     assert not any(p.requires_grad for p in layer.parameters() if p.ndim > 1)
@@ -198,13 +198,13 @@ def test_lora_finds_a_weight(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARDS)
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("", FP8_DTYPE), ("reference", FP8_DTYPE), ("vllm-fp8", FP8_DTYPE), ("", torch.bfloat16)],
+    ("backend", "codec"),
+    [("", "fp8"), ("reference", "fp8"), ("vllm-fp8", "fp8"), ("", "bf16")],
     ids=str,
 )
 @pytest.mark.usefixtures("vllm_process")
 def test_sleep_finds_every_tensor(
-    name: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sleep takes the memory of parameters and buffers away, waking (level 1) brings the bytes back.
 
@@ -212,10 +212,10 @@ def test_sleep_finds_every_tensor(
     """
     if backend:
         monkeypatch.setenv("SPENSE_BACKEND", backend)
-    layer = make_layer(name, make_config(dtype=dtype))
-    dense = load(layer, name, dtype, True)
+    layer = make_layer(name, make_config(codec=codec))
+    dense = load(layer, name, codec, True)
     layer.quant_method.process_weights_after_loading(layer)
-    if dtype == torch.bfloat16 and not layer.weight.numel():
+    if codec == "bf16" and not layer.weight.numel():
         pytest.skip(
             "vLLM's bf16 GEMM for CPUs with AVX-512 moves weights into memory of its own; CPUs do not sleep"
         )
@@ -259,7 +259,7 @@ def test_values_that_are_keys() -> None:
     parameters = dict(layer.named_parameters())
     for module, shards in ((f"{ATTN}.q_proj", "q"), (f"{ATTN}.k_proj", "kv")):
         for shard in shards:
-            for short, tensor in stored(module, FP8_DTYPE, False).items():
+            for short, tensor in stored(module, "fp8", False).items():
                 parameters[short].weight_loader(parameters[short], tensor, shard)
     layer.quant_method.process_weights_after_loading(layer)
     out = layer(torch.randn(3, HIDDEN).bfloat16())[0]
@@ -386,7 +386,7 @@ def test_the_start_up_log_counts_real_layers() -> None:
 
     def finish() -> None:
         for name in ("gate_up_proj", "qkv_proj", "down_proj"):
-            load(layers[name], name, FP8_DTYPE, True)
+            load(layers[name], name, "fp8", True)
             layers[name].quant_method.process_weights_after_loading(layers[name])
 
     block = captured("vllm.spense", finish)
@@ -402,7 +402,7 @@ def test_a_pipeline_stage_logs_the_layers_that_it_holds() -> None:
     layer = make_layer("down_proj", make_config())
 
     def finish() -> None:
-        load(layer, "down_proj", FP8_DTYPE, True)
+        load(layer, "down_proj", "fp8", True)
         layer.quant_method.process_weights_after_loading(layer)
 
     assert "1 linear layers: 1 hybrid" in captured("vllm.spense", finish)

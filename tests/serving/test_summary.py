@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spense.format import Codecs
-from vllm_spense.format import FP8_DTYPE, Checkpoint, Layout
+from vllm_spense.format import FP8_DTYPE, Checkpoint, Codecs, Layout
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.format.report import inspect
 from vllm_spense.ops import LinearSpec
