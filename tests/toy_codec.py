@@ -11,6 +11,7 @@ class ToyInt8(RowCodec):
     """No kernel knows it: a server spells it out and runs it as vLLM's unquantized layers."""
 
     name = "toy-int8"
+    title = "toy INT8"
     dtype = torch.int8
     bits = 8
     companions = ("weight_scale",)

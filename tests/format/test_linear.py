@@ -155,7 +155,8 @@ def test_a_single_rank_gets_the_tensor_itself() -> None:
 class Blocks(RowCodec):
     """Values that cannot be parted within blocks of 32: what a codec with a scale per block needs."""
 
-    name, dtype, bits, granule = "blocks", torch.bfloat16, 16, 32
+    name = title = "blocks"
+    dtype, bits, granule = torch.bfloat16, 16, 32
     quantize, illegal_values = codec("bf16").quantize, codec("bf16").illegal_values  # type: ignore[attr-defined]
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spense.format import FP8_DTYPE, Checkpoint, Codecs, Layout
+from tests.tiny import make_spense
+from vllm_spense.format import Checkpoint, Codecs, Layout
+from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.format.report import inspect
 from vllm_spense.ops import LinearSpec
@@ -86,16 +88,14 @@ def test_the_mean_dense_ratio_is_that_of_mlp_weights() -> None:
     assert "dense ratio" not in describe([facts(ATTENTION)], 0)
 
 
-@pytest.mark.parametrize("dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
-def test_bytes_are_those_of_inspect(dtype: torch.dtype, tiny_spense: Path, tiny_spense_bf16: Path) -> None:
-    directory = tiny_spense if dtype == FP8_DTYPE else tiny_spense_bf16
-    modules = Checkpoint(directory).require_spense().modules
-    layers = [facts(LinearSpec.of([s.layout()], dtype), f"{name}.") for name, s in modules.items()]
+@pytest.mark.parametrize("codec", codec_names())
+def test_bytes_are_those_of_inspect(codec: str, tiny_llama: Path, tmp_path: Path) -> None:
+    directory = make_spense(tiny_llama, tmp_path / "spense", codec=codec)
+    modules, codecs = Checkpoint(directory).require_spense().modules, Codecs.of(codec)
+    layers = [facts(LinearSpec.of([s.layout()], codecs), f"{name}.") for name, s in modules.items()]
     report = inspect(directory)
     assert f"{report.stored_bytes / 2**20:.2f} MiB, as dense" in describe(layers, 0)
-    assert f"{'FP8' if dtype == FP8_DTYPE else 'bf16'} {report.dense_bytes / 2**20:.2f} MiB" in describe(
-        layers, 0
-    )
+    assert f"{codecs.single.title} {report.dense_bytes / 2**20:.2f} MiB" in describe(layers, 0)
     assert f"layers: {report.dense_ratio:.3f}\n" in describe(layers, 0)
 
 

@@ -29,6 +29,7 @@ from vllm_spense.cli.report import show_report
 from vllm_spense.cli.server import ServerError
 from vllm_spense.cli.text_options import TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
+from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.errors import one_line
 from vllm_spense.pruning.config import PRESET_FIELDS, PruneConfig
 from vllm_spense.recovery.config import RecoveryConfig
@@ -44,13 +45,16 @@ errors = new_console(stderr=True)
 Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", show_default=False)]
 
 
+WEIGHT_DTYPES: Any = Literal[codec_names()]
+
+
 @app.command()
 @takes_options(
     PruneConfig,
     first=("preset", "method", "selection", "dense_ratio", "targets", "attention_dense_ratio"),
     skip=("damping", "block_size", "alignment"),
     left_open=PRESET_FIELDS,
-    types={"calibration": list[str]},
+    types={"calibration": list[str], "weight_dtype": WEIGHT_DTYPES},
 )
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name", show_default=False)],

@@ -48,7 +48,7 @@ def show_report(report: CheckpointReport, as_json: bool, console: Console) -> No
         row = (m.name, s.split, f"{s.out_features}×{s.in_features}", str(s.sparse), str(s.dense))
         table.add_row(*row, f"{m.sparsity:.1%}", f"{m.stored_bytes / 2**20:.2f}", loss)
     console.print(table)
-    dtype = "FP8" if report.weight_dtype == "float8_e4m3fn" else "bf16"
+    dtype = report.title
     hybrid, dense = len(report.hybrid), len(report.modules) - len(report.hybrid)
     saved = 1 - report.stored_bytes / report.dense_bytes if report.dense_bytes else 0.0
     say(

@@ -83,6 +83,11 @@ class Layout:
             return self.dense, self.in_features
         return self.out_features, self.dense
 
+    @property
+    def without_sparsity(self) -> Layout:
+        """A dense layer of the same size, in its one spelling."""
+        return Layout("output", self.out_features, self.in_features, 0)
+
     def shard(self, axis: Axis, size: int) -> Layout:
         """Layout of one of ``size`` equal tensor-parallel slices along ``axis``.
 

@@ -42,6 +42,11 @@ class Codecs:
         return self.sparse.name if self.single else f"{self.sparse.name}+{self.dense.name}"
 
     @property
+    def title(self) -> str:
+        """What people read."""
+        return self.sparse.title if self.single else f"{self.sparse.title} + {self.dense.title}"
+
+    @property
     def activations(self) -> Activations:
         """What kernels do with the inputs: both regions read the same ones."""
         return self.sparse.activations if self.sparse.activations == self.dense.activations else "none"

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.layout import Layout
-from vllm_spense.format.linear import LinearFormat
+from vllm_spense.format.linear import UNIFORM_FP8, Codecs, LinearFormat
 from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec
 
 
@@ -22,6 +21,7 @@ class ModuleReport:
     stored_bytes: int
     dense_bytes: int
     loss: float | None
+    codecs: Codecs = UNIFORM_FP8
 
     @property
     def dense_ratio(self) -> float:
@@ -43,6 +43,11 @@ class CheckpointReport:
     modules: list[ModuleReport]
     total_bytes: int
     provenance: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What people call the codecs."""
+        return " and ".join(sorted({m.codecs.title for m in self.modules}))
 
     @property
     def hybrid(self) -> list[ModuleReport]:
@@ -90,9 +95,13 @@ def inspect(directory: str | Path) -> CheckpointReport:
         layout = linear.layout
         weights = spec.out_features * spec.in_features
         pruned = layout.sparse_shape[0] * layout.sparse_shape[1]
-        dense = LinearFormat(Layout("output", spec.out_features, spec.in_features, 0), linear.codecs)
+        dense = LinearFormat(layout.without_sparsity, linear.codecs)
         loss = losses.get(name) if isinstance(losses, dict) else None
-        modules.append(ModuleReport(name, spec, pruned / 2 / weights, linear.nbytes(), dense.nbytes(), loss))
+        modules.append(
+            ModuleReport(
+                name, spec, pruned / 2 / weights, linear.nbytes(), dense.nbytes(), loss, linear.codecs
+            )
+        )
     total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
     return CheckpointReport(
         checkpoint.directory,

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from vllm_spense.format.codecs import codec
 from vllm_spense.format.manifest import replace_text
 from vllm_spense.models.parts import layer_name
 from vllm_spense.pruning.config import PruneConfig
@@ -30,8 +31,8 @@ _BACK_ENDS = {
         "H100, H200 (sm_90) and x86-64 CPUs with AVX2\ncompute on the compressed weights, B200 (sm_100) "
         "where `spense tune` measured\nthat as faster; other devices decompress them at load."
     ),
-    "bf16": "bf16 weights are decompressed at load\non every device; an FP8 checkpoint is what saves memory.",
 }
+_NO_BACK_END = "weights are decompressed at load\non every device; an FP8 checkpoint is what saves memory."
 NOT_MEASURED = "Not measured after pruning."
 CARD_NAME = "README.md"
 
@@ -47,7 +48,9 @@ def model_card(
     """Markdown text: what the model is; how it was made, is served, and is measured."""
     attention = config.attention_ratio < 1
     heads = f"| dense key/value heads | {config.attention_ratio:.0%}, rounded |\n" if attention else ""
-    weights = "FP8 (e4m3, one scale per output channel)" if config.weight_dtype == "fp8" else "bf16"
+    stored = codec(config.weight_dtype)
+    weights = f"{stored.title} ({stored.details})" if stored.details else stored.title
+    back_ends = _BACK_ENDS.get(stored.name, f"{stored.title} {_NO_BACK_END}")
     selected = _SELECTIONS[config.selection]
     if config.allocation != "uniform":
         selected += f", under one budget of {config.allocation} for all layers"
@@ -103,7 +106,7 @@ pip install "vllm-spense[vllm]"
 vllm serve DIR --tensor-parallel-size N
 ```
 
-N is one of {", ".join(map(str, sizes))}. {_BACK_ENDS[config.weight_dtype]} `spense doctor` names the
+N is one of {", ".join(map(str, sizes))}. {back_ends} `spense doctor` names the
 back end of this machine. Engines without the plugin can serve `spense export DIR -o DENSE --format FORMAT`.
 
 In transformers, `import vllm_spense` comes first; `from_pretrained` then gives the dense weights, for

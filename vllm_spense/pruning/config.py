@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from vllm_spense.format.codecs import codec
 from vllm_spense.text.bos import Bos
 
 Method = Literal["obs", "wanda", "magnitude"]
@@ -16,7 +17,6 @@ Allocation = Literal["uniform", "bytes", "time"]
 Preset = Literal["guided", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude"]
 Order = Literal["natural", "energy"]
 Targets = Literal["mlp", "mlp+attention"]
-WeightDtype = Literal["fp8", "bf16"]
 Sources = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 CALIBRATION = (
@@ -36,6 +36,13 @@ _PAPER: dict[str, Any] = {
     "order": "natural",
     "joint": 0,
 }
+
+
+def _codec(name: str) -> str:
+    return codec(name).name
+
+
+WeightDtype = Annotated[str, AfterValidator(_codec)]
 PRESETS: dict[str, dict[str, Any]] = {
     "guided": {},
     "spensegpt+": _PAPER,

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
+from vllm_spense.format.linear import LinearFormat
 from vllm_spense.models.families import in_attention
 from vllm_spense.serving import compat
 
@@ -73,10 +74,9 @@ def describe(layers: Sequence[LayerFacts], unquantized: int) -> str:
     specs = [facts.spec for facts in layers]
     hybrid = [facts for facts in layers if facts.spec.hybrid]
     mlp = [facts.spec for facts in hybrid if not in_attention(facts.prefix)]
-    fp8 = specs[0].quantize_activations
-    dtype, scales = ("FP8", sum(4 * spec.out_features for spec in specs)) if fp8 else ("bf16", 0)
-    stored = sum(spec.weight_bytes for spec in specs) + scales
-    dense = sum(spec.dense_bytes for spec in specs) + scales
+    dtype = " and ".join(sorted({spec.codecs.title for spec in specs}))
+    stored = sum(spec.stored.nbytes() for spec in specs)
+    dense = sum(LinearFormat(spec.stored.layout.without_sparsity, spec.codecs).nbytes() for spec in specs)
     memory = sum(facts.memory_bytes for facts in layers)
     backends = Counter(facts.backend for facts in layers)
     reasons = Counter((facts.backend, facts.fallback) for facts in layers if facts.fallback)

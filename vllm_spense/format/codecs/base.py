@@ -42,6 +42,7 @@ class Stored:
 class Codec(ABC):
     """One way to store values; stateless, known by its name in config.json.
 
+    ``title`` is what people read, ``details`` more of it in a model card.
     ``dtype``: of the stored values, the dtype of ``sparse_values`` and ``dense_weight``. ``bits`` per value.
     ``companions``: names of the tensors beside these. ``granule``: stored values along a row that cannot be
     parted. ``activations``: what a kernel for this codec does with the inputs. ``everywhere``: linear layers
@@ -49,6 +50,8 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    details: ClassVar[str] = ""
     dtype: ClassVar[torch.dtype]
     bits: ClassVar[int]
     companions: ClassVar[tuple[str, ...]] = ()

@@ -10,7 +10,7 @@ from vllm_spense.format.codecs.base import RowCodec
 class Bf16(RowCodec):
     """Layers that are not pruned stay as the model has them."""
 
-    name = "bf16"
+    name = title = "bf16"
     dtype = torch.bfloat16
     bits = 16
     everywhere = False

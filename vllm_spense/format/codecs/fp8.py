@@ -22,6 +22,8 @@ class Fp8(RowCodec):
     """e4m3 with one scale per row, for kernels that round their inputs to e4m3 per token."""
 
     name = "fp8"
+    title = "FP8"
+    details = "e4m3, one scale per output channel"
     dtype = FP8_DTYPE
     bits = 8
     companions = ("weight_scale",)

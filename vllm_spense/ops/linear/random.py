@@ -28,7 +28,8 @@ def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, see
         else:
             noise = torch.empty(tuple(tensor.shape), dtype=torch.bfloat16, device=tensor.device)
             noise.normal_(0.0, 64.0 if tensor.element_size() == 1 else 0.02, generator=generator)
-            tensor.copy_(noise.clamp_(-448, 448))
+            largest = 448 if tensor.is_floating_point() else 127
+            tensor.copy_(noise.clamp_(-largest, largest))
     if bias is not None:
         bias.data.zero_()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_spense.format.layout import Layout
-from vllm_spense.format.linear import UNIFORM_FP8, Codecs
+from vllm_spense.format.layout import Layout, Split
+from vllm_spense.format.linear import UNIFORM_FP8, Codecs, LinearFormat
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class LinearSpec:
     def dense_bytes(self) -> int:
         """Bytes of the same weights if all of them were dense; no scales."""
         return self.out_features * self.in_features * self.codecs.dense.bits // 8
+
+    @property
+    def stored(self) -> LinearFormat:
+        """The layer as files would hold it, all shards together."""
+        split: Split = "output" if self.split == "output" else "input"
+        layout = Layout(split, self.out_features, self.in_features, sum(self.sparse_sizes))
+        return LinearFormat(layout, self.codecs)
 
     @property
     def row_extents(self) -> tuple[int, ...]:
