@@ -36,12 +36,12 @@ TITLES = {"smollm2": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M"}
 
 
 @torch.no_grad()
-def measure(model: Path, text: Path) -> dict[str, list[float]]:
+def measure(model: Path, text: Path) -> dict[str, list[float | None]]:
     """Per layer ``fisher`` (up to a common factor) and ``divergence`` (nats per token)."""
     config = PruneConfig(calibration=str(text))
     source = SourceModel(model, torch.device("cpu"))
     sizes = config.num_samples, config.seq_len, config.seed
-    windows = calibrate(find_sources(config.calibration), load_tokenizer(model), *sizes).windows
+    windows = calibrate(find_sources(str(text)), load_tokenizer(model), *sizes).windows
 
     def embed(tokens: torch.Tensor) -> LayerInputs:
         with source.resident(*source.embedding()):

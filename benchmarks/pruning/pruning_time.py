@@ -29,6 +29,7 @@ import torch
 from benchmarks.common.results import ROOT, provenance, read, write
 from vllm_spense.models import presets
 from vllm_spense.pruning import PruneConfig, layer, prune
+from vllm_spense.pruning.config import Preset
 from vllm_spense.pruning.solvers.joint import tokens_used
 from vllm_spense.pruning.stages import Stage, watched
 
@@ -185,7 +186,7 @@ class Bench:
         for layers in (1, shape.few):
             save_model(root / str(layers), shape, layers)
 
-    def run(self, preset: str, layers: int) -> dict[str, float]:
+    def run(self, preset: Preset, layers: int) -> dict[str, float]:
         """Seconds by stage of one pruning run."""
         shape, watch = self.shape, Stopwatch()
         width = 2 if torch.cuda.is_available() else 4
@@ -195,7 +196,7 @@ class Bench:
             self.prune(self.root / str(layers), self.root / "text.txt", preset, self.samples)
         return watch.stop()
 
-    def prune(self, model: Path, text: Path, preset: str, samples: int) -> float:
+    def prune(self, model: Path, text: Path, preset: Preset, samples: int) -> float:
         config = PruneConfig(
             preset=preset, calibration=str(text), num_samples=samples, seq_len=self.shape.seq_len
         )
@@ -318,8 +319,9 @@ def main() -> None:
                 break
         if options.check:
             content["check"] = check = {}
+            model, text = options.check
             for preset in options.presets:
-                taken = bench.prune(*options.check, preset, shape.samples)
+                taken = bench.prune(model, text, preset, shape.samples)
                 check[preset] = {"measured": taken, "ratio": taken / content["seconds"][preset]}
                 write(path, content | {"provenance": provenance()})
     print(table(content))

@@ -188,7 +188,7 @@ class Checkpoint:
 
 
 @contextmanager
-def _open(file: Path):
+def _open(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as stream:
             yield stream

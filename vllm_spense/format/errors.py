@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 class CheckpointError(ValueError):
@@ -36,7 +37,7 @@ class CheckpointError(ValueError):
         text = f"{where}: {problem}" if where else problem
         return f"{text}. Fix: {one_line(self.fix, 1000)}" if self.fix else text
 
-    def __reduce__(self):  # keeps the fields when it crosses a process border
+    def __reduce__(self) -> tuple[Any, ...]:  # keeps the fields when it crosses a process border
         return _rebuild, (self.problem, self.file, self.module, self.tensor, self.fix)
 
 
@@ -46,8 +47,8 @@ def one_line(text: str, limit: int = 1500) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _rebuild(problem, file, module, tensor, fix) -> CheckpointError:
-    return CheckpointError(problem, file=file, module=module, tensor=tensor, fix=fix)
+def _rebuild(problem: str, *rest: Any) -> CheckpointError:
+    return CheckpointError(problem, **dict(zip(("file", "module", "tensor", "fix"), rest, strict=True)))
 
 
 RESAVE = "convert the model with transformers' save_pretrained first"

@@ -87,5 +87,12 @@ def dense_linear(
 
 
 @dense_linear.register_fake
-def _(x, x_scale, weight, weight_scale, bias, out_dtype):
+def _(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
