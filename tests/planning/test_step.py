@@ -32,7 +32,7 @@ def write_table(directory: Path, spec: LinearSpec, device: str = "NVIDIA H200", 
     """``tokens_32=(us, dense_us)`` …"""
     shape = dict(
         zip(
-            ("split", "out_features", "in_features", "sparse_sizes", "dense_sizes", "weight_dtype"),
+            ("split", "out_features", "in_features", "sparse_sizes", "dense_sizes", "codec"),
             shape_of(spec),
             strict=True,
         )
