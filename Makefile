@@ -91,11 +91,13 @@ wheels: $(VENV)/.ready
 		NVCC= CUDA_HOME=$$home $(PY) setup.py -q egg_info --tag-build=+$$release bdist_wheel --dist-dir dist || exit 1; \
 	done; ls -l dist
 
+# Two processes, a file at a time: most tests use one core, and two engines fit the memory of any machine.
+TEST_PROCESSES ?= 2
 test: setup $(EXTENSION)
-	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest
+	SPENSE_ASSETS=$(ASSETS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-fast: setup $(EXTENSION)
-	SPENSE_ASSETS=$(ASSETS) $(PY) -m pytest -m "not vllm and not model"
+	SPENSE_ASSETS=$(ASSETS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not vllm and not model"
 
 fuzz: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(FUZZ)

@@ -102,14 +102,16 @@ def generate(
 
 
 class Pool:
-    """Runs named requests, those of a group one after another in one process, and two groups at a time.
+    """Runs named requests, those of a group one after another in one process, and two groups at a time, or one
+    where other tests run beside this one.
 
     A group starts when a test first asks for one of its runs: `pytest -k tp2` starts the engines of one.
     """
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self.executor = ThreadPoolExecutor(max_workers=2)
+        beside_others = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1
+        self.executor = ThreadPoolExecutor(max_workers=1 if beside_others else 2)
         self.groups: dict[str, dict[str, Request]] = {}
         self.environments: dict[str, dict[str, str]] = {}
         self.futures: dict[str, Future[dict[str, Run]]] = {}

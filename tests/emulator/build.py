@@ -113,5 +113,8 @@ def build(
     for kept in list(partial.iterdir()):
         if kept.name not in ("launcher.so", "kernels.so", "kernels.cpp", "launcher.ptx"):
             kept.unlink()
-    partial.replace(folder)
+    try:
+        partial.replace(folder)
+    except OSError:  # another process has built the same one meanwhile
+        shutil.rmtree(partial)
     return Emulator(folder)
