@@ -102,8 +102,8 @@ def generate(
 
 
 class Pool:
-    """Runs named requests, those of a group one after another in one process, and two groups at a time, or one
-    where other tests run beside this one.
+    """Runs named requests, those of a group one after another in one process, and two groups at a time (one
+    where other tests run beside this one).
 
     A group starts when a test first asks for one of its runs: `pytest -k tp2` starts the engines of one.
     """
