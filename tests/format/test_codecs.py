@@ -67,6 +67,21 @@ def test_what_is_legal_is_finite(name: str) -> None:
             assert torch.isfinite(linear.decode(others | {"dense_weight": stored})).all(), pattern
 
 
+@pytest.mark.parametrize(("sparse", "dense"), [("fp8", "bf16"), ("bf16", "fp8"), ("bf16", "toy-int8")])
+@pytest.mark.parametrize("rows", [0, 3, 5])
+def test_each_region_is_checked_by_its_codec(sparse: str, dense: str, rows: int) -> None:
+    """Also where a layer has one region alone, whose companions have no prefix then."""
+    linear = LinearFormat(Layout("output", 5, 8, rows), Codecs(codec(sparse), codec(dense)))
+    weight = torch.ones(5, 8)
+    weight[:, ::2] = 0
+    for name, tensor in linear.encode(weight).items():
+        assert linear.illegal(name, tensor) is None, name
+        if name.endswith("scale"):
+            assert linear.illegal(name, tensor * 0) == (0, "a scale that is not finite and positive")
+        elif tensor.dtype == torch.bfloat16:
+            assert linear.illegal(name, tensor * float("nan")) == (0, "NaN or infinity")
+
+
 @every_codec
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0])
 def test_scales_are_finite_and_positive(name: str, bad: float) -> None:

@@ -214,9 +214,11 @@ def illegal_value(name: str, tensor: torch.Tensor, codecs: Codecs) -> tuple[int,
         return first(~torch.isfinite(tensor), "NaN or infinity")
     if name == "sparse_meta":
         return _illegal_metadata(tensor)
-    owner = codecs.dense if name.startswith("dense_") else codecs.sparse
-    short = next((n for n in owner.names if name.removeprefix("sparse_").removeprefix("dense_") == n), name)
-    return owner.illegal(short, tensor)
+    region = name.split("_")[0]
+    owner = {"sparse": codecs.sparse, "dense": codecs.dense}.get(region)
+    if owner is None:  # of a whole layer, which may have the region of one codec alone
+        owner = next(codec for codec in (codecs.sparse, codecs.dense) if name in codec.names)
+    return owner.illegal(name if name in owner.names else name.removeprefix(f"{region}_"), tensor)
 
 
 def _illegal_metadata(meta: torch.Tensor) -> tuple[int, str] | None:

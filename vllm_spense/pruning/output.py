@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_spense.format import CheckpointWriter, Codecs, Layout, LinearFormat, ModuleSpec
+from vllm_spense.format import CheckpointWriter, Codecs, LinearFormat, ModuleSpec
 from vllm_spense.format.codecs import codec
 from vllm_spense.format.files import storable
 from vllm_spense.format.schema import checkpoint_config
@@ -142,7 +142,9 @@ def facts(run: Run, records: list[LayerRecord]) -> Written:
     weights = sum(layout.out_features * layout.in_features for layout in layouts)
     zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] // 2 for layout in layouts)
     heads = [n for a in attentions for n in (a.groups - a.dense, a.dense)]
-    sizes = tensor_parallel_sizes([spec.layout() for spec in modules.values()], heads, run.config.max_tp)
+    codecs = Codecs.of(run.config.weight_dtype)
+    linears = [LinearFormat(spec.layout(), codecs) for spec in modules.values()]
+    sizes = tensor_parallel_sizes(linears, heads, run.config.max_tp)
     return Written(zeros / weights if weights else 0.0, sizes)
 
 
@@ -156,16 +158,16 @@ def merged(records: list[LayerRecord]) -> tuple[dict[str, ModuleSpec], dict[str,
     return modules, losses
 
 
-def tensor_parallel_sizes(layouts: list[Layout], heads: list[int], max_tp: int) -> list[int]:
+def tensor_parallel_sizes(linears: list[LinearFormat], heads: list[int], max_tp: int) -> list[int]:
     """Powers of two up to ``max_tp`` into which every layer with a 2:4 region can be cut.
 
     ``heads``: key/value heads in the regions of pruned attention. A rank takes whole ones from each region,
     for its parts of q, k, v and o must belong together.
     """
-    hybrid = [layout for layout in layouts if layout.sparse]
+    hybrid = [linear for linear in linears if linear.layout.sparse]
 
     def fits(size: int) -> bool:
-        cut = all(layout.shardable(layout.split, size) for layout in hybrid)
+        cut = all(linear.shardable(linear.layout.split, size) for linear in hybrid)
         return cut and not any(count % size for count in heads)
 
     sizes = [1]
