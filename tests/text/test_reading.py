@@ -67,9 +67,9 @@ PLAIN: dict[str, bytes] = {
     "cr.txt": WHOLE.replace("\n", "\r").encode(),
     "mark.txt": WHOLE.encode("utf-8-sig"),
     "mark-crlf.txt": WHOLE.replace("\n", "\r\n").encode("utf-8-sig"),
-    "a.txt.gz": gzip.compress(WHOLE.encode()),
+    "a.txt.gz": gzip.compress(WHOLE.encode(), mtime=0),
     "no-suffix": WHOLE.encode(),
-    "packed-without-suffix": gzip.compress(WHOLE.encode()),
+    "packed-without-suffix": gzip.compress(WHOLE.encode(), mtime=0),
     "a.md": WHOLE.encode(),
 }
 FILES = PLAIN | {
@@ -261,8 +261,8 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("a.bin", b"abc\0def", "binary file"),
     ("a.txt", WHOLE.encode("utf-16"), "not UTF-8.*UTF-16"),
     ("a.txt", "Straße".encode("latin-1"), "not UTF-8"),
-    ("a.txt.gz", gzip.compress(WHOLE.encode())[:-9], "the gzip file is damaged"),
-    ("a.gz", gzip.compress(WHOLE.encode() * 9)[:20] + b"x" * 30, "the gzip file is damaged"),
+    ("a.txt.gz", gzip.compress(WHOLE.encode(), mtime=0)[:-9], "the gzip file is damaged"),
+    ("a.gz", gzip.compress(WHOLE.encode() * 9, mtime=0)[:20] + b"x" * 30, "the gzip file is damaged"),
     ("a.parquet", b"PAR1 and no more", "the parquet file cannot be read"),
     ("a.parquet", packed([{"question": "a"}]), r"a\.parquet: there is no column text.*question"),
     ("a.zip", b"PK\x03\x04\0\0", "binary file"),
