@@ -86,7 +86,7 @@ class Phase:
 
     @property
     def mlp_share(self) -> float:
-        """Of the dense model's step: the MLP linears, which is what Spense makes faster."""
+        """Share of the dense model's step that its MLP linears take, which is what Spense makes faster."""
         return self.dense.mlp / self.dense.total
 
 
