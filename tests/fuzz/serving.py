@@ -20,6 +20,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import linear
 
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.serving import checks
 from vllm_spense.serving.config import SpenseConfig
 from vllm_spense.serving.layers.linear import SpenseLinearMethod
@@ -125,6 +126,6 @@ def _load(layers: dict[str, Any], name: str, tensor: torch.Tensor) -> bool:
 
 def probe(layer: Any) -> torch.Tensor:
     """``[K, N]``: the layer's outputs, without bias, for each unit vector, so that sums hide no weight."""
-    fp8 = layer.quant_method.config.weight_dtype == "float8_e4m3fn"
+    fp8 = layer.quant_method.codecs == UNIFORM_FP8
     x = torch.eye(layer.input_size, dtype=torch.float32 if fp8 else torch.bfloat16)
     return layer.quant_method.apply(layer, x, None).float()

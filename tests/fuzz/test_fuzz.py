@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_spense.format import Codecs
+
 pytest.importorskip("vllm")
 from tests.fuzz import bases, campaign, serving
 from tests.fuzz.edits import Case, dump, make
@@ -68,12 +70,12 @@ def skip_values(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The plugin and the tools no longer look at the values of one kind of tensor."""
     from vllm_spense.format import validate
 
-    plain = validate._bad_values
+    plain = validate.illegal_value
 
-    def blind(short: str, tensor: torch.Tensor) -> Any:
-        return None if short == name else plain(short, tensor)
+    def blind(short: str, tensor: torch.Tensor, codecs: Codecs) -> Any:
+        return None if short == name else plain(short, tensor, codecs)
 
-    monkeypatch.setattr(validate, "_bad_values", blind)
+    monkeypatch.setattr(validate, "illegal_value", blind)
 
 
 def skip_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +86,14 @@ def skip_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def swap_nibbles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decompression that is wrong for one pattern of two values."""
-    from vllm_spense.ops.linear import reference
+    from vllm_spense.format.codecs import base
 
-    plain = reference.decompress
+    plain = base.decompress
 
     def wrong(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         return plain(values, torch.where(meta == 0x44, 0x48, meta))
 
-    monkeypatch.setattr(reference, "decompress", wrong)
+    monkeypatch.setattr(base, "decompress", wrong)
 
 
 def forget_json_errors(monkeypatch: pytest.MonkeyPatch) -> None:

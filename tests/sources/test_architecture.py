@@ -92,7 +92,7 @@ def test_what_transformers_refuses_is_one_line(kind: str, tmp_path: Path) -> Non
 def test_published_configs_are_admitted(name: str, tmp_path: Path) -> None:
     admitted = admit(directory_of(tmp_path / "model", PUBLISHED[name]), ANY)
     text = PUBLISHED[name].get("text_config", PUBLISHED[name])
-    assert len(admitted.layers) == text["num_hidden_layers"]
+    assert len(admitted.targets) == text["num_hidden_layers"]
     assert admitted.stored_dtype == torch.bfloat16
 
 
