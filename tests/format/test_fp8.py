@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vllm_spense.format.codecs import fp8
-from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, TOP_CODES, dequantize, quantize_per_channel
+from vllm_spense.format.codecs.base import dequantize
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, TOP_CODES, quantize_per_channel
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).double()
 RELATIVE = 2.0**-4  # half a step of 3 mantissa bits

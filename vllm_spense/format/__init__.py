@@ -4,7 +4,8 @@ Needs torch, safetensors and pydantic; imports neither vLLM nor transformers.
 """
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, dequantize, quantize_per_channel
+from vllm_spense.format.codecs.base import dequantize
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, quantize_per_channel
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Axis, Layout, Split
 from vllm_spense.format.linear import Codecs, LinearFormat, pack_linear

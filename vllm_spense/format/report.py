@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.linear import UNIFORM_FP8, Codecs, LinearFormat
-from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec
+from vllm_spense.format.schema import ModuleSpec
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,9 @@ def inspect(directory: str | Path) -> CheckpointReport:
     total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
     return CheckpointReport(
         checkpoint.directory,
-        config.weight_dtype if config.version == 1 else _codec_names(config),
+        config.weight_dtype if config.version == 1 else " and ".join(c.name for c in config.all_codecs()),
         config.tensor_parallel_sizes,
         modules,
         total,
         config.provenance,
     )
-
-
-def _codec_names(config: AnyCheckpointConfig) -> str:
-    return " and ".join(sorted({config.linear(name).codecs.name for name in config.modules}))

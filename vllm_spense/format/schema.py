@@ -7,7 +7,7 @@ for the file, for a module or for a region of one; it is written only where vers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -111,7 +111,27 @@ TensorParallelSizes = Annotated[list[Annotated[int, Field(strict=True, ge=1, le=
 Provenance = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
-class SpenseCheckpointConfig(_Strict):
+class _Modules(_Strict):
+    """What both versions say of their ``modules``; fields are a version's own, for their order is on disk."""
+
+    if TYPE_CHECKING:
+        modules: Any
+
+    def codecs_of(self, spec: ModuleSpec) -> Codecs:
+        """Codecs of one of the modules."""
+        raise NotImplementedError
+
+    def linear(self, module: str) -> LinearFormat:
+        """What is stored of one module."""
+        spec = self.modules[module]
+        return LinearFormat(spec.layout(), self.codecs_of(spec), spec.bias)
+
+    def all_codecs(self) -> list[Codecs]:
+        """The different ones among the modules, by their names."""
+        return sorted({self.codecs_of(spec) for spec in self.modules.values()}, key=lambda c: c.name)
+
+
+class SpenseCheckpointConfig(_Modules):
     """What a Spense checkpoint of version 1 says about itself; see docs/format.md for every key."""
 
     quant_method: Literal["spense"] = "spense"
@@ -140,13 +160,8 @@ class SpenseCheckpointConfig(_Strict):
         """Codecs of one of the modules."""
         return self.codecs
 
-    def linear(self, module: str) -> LinearFormat:
-        """What is stored of one module."""
-        spec = self.modules[module]
-        return LinearFormat(spec.layout(), self.codecs_of(spec), spec.bias)
 
-
-class SpenseCheckpointConfig2(_Strict):
+class SpenseCheckpointConfig2(_Modules):
     """The same of version 2: ``codec`` is that of all modules that name none."""
 
     quant_method: Literal["spense"] = "spense"
@@ -171,11 +186,6 @@ class SpenseCheckpointConfig2(_Strict):
         """Codecs of one of the modules."""
         own = spec.codec if isinstance(spec, CodecModuleSpec) else None
         return Codecs.of(own.model_dump() if isinstance(own, RegionCodecs) else own or self.codec)
-
-    def linear(self, module: str) -> LinearFormat:
-        """What is stored of one module."""
-        spec = self.modules[module]
-        return LinearFormat(spec.layout(), self.codecs_of(spec), spec.bias)
 
 
 AnyCheckpointConfig = SpenseCheckpointConfig | SpenseCheckpointConfig2

@@ -85,10 +85,10 @@ class SpenseLoader(HfQuantizer):
             if spec.bias:  # all else that a layer holds goes through Decompress
                 bias = {"bias": self.checkpoint.load(f"{module}.bias")}
                 check_values(bias, config.codecs, module=module, file=self.checkpoint.directory)
-        stored = {config.linear(module).codecs for module in config.modules}
+        stored = config.all_codecs()
         if len(stored) > 1:  # transformers says of which parameter the tensors are, and not which they are
             raise CheckpointError(
-                f"the layers have several codecs ({', '.join(sorted(c.name for c in stored))})",
+                f"the layers have several codecs ({', '.join(c.name for c in stored)})",
                 file=self.checkpoint.directory,
                 fix="load what `spense export` makes",
             )

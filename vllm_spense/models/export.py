@@ -10,7 +10,6 @@ import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.codecs import FP8
-from vllm_spense.format.layout import Layout
 from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
@@ -38,9 +37,9 @@ def export(
     """
     checkpoint = Checkpoint(directory)
     config = checkpoint.require_spense()
-    stored = {config.linear(module).codecs for module in config.modules}
+    stored = config.all_codecs()
     if format == "fp8" and any(codecs.single is not FP8 for codecs in stored):
-        names = ", ".join(sorted(codecs.name for codecs in stored))
+        names = ", ".join(codecs.name for codecs in stored)
         raise ValueError(f"{directory} holds {names} weights: export it as bfloat16")
     check_headers(checkpoint)
     with CheckpointWriter(out, overwrite=overwrite, inputs=[directory]) as writer:
@@ -123,7 +122,7 @@ def _without_sparsity(config: AnyCheckpointConfig) -> AnyCheckpointConfig:
         codecs = config.linear(name).codecs
         if codecs.single is None:
             raise ValueError(f"{name} holds {codecs.name} weights, as no dense layer can: export as bfloat16")
-        layout = Layout("output", spec.out_features, spec.in_features, 0)
+        layout = spec.layout().without_sparsity
         modules[name] = spec.model_copy(update={"split": "output", "sparse": 0, "dense": layout.dense})
     return parse_config(config.model_copy(update={"modules": modules}).model_dump())
 

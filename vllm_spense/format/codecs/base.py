@@ -161,8 +161,7 @@ class RowCodec(Codec):
         return torch.cat([p.view(bits) for p in parts], layout.split_dim).view(parts[0].dtype)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
-        wide = self.values(tensors, layout).float()
-        return wide * tensors["weight_scale"][:, None] if self.scaled else wide
+        return dequantize(self.values(tensors, layout), tensors.get("weight_scale"))
 
     def spelled_out(self, tensors: Mapping[str, torch.Tensor], layout: Layout) -> Tensors:
         return {"dense_weight": self.values(tensors, layout)} | {n: tensors[n] for n in self.companions}
@@ -172,6 +171,12 @@ class RowCodec(Codec):
             return first(~(torch.isfinite(tensor) & (tensor > 0)), "a scale that is not finite and positive")
         found = self.illegal_values(tensor)
         return None if found is None else first(*found)
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """fp32 ``[N, K]``: the stored weight times its row's scale (None: weight is unscaled)."""
+    wide = weight.float()
+    return wide if scale is None else wide * scale[:, None]
 
 
 def first(bad: torch.Tensor, what: str) -> tuple[int, str] | None:

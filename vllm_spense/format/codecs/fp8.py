@@ -78,9 +78,3 @@ def _quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         best_scale = torch.where(better, scale, best_scale)
         best_bits = torch.where(better[:, None], q.view(torch.uint8), best_bits)
     return torch.where(best_bits == 0x80, 0, best_bits).view(FP8_DTYPE), best_scale
-
-
-def dequantize(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """fp32 ``[N, K]``: the stored weight times its row's scale (None: weight is unscaled)."""
-    wide = weight.float()
-    return wide if scale is None else wide * scale[:, None]

@@ -35,15 +35,8 @@ def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, see
 
 
 def random_layer(spec: LinearSpec, device: torch.device, seed: int = 0) -> Tensors:
-    """Checkpoint tensors of an FP8 layer with valid random contents."""
-    (sparse_rows, sparse_columns), dense = spec.sparse_shape, spec.dense_shape
-    tensors = {
-        "sparse_values": torch.empty(
-            sparse_rows, sparse_columns // 2, dtype=spec.codecs.sparse.dtype, device=device
-        ),
-        "sparse_meta": torch.empty(sparse_rows, sparse_columns // 8, dtype=torch.uint8, device=device),
-        "dense_weight": torch.empty(dense, dtype=spec.codecs.dense.dtype, device=device),
-        "weight_scale": torch.empty(spec.out_features, device=device),
-    }
+    """Checkpoint tensors of a layer with valid random contents."""
+    stored = spec.stored.tensors().items()
+    tensors = {name: torch.empty(s.shape, dtype=s.dtypes[0], device=device) for name, s in stored}
     fill_random(tensors, None, seed)
     return tensors
