@@ -38,11 +38,13 @@ CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
 NO_TORCH = "torch is not importable in the build environment (use --no-build-isolation)"
 TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
 AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f")
+AVX512_BF16 = (*AVX512, "-mavx512bw", "-mavx512bf16")
 CPU_UNITS = {  # of linear/cpu; instruction sets are chosen when the kernels run
     "bindings": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bw", "-mavx512vbmi", "-mavx512bf16"),
+    "avx512_bf16": AVX512_BF16,
+    "amx": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
 }
 CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # cutlass_fp8.h
 MACROS = {"90a": ("SM90",), "100a": ("SM100",), "100f": ("SM100", "SM100_FAMILY")}

@@ -28,7 +28,7 @@ from vllm_spense.format.layout import Split
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.ops import LinearArguments, LinearSpec, quantize_per_token
-from vllm_spense.ops.linear.cpu import ISAS, CpuDenseBackend, best_isa, describe_cpu, interleave, why_not_here
+from vllm_spense.ops.linear.cpu import ISAS, CpuDenseBackend, describe_cpu, interleave, isas, why_not_here
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_linear.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -87,7 +87,8 @@ def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, list[Call]]]:
 
     every_packed = [packed() for _ in range(count)]
     run = torch.ops.spense.linear_cpu
-    for isa, name in enumerate(ISAS[: best_isa()], 1):
+    for name in isas():
+        isa = ISAS.index(name) + 1
         yield f"`{name}`", [lambda x, p=p, i=isa: run(x, *p, i) for p in every_packed]
 
 

@@ -24,11 +24,10 @@ struct Avx2 {
   static Ints bytes(uint8_t const* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
   }
-  static Ints signed_bytes(uint8_t const* p) {
-    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
-  }
+  static Ints words(uint8_t const* p) { return _mm256_loadu_si256(reinterpret_cast<__m256i const*>(p)); }
   static Ints shift_left(Ints a, int n) { return _mm256_slli_epi32(a, n); }
   static Ints shift_right(Ints a, int n) { return _mm256_srli_epi32(a, n); }
+  static Ints shift_right_signed(Ints a, int n) { return _mm256_srai_epi32(a, n); }
   static Ints masked(Ints a, int32_t mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
   static Avx2 of_bits(Ints a) { return {_mm256_castsi256_ps(a)}; }
   // Of positions, the two low bits count.
@@ -44,6 +43,6 @@ struct Avx2 {
 
 }  // namespace
 
-constinit Table const avx2 = table<Avx2>(Codecs{});
+constinit Functions const fp8_avx2 = functions<Avx2, Fp8>();
 
 }  // namespace spense::cpu

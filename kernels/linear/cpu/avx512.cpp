@@ -24,11 +24,10 @@ struct Avx512 {
   static Ints bytes(uint8_t const* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(p)));
   }
-  static Ints signed_bytes(uint8_t const* p) {
-    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(p)));
-  }
+  static Ints words(uint8_t const* p) { return _mm512_loadu_si512(p); }
   static Ints shift_left(Ints a, int n) { return _mm512_slli_epi32(a, n); }
   static Ints shift_right(Ints a, int n) { return _mm512_srli_epi32(a, n); }
+  static Ints shift_right_signed(Ints a, int n) { return _mm512_srai_epi32(a, n); }
   static Ints masked(Ints a, int32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
   static Avx512 of_bits(Ints a) { return {_mm512_castsi512_ps(a)}; }
   // Of positions, the two low bits count.
@@ -43,6 +42,6 @@ struct Avx512 {
 
 }  // namespace
 
-constinit Table const avx512 = table<Avx512>(Codecs{});
+constinit Functions const fp8_avx512 = functions<Avx512, Fp8>();
 
 }  // namespace spense::cpu

@@ -2,46 +2,14 @@
 // bf16 and a product of two is exact in fp32, so only the rate differs from the other files: two columns per
 // instruction, and weights are widened by table look-ups.
 #include <immintrin.h>
-#include "linear/cpu/codecs.h"
 #include "linear/cpu/rows.h"
+#include "linear/cpu/widen_bf16.h"
 
 namespace spense::cpu {
 namespace {
 
 constexpr int kRegisters = 24;   // of 32, for sums
 constexpr int kDecodeUpTo = 32;  // tokens; more are faster over widened weights
-
-// Orders of bytes, and by metadata nibble. Constants: code of this file must not run where it cannot.
-struct Tables {
-  alignas(64) uint8_t order[64];  // four columns [column][row] -> pairs of columns, as unpacklo and unpackhi need them
-  alignas(64) uint8_t gather[16][4];      // bytes of x's group of four that meet (first, second)
-  alignas(64) uint8_t scatter[2][16][4];  // bytes of (first, second) for columns 0, 1 and for 2, 3; 0x80: zero
-  constexpr Tables() : order{}, gather{}, scatter{} {
-    for (int i = 0; i < 64; ++i) order[i] = uint8_t((i % 16 / 8 * 2 + i % 2) * kRows + i / 16 * 4 + i % 8 / 2);
-    for (int nibble = 0; nibble < 16; ++nibble) {
-      int const position[2] = {nibble & 3, nibble >> 2};
-      for (int i = 0; i < 4; ++i) gather[nibble][i] = uint8_t(2 * position[i / 2] + i % 2);
-      for (int i = 0; i < 8; ++i) scatter[i / 4][nibble][i % 4] = 0x80;
-      for (int i = 0; i < 4; ++i) scatter[position[i / 2] / 2][nibble][position[i / 2] % 2 * 2 + i % 2] = uint8_t(i);
-    }
-  }
-};
-constexpr Tables tables;
-
-// 64 weights [4 columns][16 rows] as bf16: per row (of 4 bytes) columns 0 and 1 in `a`, 2 and 3 in `b`. The same for
-// two groups of four: first and second value of one in `a`, of the other in `b`.
-template <class W>
-struct Widener {
-  typename W::LookUp look_up;
-  __m512i order = _mm512_load_si512(tables.order);
-  void operator()(uint8_t const* p, __m512i& a, __m512i& b) const {
-    __builtin_prefetch(p + kAhead);
-    __m512i low, high;
-    look_up(_mm512_permutexvar_epi8(order, W::codes(p)), low, high);
-    a = _mm512_unpacklo_epi8(low, high);
-    b = _mm512_unpackhi_epi8(low, high);
-  }
-};
 
 __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
@@ -56,8 +24,8 @@ T read(void const* p) {
 // region.
 template <class W, int Tokens>
 void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
-  Widener<W> const widen;
-  __m512i const gather = _mm512_load_si512(tables.gather);
+  typename W::ToBf16 const widen;
+  __m512i const gather = _mm512_load_si512(widen_tables.gather);
   __m512 sum[Tokens][kSums];
 #pragma GCC unroll 4
   for (auto& sums : sum)
@@ -67,10 +35,11 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
   uint8_t const* meta = s.meta;
   for (int64_t c = 0; c < s.sparse; c += kStep)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half, values += bytes<W>(4 * kRows), meta += kRows) {
+    for (int half = 0; half < 2; ++half, values += bytes_of(4 * kRows, W::kBits), meta += kRows) {
       __m512i w[2];
       widen(values, w[0], w[1]);
-      __m512i const nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(meta)));
+      __builtin_prefetch(values + kAhead);
+      __m512i const nibbles = nibbles_of(meta);
       __m512i const taken[2] = {_mm512_permutexvar_epi32(nibbles, gather),
                                 _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather)};
 #pragma GCC unroll 4
@@ -85,9 +54,10 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
   uint8_t const* dense = s.dense;
   for (int64_t c = s.dense_from; c < s.in; c += kStep)
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g, dense += bytes<W>(4 * kRows)) {
+    for (int g = 0; g < 4; ++g, dense += bytes_of(4 * kRows, W::kBits)) {
       __m512i w[2];
       widen(dense, w[0], w[1]);
+      __builtin_prefetch(dense + kAhead);
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
@@ -104,30 +74,13 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
 // out.
 template <class W>
 void widen_columns(Strip const& s, int64_t from, int64_t to, __m512i* out) {
-  Widener<W> const widen;
-  __m512i const scatter[2] = {_mm512_load_si512(tables.scatter[1]), _mm512_load_si512(tables.scatter[0])};
-  __m512i const place = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+  StepWidener<W> const widen;
   int64_t const next_sum = (to - from) / kSums / 2;
   for (int64_t c = from; c < to; c += kStep, out += 2) {
-    bool const in_sparse = c < s.sparse;
-    for (int half = 0; in_sparse && half < 2; ++half) {
-      __m512i w[2];
-      widen(s.values + bytes<W>((c / 2 + 4 * half) * kRows), w[0], w[1]);
-      __m512i nibbles =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(s.meta + (c / 8 + half) * kRows)));
-      for (int g = 0; g < 2; ++g, nibbles = _mm512_srli_epi32(nibbles, 4))
-        for (int i = 0; i < 2; ++i)
-          out[(2 * half + g) * next_sum + i] =
-              _mm512_shuffle_epi8(w[g], _mm512_or_si512(_mm512_permutexvar_epi32(nibbles, scatter[i]), place));
-    }
-    for (int g = 0; c >= s.dense_from && g < 4; ++g) {
-      __m512i w[2];
-      widen(s.dense + bytes<W>((c - s.dense_from + 4 * g) * kRows), w[1], w[0]);
-      for (int i = 0; i < 2; ++i) {  // where both regions have the step, one of them holds zeros
-        __m512i& target = out[g * next_sum + i];
-        target = in_sparse ? _mm512_or_si512(w[i], target) : w[i];
-      }
-    }
+    __m512i pairs[8];
+    widen(s, c, pairs);
+    for (int g = 0; g < 4; ++g)
+      for (int i = 0; i < 2; ++i) out[g * next_sum + i] = pairs[2 * g + 1 - i];
   }
 }
 
@@ -195,15 +148,9 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
   for (int i = 0; i < count; ++i) decodes<W, 4>(strips[i], x, pitch, tokens, out + i * tokens * kRows);
 }
 
-template <class... W>
-constexpr Table table(List<W...>) {
-  Table made{};
-  ((made.codec[W::kCodec] = {W::kBits, sizeof(Bf16), quantize<Bf16>, strips<W>, finish}), ...);
-  return made;
-}
-
 }  // namespace
 
-constinit Table const avx512_bf16 = table(Codecs{});
+constinit Functions const fp8_avx512_bf16 = {Fp8::kBits,  sizeof(Bf16),      2, kTokens, quantize<Bf16>,
+                                             strips<Fp8>, finish<Fp8::kUnit>};
 
 }  // namespace spense::cpu

@@ -1,6 +1,10 @@
 // torch operators of the CPU kernels, on libtorch's stable ABI (torch 2.11 and later).
 #include <cpuid.h>
 #include <emmintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <bit>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include "common/stable_abi.h"
@@ -11,25 +15,64 @@ namespace {
 using namespace spense;
 using namespace spense::cpu;
 
-constexpr int64_t kQuantized = 4 * kTokens;  // tokens whose fp32 values are kept at a time
-constexpr int64_t kGrain = 1 << 15;          // values that are worth a second thread
+constexpr int64_t kQuantized = 512;  // tokens whose quantised values are kept at a time
+constexpr int64_t kGrain = 1 << 15;  // values that are worth a second thread
 
 int64_t up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 int64_t down(int64_t n) { return n / kStep * kStep; }
 
-// Instruction sets by number, in the order of ISAS of vllm_spense.ops; a CPU that has one has those before it.
-constexpr Table const* kTables[] = {nullptr, &avx2, &avx512, &avx512_bf16};
+// The kernel lets a process use tiles once it has asked for them: Documentation/arch/x86/xstate.rst of Linux.
+bool tiles_permitted() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static bool const permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return permitted;
+}
 
-// The best of this CPU, 0 for none.
-int64_t cpu_isa() {
+bool has_avx2() {
   unsigned a, b, c = 0, d;
   __get_cpuid(1, &a, &b, &c, &d);
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !(c & bit_F16C)) return 0;
-  if (!__builtin_cpu_supports("avx512f")) return 1;
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&
-                 __builtin_cpu_supports("avx512bf16")
-             ? 3
-             : 2;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && c & bit_F16C;
+}
+bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+}
+bool has_amx() {
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  unsigned a, b, c, d = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  return has_avx512_bf16() && (d & kAmx) == kAmx && tiles_permitted();
+}
+
+// Instruction sets by number, in the order of ISAS of vllm_spense.ops: what they need and the functions of each codec,
+// or null where they are no better than those before.
+struct Isa {
+  bool (*here)();
+  Functions const* codec[kCodecs];
+};
+constexpr Isa kIsas[] = {
+    {has_avx2, {&fp8_avx2, nullptr}},
+    {has_avx512, {&fp8_avx512, nullptr}},
+    {has_avx512_bf16, {&fp8_avx512_bf16, nullptr}},
+    {has_amx, {&fp8_amx, nullptr}},
+};
+
+// Bit i: this CPU can run what there is for a codec in instruction set i.
+int64_t cpu_isas(int64_t codec) {
+  STD_TORCH_CHECK(0 <= codec && codec < kCodecs, "spense: there is no codec ", codec);
+  int64_t found = 0;
+  for (size_t i = 0; i < std::size(kIsas); ++i) found |= int64_t(kIsas[i].codec[codec] && kIsas[i].here()) << i;
+  return found;
+}
+
+// `isa` from 1 on, or the best one for 0.
+Functions const& functions_of(Codec codec, int64_t isa) {
+  static int64_t const here[kCodecs] = {cpu_isas(kFp8), cpu_isas(kInt8)};
+  int64_t const best = std::bit_width(uint64_t(here[codec]));
+  if (!isa) isa = best;
+  STD_TORCH_CHECK(0 < isa && isa <= best && here[codec] >> (isa - 1) & 1, "spense: instruction set ", isa,
+                  " is none that this CPU has kernels in");
+  return *kIsas[isa - 1].codec[codec];
 }
 
 void check(Tensor const& t, char const* name, bool right, char const* wanted) {
@@ -51,6 +94,18 @@ void transpose(uint8_t const* from, int64_t pitch, uint8_t* to) {
   for (int r = 0; r < kRows; ++r) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + r * kRows), rows[r]);
 }
 
+// Every 16 rows of T [16, pitch] become [pitch, 16].
+template <class T>
+void transpose_rows(uint8_t const* from, int64_t pitch, uint8_t* to) {
+  auto const* rows = reinterpret_cast<T const*>(from);
+  auto* columns = reinterpret_cast<T*>(to);
+  int64_t c = 0;
+  if constexpr (sizeof(T) == 1)
+    for (; c + 16 <= pitch; c += 16) transpose(from + c, pitch, to + c * kRows);
+  for (; c < pitch; ++c)
+    for (int r = 0; r < kRows; ++r) columns[c * kRows + r] = rows[r * pitch + c];
+}
+
 // While it lives, this thread rounds to nearest and flushes no subnormal, whatever somebody has set.
 struct PlainArithmetic {
   unsigned const before = _mm_getcsr();
@@ -58,23 +113,24 @@ struct PlainArithmetic {
   ~PlainArithmetic() { _mm_setcsr(before); }
 };
 
-// Every 16 rows [16, pitch] become [pitch, 16], in place.
-void interleave_rows_cpu(Tensor bytes) {
+// Every 16 rows [16, pitch] of units of 1 or 4 bytes become [pitch, 16], in place.
+void interleave_rows_cpu(Tensor bytes, int64_t unit) {
   check(bytes, "the tensor to interleave",
-        bytes.scalar_type() == ScalarType::Byte && bytes.dim() == 2 && bytes.size(0) % kRows == 0,
-        "uint8 [a multiple of 16, bytes of a row]");
-  int64_t const pitch = bytes.size(1), strips = bytes.size(0) / kRows;
+        bytes.element_size() == 1 && bytes.dim() == 2 && bytes.size(0) % kRows == 0 && (unit == 1 || unit == kUnit) &&
+            bytes.size(1) % unit == 0,
+        "of bytes [a multiple of 16, bytes of a row], in units of 1 or 4");
+  int64_t const row = bytes.size(1), strips = bytes.size(0) / kRows;
   if (!bytes.numel()) return;
   auto* const data = static_cast<uint8_t*>(bytes.data_ptr());
-  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrain / (kRows * pitch)), [&](int64_t from, int64_t to) {
-    std::unique_ptr<uint8_t[]> rows(new uint8_t[kRows * pitch]);
+  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrain / (kRows * row)), [&](int64_t from, int64_t to) {
+    std::unique_ptr<uint8_t[]> rows(new uint8_t[kRows * row]);
     for (int64_t s = from; s < to; ++s) {
-      uint8_t* const strip = data + s * kRows * pitch;
-      std::memcpy(rows.get(), strip, kRows * pitch);
-      int64_t c = 0;
-      for (; c + 16 <= pitch; c += 16) transpose(rows.get() + c, pitch, strip + c * kRows);
-      for (; c < pitch; ++c)
-        for (int r = 0; r < kRows; ++r) strip[c * kRows + r] = rows[r * pitch + c];
+      uint8_t* const strip = data + s * kRows * row;
+      std::memcpy(rows.get(), strip, kRows * row);
+      if (unit == 1)
+        transpose_rows<uint8_t>(rows.get(), row, strip);
+      else
+        transpose_rows<uint32_t>(rows.get(), row / kUnit, strip);
     }
   });
 }
@@ -116,10 +172,9 @@ std::vector<Rows> rows_of(uint8_t const* values, uint8_t const* meta, uint8_t co
 
 Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor weight_scale, std::optional<Tensor> bias,
                   Ints sparse_sizes, Ints dense_sizes, bool output_split, int64_t isa) {
-  static int64_t const best = cpu_isa();
-  STD_TORCH_CHECK(0 <= isa && isa <= best && best, "spense: instruction set ", isa, " is none of this CPU's 1 to ",
-                  best, " (0: the best)");
-  Functions const& run = kTables[isa ? isa : best]->codec[kFp8];  // all that the operator's arguments can say
+  bool const int8 = values.scalar_type() == ScalarType::Char;
+  ScalarType const stored = int8 ? ScalarType::Char : ScalarType::Byte;
+  Functions const& run = functions_of(int8 ? kInt8 : kFp8, isa);
   int64_t const bits = run.weight_bits;
   Dtype const dtype = dtype_of(x, "x");
   check(x, "x", x.dim() == 2, "[M, K]");
@@ -142,12 +197,11 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
   }
   STD_TORCH_CHECK(total == (output_split ? n : k), "spense: region sizes sum to ", total, ", not to ",
                   output_split ? n : k);
-  check(values, "sparse_values",
-        values.scalar_type() == ScalarType::Byte && values.numel() == bytes_of(sparse_area / 2, bits),
+  check(values, "sparse_values", values.scalar_type() == stored && values.numel() == bytes_of(sparse_area / 2, bits),
         "interleaved (spense::interleave_rows_cpu)");
   check(meta, "sparse_meta", meta.scalar_type() == ScalarType::Byte && meta.numel() == sparse_area / 8,
         "interleaved (spense::interleave_rows_cpu)");
-  check(dense, "dense_weight", dense.scalar_type() == ScalarType::Byte && dense.numel() == bytes_of(dense_area, bits),
+  check(dense, "dense_weight", dense.scalar_type() == stored && dense.numel() == bytes_of(dense_area, bits),
         "interleaved (spense::interleave_rows_cpu)");
 
   Tensor y = torch::stable::new_empty(x, {tokens, n});
@@ -156,9 +210,10 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
               static_cast<uint8_t const*>(dense.data_ptr()), bits, n, k, sparse_sizes, dense_sizes, output_split);
   int64_t strips = 0;
   for (Rows const& rows : pieces) strips += rows.strips();
-  int64_t const width = x.element_size(), pitch = in + kStep;  // not a power of two: tokens in other sets of the cache
-  std::unique_ptr<char[]> quantized(new char[std::min(tokens, kQuantized) * pitch * run.x_bytes]);
-  std::unique_ptr<float[]> scales(new float[std::min(tokens, kQuantized)]);
+  int64_t const width = x.element_size(), pitch = (in / 32 + 1) * 32;  // no power of two: other sets of the cache
+  int64_t const room = up(std::min(tokens, kQuantized));               // kernels may read tokens in sixteens
+  std::unique_ptr<char[]> quantized(new char[room * pitch * run.x_bytes]());
+  std::unique_ptr<float[]> scales(new float[room]);
   auto const* const scale = static_cast<float const*>(weight_scale.data_ptr());
   auto const* const added = bias ? static_cast<char const*>(bias->data_ptr()) : nullptr;
 
@@ -175,22 +230,22 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
         0, strips, std::max<int64_t>(1, kGrain / (kRows * std::max<int64_t>(1, k * count))),
         [&](int64_t from, int64_t to) {
           PlainArithmetic const plain;
-          float out[2 * kTokens * kRows];
+          int64_t const together = std::min<int64_t>(run.tokens, count);
+          std::unique_ptr<float[]> const out(new float[run.count * together * kRows]);
+          std::unique_ptr<Strip[]> const strips_here(new Strip[run.count]);
           int64_t before = 0;
           for (Rows const& rows : pieces) {
             int64_t const end = std::min(to - before, rows.strips());
-            for (int64_t i = std::max(from - before, int64_t(0)); i < end; i += 2) {
-              int const pair = int(std::min<int64_t>(2, end - i));
-              Strip const both[2] = {rows.strip(i), rows.strip(i + pair - 1)};
-              for (int64_t t = 0; t < count; t += kTokens) {
-                int const here = int(std::min<int64_t>(kTokens, count - t));
-                run.strips(both, pair, quantized.get() + t * pitch * run.x_bytes, pitch, here, out);
-                for (int s = 0; s < pair; ++s) {
-                  int64_t const row = rows.y + (i + s) * kRows;
-                  int const height = int(std::min<int64_t>(kRows, rows.count - (i + s) * kRows));
-                  run.finish(out + s * here * kRows, here, height, scales.get() + t, scale + row,
-                             added ? added + row * width : nullptr, dtype, target + (t * n + row) * width, n);
-                }
+            for (int64_t i = std::max(from - before, int64_t(0)); i < end; i += run.count) {
+              int const some = int(std::min<int64_t>(run.count, end - i));
+              for (int s = 0; s < some; ++s) strips_here[s] = rows.strip(i + s);
+              for (int64_t t = 0; t < count; t += together) {
+                int const here = int(std::min<int64_t>(together, count - t));
+                run.strips(strips_here.get(), some, quantized.get() + t * pitch * run.x_bytes, pitch, here, out.get());
+                int64_t const row = rows.y + i * kRows;
+                int const height = int(std::min<int64_t>(some * kRows, rows.count - i * kRows));
+                run.finish(out.get(), here, height, scales.get() + t, scale + row,
+                           added ? added + row * width : nullptr, dtype, target + (t * n + row) * width, n);
               }
             }
             before += rows.strips();
@@ -201,13 +256,13 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
-  m.def("cpu_isa() -> int");
-  m.def("interleave_rows_cpu(Tensor(a!) bytes) -> ()");
+  m.def("cpu_isas(int codec) -> int");
+  m.def("interleave_rows_cpu(Tensor(a!) bytes, int unit) -> ()");
   m.def(
       "linear_cpu(Tensor x, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, Tensor weight_scale, "
       "Tensor? bias, int[] sparse_sizes, int[] dense_sizes, bool output_split, int isa=0) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(spense, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(spense, CompositeExplicitAutograd, m) { m.impl("cpu_isas", TORCH_BOX(&cpu_isas)); }
 STABLE_TORCH_LIBRARY_IMPL(spense, CPU, m) {
   m.impl("interleave_rows_cpu", TORCH_BOX(&interleave_rows_cpu));
   m.impl("linear_cpu", TORCH_BOX(&linear_cpu));

@@ -13,45 +13,45 @@ constexpr int kStep = 16;     // columns of one step: four groups of four
 constexpr int kSums = 4;      // partial sums of an output: column c adds to sum c / 4 % 4, in one order per file
 constexpr int kDepth = 1024;  // columns that are widened at a time, for many tokens
 constexpr int kAhead = 6144;  // bytes of weights that are asked for ahead: the CPU by itself does not go far enough
+constexpr int kUnit = 4;      // bytes of a row that lie together
 constexpr int kTokens = 96;   // tokens that share one widened strip
 
-// One strip in the interleaved layout that `interleave` of vllm_spense.ops makes. Columns are those of x; the two
-// regions may overlap by one step, where the weights of one of them are zeros.
+// One strip in the interleaved layout that `interleave` of vllm_spense.ops makes: the rows' bytes in turn, four at a
+// time. Columns are those of x; the two regions may overlap by one step, where the weights of one of them are zeros.
 struct Strip {
-  uint8_t const* values;  // [sparse / 16][group of 4][first, second][row]
-  uint8_t const* meta;    // [sparse / 16][two groups][row]: nibbles of positions, the even group's low
-  uint8_t const* dense;   // [(in - dense_from) / 16][column][row]
+  uint8_t const* values;  // [sparse / 8][row][two groups of 4][first, second]
+  uint8_t const* meta;    // [sparse / 8][row]: nibbles of positions, the even group's low
+  uint8_t const* dense;   // [(in - dense_from) / 4][row][column]
   int64_t sparse;         // columns, a multiple of 16, from 0
   int64_t dense_from;     // a multiple of 16
   int64_t in;             // columns, a multiple of 16: up to here x is padded with zeros
 };
 
 // How stored weights become numbers: codecs.h has the list. Scales of rows are not the codec's business.
-enum Codec : int { kFp8, kCodecs };
+enum Codec : int { kFp8, kInt8, kCodecs };
 
 // What is compiled once per instruction set and codec; each function runs on the caller's thread. Those files define
 // nothing else with linkage and nothing that runs when the library is loaded: a CPU without their instructions loads
 // it, too.
 struct Functions {
   int64_t weight_bits;
-  int64_t x_bytes;  // of a quantised activation: an e4m3 value as fp32 or as bf16
-  // Tokens [from, to) of x [tokens, in] to e4m3 values (rows `pitch` apart, zeros up to there) and their scales:
-  // quantize_per_token.
+  int64_t x_bytes;  // of a quantised activation: an e4m3 value as fp32 or as bf16, an integer
+  int count;        // strips, and
+  int tokens;       // tokens that one call takes at most
+  // Tokens [from, to) of x [tokens, in] to e4m3 values and their scales: quantize_per_token. Rows are `pitch` apart, a
+  // multiple of 32, with zeros up to there; every 16 of them lie as the kernels read them.
   void (*quantize)(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch,
                    float* scales);
-  // out [count, tokens, 16]: sums without scales of one or two strips of the same regions for x [tokens, pitch]. The
-  // bits depend neither on the number of tokens nor on the region that a zero is in, as additions come in the same
-  // order everywhere.
+  // out [count, tokens, 16]: sums without scales of strips of the same regions for x [tokens, pitch], of which rows up
+  // to the next multiple of 16 may be read. The bits depend neither on the number of tokens nor on the region that a
+  // zero is in, as additions come in the same order everywhere.
   void (*strips)(Strip const* strips, int count, void const* x, int64_t pitch, int tokens, float* out);
-  // y [tokens, `rows` of y_pitch] = out * x_scale * weight_scale + bias, each step in fp32; `bias` (or null) has the
-  // dtype of y.
+  // y [tokens, `rows` of y_pitch] = out * x_scale * weight_scale + bias, each step in fp32, for the sums of one call of
+  // `strips`; `bias` (or null) has the dtype of y.
   void (*finish)(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale,
                  void const* bias, Dtype dtype, void* y, int64_t y_pitch);
 };
-struct Table {
-  Functions codec[kCodecs];
-};
-extern Table const avx2, avx512, avx512_bf16;
+extern Functions const fp8_avx2, fp8_avx512, fp8_avx512_bf16, fp8_amx;
 
 namespace {
 constexpr int64_t bytes_of(int64_t weights, int64_t bits) { return weights * bits / 8; }

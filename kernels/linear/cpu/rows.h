@@ -47,50 +47,68 @@ inline float rounded_to_e4m3(float x) {
   return x != x ? x : rounded;
 }
 
-template <class T, class Value>
+constexpr int kSegment = 32;  // columns of a token that lie together, at least
+
+// Where a token's first segment lies; the next is kSegment * Side behind it. Side: 1, or 16 for tokens side by side.
+template <int Side, class Value>
+Value* row_of(Value* values, int64_t token, int64_t pitch) {
+  return values + token / Side * Side * pitch + token % Side * kSegment;
+}
+
+template <int Side, class T, class Value>
 void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* values, int64_t pitch, float* scales) {
   for (int64_t t = from; t < to; ++t) {
     T const* row = x + t * in;
-    Value* out = values + t * pitch;
+    Value* out = row_of<Side>(values, t, pitch);
     uint32_t largest = 0;  // as integers magnitudes are in the same order, with NaN above all
     for (int64_t i = 0; i < in; ++i) largest = std::max(largest, bit_cast<uint32_t>(to_float(row[i])) & 0x7FFFFFFF);
     float const amax = bit_cast<float>(largest) / kMaxE4m3;
     float const scale = amax < kMinScale ? kMinScale : amax;
     scales[t] = scale;
-    for (int64_t i = 0; i < in; ++i) {
-      float v = to_float(row[i]) / scale;
-      v = v > kMaxE4m3 ? kMaxE4m3 : v;
-      v = v < -kMaxE4m3 ? -kMaxE4m3 : v;
-      store(out + i, rounded_to_e4m3(v));
+    for (int64_t c = 0; c < pitch; c += kSegment, out += kSegment * Side) {
+      int const here = int(std::clamp<int64_t>(in - c, 0, kSegment));
+      for (int i = 0; i < here; ++i) {
+        float v = to_float(row[c + i]) / scale;
+        v = v > kMaxE4m3 ? kMaxE4m3 : v;
+        v = v < -kMaxE4m3 ? -kMaxE4m3 : v;
+        store(out + i, rounded_to_e4m3(v));
+      }
+      std::fill(out + here, out + kSegment, Value{});
     }
-    std::fill(out + in, out + pitch, Value{});
   }
 }
 
-template <class T>
+template <float Unit, class T>
 void finish_rows(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, T const* bias,
                  T* y, int64_t y_pitch) {
-  for (int t = 0; t < tokens; ++t, out += kRows, y += y_pitch)
-    for (int r = 0; r < rows; ++r) {
-      float const scaled = out[r] * x_scale[t] * weight_scale[r];
-      store(y + r, bias ? scaled + to_float(bias[r]) : scaled);
+  for (int t = 0; t < tokens; ++t, out += kRows, y += y_pitch)  // whole cache lines of y, one after the other
+    for (int first = 0; first < rows; first += kRows) {
+      float const* const sums = out + first * tokens;
+      for (int i = 0, r = first; i < std::min(kRows, rows - first); ++i, ++r) {
+        float const scaled = sums[i] * Unit * x_scale[t] * weight_scale[r];
+        store(y + r, bias ? scaled + to_float(bias[r]) : scaled);
+      }
     }
 }
 
-template <class Value>
+template <class Value, int Side = 1>
 void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch,
               float* scales) {
-  auto const run = [&](auto const* p) { quantize_rows(p, in, from, to, static_cast<Value*>(values), pitch, scales); };
+  auto const run = [&](auto const* p) {
+    quantize_rows<Side>(p, in, from, to, static_cast<Value*>(values), pitch, scales);
+  };
   if (dtype == kBfloat16) return run(static_cast<Bf16 const*>(x));
   if (dtype == kFloat16) return run(static_cast<Fp16 const*>(x));
   run(static_cast<float const*>(x));
 }
 
+// Unit: what sums are multiplied with first, a power of two.
+template <float Unit = 1.0f>
 void finish(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias,
             Dtype dtype, void* y, int64_t y_pitch) {
   auto const run = [&](auto* p) {
-    finish_rows(out, tokens, rows, x_scale, weight_scale, static_cast<decltype(p)>(const_cast<void*>(bias)), p,
-                y_pitch);
+    finish_rows<Unit>(out, tokens, rows, x_scale, weight_scale, static_cast<decltype(p)>(const_cast<void*>(bias)), p,
+                      y_pitch);
   };
   if (dtype == kBfloat16) return run(static_cast<Bf16*>(y));
   if (dtype == kFloat16) return run(static_cast<Fp16*>(y));

@@ -1,8 +1,8 @@
 // One strip of 16 output rows for any number of tokens, over a vector type V (see avx2.cpp) and a codec W (see
-// codecs.h): included once per instruction set, in a file that is compiled for it.
+// weights_fp8.h): included once per instruction set, in a file that is compiled for it.
 #pragma once
-#include "linear/cpu/codecs.h"
 #include "linear/cpu/rows.h"
+#include "linear/cpu/weights_fp8.h"
 
 namespace spense::cpu {
 namespace {
@@ -15,16 +15,16 @@ void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
     V sum[Tokens][kSums];
     for (auto& sums : sum)
       for (V& v : sums) v = V::zero();
-    uint8_t const* values = s.values + bytes<W>(row);
+    uint8_t const* values = s.values + row * kUnit;
     uint8_t const* meta = s.meta + row;
-    for (int64_t c = 0; c < s.sparse; c += kStep, values += bytes<W>(8 * kRows), meta += 2 * kRows)
+    for (int64_t c = 0; c < s.sparse; c += kStep, values += 2 * kRows * kUnit, meta += 2 * kRows)
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
         auto const positions = V::bytes(meta + g / 2 * kRows);
         auto const first = V::shift_right(positions, g % 2 * 4), second = V::shift_right(positions, g % 2 * 4 + 2);
-        __builtin_prefetch(values + bytes<W>(2 * g * kRows) + kAhead);
-        V const w0 = W::template widened<V>(values + bytes<W>(2 * g * kRows));
-        V const w1 = W::template widened<V>(values + bytes<W>((2 * g + 1) * kRows));
+        auto const words = V::words(values + g / 2 * kRows * kUnit);
+        __builtin_prefetch(values + g / 2 * kRows * kUnit + kAhead);
+        V const w0 = W::template widened<V>(words, g % 2 * 2), w1 = W::template widened<V>(words, g % 2 * 2 + 1);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
           V const group = V::four(x + t * pitch + c + 4 * g);
@@ -32,12 +32,13 @@ void decode(Strip const& s, float const* x, int64_t pitch, float* out) {
           sum[t][g] = V::fma(w1, V::permuted(group, second), sum[t][g]);
         }
       }
-    uint8_t const* dense = s.dense + bytes<W>(row);
-    for (int64_t c = s.dense_from; c < s.in; c += kStep, dense += bytes<W>(kStep * kRows))
+    uint8_t const* dense = s.dense + row * kUnit;
+    for (int64_t c = s.dense_from; c < s.in; c += kStep, dense += kStep * kRows)
 #pragma GCC unroll 16
       for (int i = 0; i < kStep; ++i) {
-        if (i % 4 == 0) __builtin_prefetch(dense + bytes<W>(i * kRows) + kAhead);
-        V const w = W::template widened<V>(dense + bytes<W>(i * kRows));
+        uint8_t const* const unit = dense + i / 4 * kRows * kUnit;
+        if (i % 4 == 0) __builtin_prefetch(unit + kAhead);
+        V const w = W::template widened<V>(V::words(unit), i % 4);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) sum[t][i / 4] = V::fma(w, V::one(x[t * pitch + c + i]), sum[t][i / 4]);
       }
@@ -55,18 +56,20 @@ void widen(Strip const& s, int64_t from, int64_t to, float* out) {
     for (int g = 0; g < 4; ++g) {
       float* const group = out + g * next_sum;
       for (int row = 0; in_sparse && row < kRows; row += V::kLanes) {
-        uint8_t const* values = s.values + bytes<W>((c / 2 + 2 * g) * kRows + row);
+        auto const words = V::words(s.values + (c / 8 + g / 2) * kRows * kUnit + row * kUnit);
         auto const positions = V::bytes(s.meta + (c / 8 + g / 2) * kRows + row);
         auto const first = V::shift_right(positions, g % 2 * 4), second = V::shift_right(positions, g % 2 * 4 + 2);
-        V const w0 = W::template widened<V>(values), w1 = W::template widened<V>(values + bytes<W>(kRows));
+        V const w0 = W::template widened<V>(words, g % 2 * 2), w1 = W::template widened<V>(words, g % 2 * 2 + 1);
         for (int i = 0; i < 4; ++i) V::store(group + i * kRows + row, V::where(first, second, i, w0, w1));
       }
       if (c < s.dense_from) continue;
-      uint8_t const* dense = s.dense + bytes<W>((c - s.dense_from + 4 * g) * kRows);
-      for (int i = 0; i < 4 * kRows; i += V::kLanes) {
-        V const w = W::template widened<V>(dense + bytes<W>(i));
-        V::store(group + i, in_sparse ? V::add(w, V::load(group + i)) : w);
-      }
+      uint8_t const* dense = s.dense + (c - s.dense_from + 4 * g) * kRows;
+      for (int row = 0; row < kRows; row += V::kLanes)
+        for (int i = 0; i < 4; ++i) {
+          V const w = W::template widened<V>(V::words(dense + row * kUnit), i);
+          float* const target = group + i * kRows + row;
+          V::store(target, in_sparse ? V::add(w, V::load(target)) : w);
+        }
     }
   }
 }
@@ -137,11 +140,9 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
                              : prefill<V, W>(strips[i], x, pitch, tokens, out);
 }
 
-template <class V, class... W>
-constexpr Table table(List<W...>) {
-  Table made{};
-  ((made.codec[W::kCodec] = {W::kBits, sizeof(float), quantize<float>, strips<V, W>, finish}), ...);
-  return made;
+template <class V, class W>
+constexpr Functions functions() {
+  return {W::kBits, sizeof(float), 1, kTokens, quantize<float>, strips<V, W>, finish};
 }
 
 }  // namespace

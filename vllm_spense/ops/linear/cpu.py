@@ -1,8 +1,8 @@
 """CPUs: compiled kernels on compressed e4m3 weights, and dense fp32 where they cannot run.
 
 ``spense::linear_cpu`` (``kernels/``, x86-64) widens weights in registers. It reads those of 16 output rows
-side by side, the layout ``strips``: :func:`interleave` turns every 16 rows ``[16, bytes]`` of a checkpoint
-tensor into ``[bytes, 16]``.
+side by side, the layout ``strips``: :func:`interleave` turns every 16 rows ``[16, units]`` of a checkpoint
+tensor into ``[units, 16]``, where a unit is four bytes of weights or one of metadata.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from vllm_spense.ops.linear.op import dense_linear
 from vllm_spense.ops.linear.reference import full_weight
 from vllm_spense.ops.linear.spec import LinearSpec
 
-ISAS = ("avx2", "avx512", "avx512_bf16")
-"""Instruction sets that there are kernels for; a CPU that has one has those before it."""
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+"""Instruction sets that there are kernels for, the best last."""
+CODECS = ("fp8", "int8")
+"""Codecs, by number (Codec of the kernels)."""
 STRIP = 16
 """Rows that lie side by side, and columns of one step (kRows, kStep of the kernels)."""
 _PART = 1 << 19
@@ -101,20 +103,21 @@ def why_not_here() -> str | None:
     if reason is not None:
         return reason
     torch.library.register_fake("spense::linear_cpu", _fake)
-    return None if best_isa() else "the CPU kernels need AVX2 and FMA"
+    return None if isas() else "the CPU kernels need AVX2 and FMA"
 
 
-def best_isa() -> int:
-    """Number of this CPU's best instruction set, one more than its place in ``ISAS``; 0: none."""
-    return torch.ops.spense.cpu_isa()
+def isas(codec: str = "fp8") -> tuple[str, ...]:
+    """Those of ``ISAS`` that this CPU has and that have kernels for a codec, the best last."""
+    here = torch.ops.spense.cpu_isas(CODECS.index(codec))
+    return tuple(name for i, name in enumerate(ISAS) if here >> i & 1)
 
 
 def describe_cpu() -> str:
     """The CPU's name as Linux tells it, and the instruction set that the kernels use."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     names = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    isa = best_isa()
-    return f"{next(names, 'CPU')}, {ISAS[isa - 1] if isa else 'no instruction set with kernels'}"
+    best = isas()[-1:] or ("no instruction set with kernels",)
+    return f"{next(names, 'CPU')}, {best[0]}"
 
 
 def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
@@ -136,9 +139,9 @@ def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
         dense_weight=_filled(layer.dense_weight, dense_rows, ahead, _missing(ahead + spec.dense_shape[1])),
         layout="strips",
     )
-    for tensor in (filled.sparse_values, filled.sparse_meta, filled.dense_weight):
+    for tensor, unit in ((filled.sparse_values, 4), (filled.sparse_meta, 1), (filled.dense_weight, 4)):
         if tensor.numel():
-            torch.ops.spense.interleave_rows_cpu(tensor)
+            torch.ops.spense.interleave_rows_cpu(tensor, unit)
     return filled
 
 
