@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +222,33 @@ def test_weights_are_rearranged_in_place_where_they_fit() -> None:
         packed = interleave(layer.spec, layer.given)
         assert sum(p.data_ptr() not in places for p in packed[:3]) in (moved, 3 * bool(moved))
         assert packed.dense_weight.numel() == -(-layout.dense // 16) * 16 * 64
+
+
+@needs_kernels
+def test_huge_pages_change_nothing_but_where_bytes_lie() -> None:
+    """Views into the middle of memory, and too little of it for a page, too."""
+    for size, start in ((9 << 20, 0), ((5 << 20) + 3, 12345), (1000, 0), (0, 0)):
+        memory = torch.randint(0, 256, (start + size,), dtype=torch.uint8)
+        copy = memory.clone()
+        torch.ops.spense.huge_pages_cpu(memory[start:])
+        assert torch.equal(memory, copy)
+
+
+def huge_bytes(address: int) -> int:
+    """Bytes of huge pages in the mapping that holds an address."""
+    mappings = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^AnonHugePages: +(\d+) kB",
+        Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace"),
+        re.MULTILINE | re.DOTALL,
+    )
+    return next(int(kb) << 10 for low, high, kb in mappings if int(low, 16) <= address < int(high, 16))
+
+
+@needs_kernels
+@pytest.mark.skipif(not cpu._huge_pages_wanted(), reason="this machine gives no huge pages")
+def test_large_layers_lie_in_huge_pages() -> None:
+    packed = Layer([Layout("output", 16384, 4096, 64)]).strips()
+    assert huge_bytes(packed.dense_weight.data_ptr() + (4 << 20)) > 0  # as many as there are
 
 
 @needs_kernels

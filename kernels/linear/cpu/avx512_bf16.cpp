@@ -9,7 +9,7 @@ namespace spense::cpu {
 namespace {
 
 constexpr int kRegisters = 24;   // of 32, for sums
-constexpr int kDecodeUpTo = 32;  // tokens; more are faster over widened weights
+constexpr int kDecodeUpTo = 16;  // tokens; more are faster over widened weights
 
 __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 

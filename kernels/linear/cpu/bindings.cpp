@@ -1,6 +1,7 @@
 // torch operators of the CPU kernels, on libtorch's stable ABI (torch 2.11 and later).
 #include <cpuid.h>
 #include <emmintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <bit>
@@ -135,6 +136,17 @@ void interleave_rows_cpu(Tensor bytes, int64_t unit) {
   });
 }
 
+// Asks Linux for huge pages where the tensor lies, now: reading weights takes fewer walks through page tables.
+void huge_pages_cpu(Tensor bytes) {
+  constexpr uintptr_t kHuge = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1 and later; refused by others, which may do it by and by
+  auto const begin = reinterpret_cast<uintptr_t>(bytes.data_ptr()), end = begin + bytes.numel() * bytes.element_size();
+  uintptr_t const from = (begin + kHuge - 1) / kHuge * kHuge, to = end / kHuge * kHuge;
+  if (from >= to) return;
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(from), to - from, kCollapse);
+}
+
 // Consecutive rows of y that lie in the same regions.
 struct Rows {
   int64_t y, count, bits;
@@ -257,6 +269,7 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
   m.def("cpu_isas(int codec) -> int");
+  m.def("huge_pages_cpu(Tensor(a!) bytes) -> ()");
   m.def("interleave_rows_cpu(Tensor(a!) bytes, int unit) -> ()");
   m.def(
       "linear_cpu(Tensor x, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, Tensor weight_scale, "
@@ -264,6 +277,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(spense, CompositeExplicitAutograd, m) { m.impl("cpu_isas", TORCH_BOX(&cpu_isas)); }
 STABLE_TORCH_LIBRARY_IMPL(spense, CPU, m) {
+  m.impl("huge_pages_cpu", TORCH_BOX(&huge_pages_cpu));
   m.impl("interleave_rows_cpu", TORCH_BOX(&interleave_rows_cpu));
   m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
 }

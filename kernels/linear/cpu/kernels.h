@@ -14,7 +14,7 @@ constexpr int kSums = 4;      // partial sums of an output: column c adds to sum
 constexpr int kDepth = 1024;  // columns that are widened at a time, for many tokens
 constexpr int kAhead = 6144;  // bytes of weights that are asked for ahead: the CPU by itself does not go far enough
 constexpr int kUnit = 4;      // bytes of a row that lie together
-constexpr int kTokens = 96;   // tokens that share one widened strip
+constexpr int kTokens = 192;  // tokens that share one widened strip
 
 // One strip in the interleaved layout that `interleave` of vllm_spense.ops makes: the rows' bytes in turn, four at a
 // time. Columns are those of x; the two regions may overlap by one step, where the weights of one of them are zeros.

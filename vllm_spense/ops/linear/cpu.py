@@ -142,7 +142,16 @@ def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
     for tensor, unit in ((filled.sparse_values, 4), (filled.sparse_meta, 1), (filled.dense_weight, 4)):
         if tensor.numel():
             torch.ops.spense.interleave_rows_cpu(tensor, unit)
+            if _huge_pages_wanted():
+                torch.ops.spense.huge_pages_cpu(tensor)
     return filled
+
+
+@functools.cache
+def _huge_pages_wanted() -> bool:
+    """Whether whoever runs this machine lets programs ask for huge pages."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text(encoding="ascii")
 
 
 def _missing(n: int) -> int:
