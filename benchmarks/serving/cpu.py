@@ -45,8 +45,8 @@ from benchmarks.serving.engine import Engine, NoAnswer
 from benchmarks.serving.models import ServedModel
 from vllm_spense.ops.linear.cpu import why_not_here
 
-START = 1200.0
-"""Most seconds until an engine is ready."""
+START = 600.0
+"""Most seconds until an engine is ready, which takes one or two minutes."""
 LIMITS = ("--length", "2304", "--sequences", "32", "--chunk", "2048")
 
 
@@ -87,7 +87,9 @@ def times(engine: Engine, variant: str, name: str, options: argparse.Namespace) 
 
 
 def reason(error: RuntimeError) -> str:
-    """The last error that an engine's log shows, in one line."""
+    """The last error that an engine's log shows, in one line, or how long it was waited for."""
+    if isinstance(error, NoAnswer):
+        return str(error).partition(";")[0]
     lines = [line for line in str(error).splitlines() if "Error" in line] or str(error).splitlines()
     return lines[-1].rpartition("] ")[2].strip()[:160]
 

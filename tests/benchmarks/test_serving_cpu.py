@@ -195,6 +195,14 @@ def test_it_goes_on_where_it_stopped(
     assert FakeEngine.started == [BF16, DENSE, "0.5"]
 
 
+def test_reasons_in_one_line() -> None:
+    ended = RuntimeError("the engine has ended; end of log:\n(Worker pid=1) ERROR [a.py:7] KeyError: 7\nbye")
+    assert cpu.reason(ended) == "KeyError: 7"
+    assert cpu.reason(RuntimeError("the engine has ended; end of log:\nKilled")) == "Killed"
+    late = NoAnswer("no answer from the engine in 600 s; end of log:\nSomeError: long ago")
+    assert cpu.reason(late) == "no answer from the engine in 600 s"
+
+
 def test_one_cpu_leaves_the_others_alone(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """The older file's rows, too: they stay that machine's."""
     old = {"sources": "s", "start_seconds": 1.0, "seconds": {DECODE: [1.0]}}
