@@ -33,7 +33,7 @@ from benchmarks.kernels.shapes import LLAMA_1B, MODELS, SMOLLM2_135M, layer_spec
 from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.linear import Codecs
 from vllm_spense.ops import LinearArguments, LinearSpec
-from vllm_spense.ops.linear.cpu import ISAS, CpuBackend, best_isa, why_not_here
+from vllm_spense.ops.linear.cpu import ISAS, CpuBackend, why_not_here
 from vllm_spense.ops.linear.random import random_layer
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_linear.json"
@@ -57,27 +57,25 @@ Samples = list[tuple[float, float]]
 
 
 def ours(layer: str, isas: Sequence[str]) -> Iterator[Column]:
-    """Spense in every codec that there is, by instruction set."""
+    """Spense in every codec that there is, with the instructions that the operator picks, or these."""
     for codec, ratio in SPENSE:
         if codec not in codec_names():
             continue
         spec = replace(layer_spec(*LAYERS[layer], ratio), codecs=Codecs.of(codec))
-        for isa in isas:
-            name = f"Spense {codec} {ratio:g}, {isa}"
-            reason = CpuBackend().why_not(spec, torch.device("cpu"))
+        for isa in isas or [""]:
             yield Column(
-                *(name, spec.weight_bytes),
+                *(f"Spense {codec} {ratio:g}" + (f", {isa}" if isa else ""), spec.weight_bytes),
                 make=lambda seed, spec=spec, isa=isa: spense_call(spec, isa, seed),
                 kind=f"Spense {codec}",
-                chosen=isa == ISAS[best_isa() - 1],
-                why_not=reason,
+                chosen=not isa,
+                why_not=CpuBackend().why_not(spec, torch.device("cpu")),
             )
 
 
 def spense_call(spec: LinearSpec, isa: str, seed: int) -> Call:
     prepared = CpuBackend().prepare(spec, random_layer(spec, torch.device("cpu"), seed))
     layer = LinearArguments.of(spec, prepared, None, "strips").compiled()
-    run, number = torch.ops.spense.linear_cpu, 1 + ISAS.index(isa)
+    run, number = torch.ops.spense.linear_cpu, 1 + ISAS.index(isa) if isa else 0
     return lambda x: run(x, *layer, number)
 
 
@@ -173,7 +171,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="per figure")
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--isa", nargs="+", choices=ISAS, help="of our kernels (default: the best one)")
+    parser.add_argument(
+        "--isa", nargs="+", choices=ISAS, help="of our kernels (default: the operator's choice)"
+    )
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -189,9 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(reason)
         if options.threads:
             torch.set_num_threads(options.threads)
-        isas = options.isa or [ISAS[best_isa() - 1]]
         for layer in options.layers:
-            record = measure(layer, options.tokens, isas, options.seconds)
+            record = measure(layer, options.tokens, options.isa or [], options.seconds)
             results = read(options.results)
             entry = results.setdefault(cpu_name(torch.get_num_threads()), {"records": {}})
             entry["records"][layer] = record
