@@ -37,7 +37,7 @@ help:
 	@echo "make accuracy   what FP8 rounding costs: table and plot of docs/accuracy_smollm2.md"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
 	@echo "make second-model  fetch Gemma 3 270M (Gemma terms; never part of setup or test) and measure pruning on it (hours)"
-	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (8 GB, 20 minutes)"
+	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (8 GB, one to two hours)"
 	@echo "make report     every table and plot again, from the committed results"
 	@echo "make gpu        on an H100 or H200: is the kernel right, and how fast? 210 s; run it again to go on (docs/gpu.md)"
 	@echo "make gpu-plan   what make gpu would do and what it lacks; needs no GPU"

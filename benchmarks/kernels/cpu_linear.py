@@ -1,141 +1,202 @@
-"""What a layer costs on this CPU: the kernels on compressed weights against dense GEMMs.
+"""What a layer costs on this CPU: Spense against the kernels that stock vLLM has for dense weights.
 
-usage: python -m benchmarks.kernels.cpu_linear [--seconds 0.5] [--report]
+usage: python -m benchmarks.kernels.cpu_linear [--seconds 1] [--threads 1] [--isa avx512 avx512_bf16]
+                                               [--layers 'Llama-3.2-1B down'] [--tokens 1 16] [--report]
 
-Microseconds per call (median) of whole layers, activation quantisation included, for each instruction set
-with kernels, of the `cpu-fp32` back end, and of bare GEMMs on dense weights: bf16, fp32 and FP8
-(`torch._scaled_mm`). Calls go through so many copies of a layer that weights come from memory, as in a model.
-Writes benchmarks/results/cpu_linear.json, one entry per CPU, and the table in
-docs/kernels.md.
+Microseconds per call of whole layers, activation quantisation included: vLLM's kernels (cpu_rivals.py), a
+plain read of as many bytes as a Spense layer's weights have, and Spense in each codec that the kernels take.
+Columns take turns, one call each, so that the noise of a shared machine hits all alike. Medians with 10th and
+90th percentile, and beside wall time what the threads spent on a core. Weights come from memory: between two
+calls on the same ones all others are read, 0.7 to 1.4 GB (more with many instruction sets).
+Writes benchmarks/results/cpu_linear.json, one entry per CPU with one record per layer, each written when it
+is done, and of it the tables in docs/kernels.md (cpu_report.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.markdown import insert, table
-from benchmarks.common.results import ROOT, provenance, read, write
-from vllm_spense.format.layout import Split
-from vllm_spense.format.linear import UNIFORM_FP8
-from vllm_spense.format.online import online_layout, prune_and_pack
-from vllm_spense.ops import LinearArguments, LinearSpec, quantize_per_token
-from vllm_spense.ops.linear.cpu import ISAS, CpuDenseBackend, describe_cpu, interleave, isas, why_not_here
+from benchmarks.common.machine import cpu_name, facts
+from benchmarks.common.results import ROOT, cpu_kernel_sources, provenance, read, write
+from benchmarks.kernels import cpu_rivals
+from benchmarks.kernels.cpu_report import DOCUMENT, report
+from benchmarks.kernels.cpu_rivals import Call, Column
+from benchmarks.kernels.shapes import LLAMA_1B, MODELS, SMOLLM2_135M, layer_spec
+from vllm_spense.format.codecs import codec_names
+from vllm_spense.format.linear import Codecs
+from vllm_spense.ops import LinearArguments, LinearSpec
+from vllm_spense.ops.linear.cpu import ISAS, CpuBackend, why_not_here
+from vllm_spense.ops.linear.random import random_layer
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_linear.json"
-DOCUMENT = ROOT / "docs" / "kernels.md"
-LAYERS: dict[str, tuple[Split, int, int]] = {
-    "SmolLM2-135M gate_up": ("output", 3072, 576),
-    "Llama-3.2-1B gate_up": ("output", 16384, 2048),
-    "Llama-3.2-1B down": ("input", 2048, 8192),
-}
-TOKENS = (1, 4, 8, 16, 64, 512)
-DENSE = ("bf16 GEMM", "fp32 GEMM", "FP8 `_scaled_mm`", "`cpu-fp32`")
-COLD = 400e6
-"""Bytes of all copies of a layer: more than caches hold."""
-Call = Callable[[torch.Tensor], object]
+LLAMA_8B = next(model for model in MODELS if model.name == "Llama-3.1-8B")
+LAYERS = {
+    f"{model.name} {layer}": (model, layer)
+    for model, layers in ((SMOLLM2_135M, ["gate_up"]), (LLAMA_1B, ["gate_up", "down"]))
+    for layer in layers
+} | {f"{LLAMA_8B.name} {layer}": (LLAMA_8B, layer) for layer in ("gate_up", "down")}
+TOKENS = (1, 4, 8, 16, 32, 64, 512)
+SPENSE = (("fp8", 0.5), ("int8", 0.5))
+"""Codec and dense ratio of our columns; a codec that is not registered is left out."""
+MEMORY = 1.4e9
+"""Most bytes of all weights of a layer's columns together, if one copy of each fits."""
+READERS = 64
+"""Rows that the plain read sums up, each by one thread."""
+ROUNDS = 5
+"""Fewest calls of each column."""
+Samples = list[tuple[float, float]]
+"""Seconds of each call: on the clock, and of all threads on a core."""
 
 
-def median_us(calls: list[Call], x: torch.Tensor, seconds: float) -> float:
-    times = []
-    end = time.perf_counter() + seconds
-    for call in itertools.cycle(calls):
-        start = time.perf_counter()
-        call(x)
-        times.append(time.perf_counter() - start)
-        if time.perf_counter() > end and len(times) >= 3:
-            return statistics.median(times) * 1e6
-    raise AssertionError("no calls")
+def ours(layer: str, isas: Sequence[str]) -> Iterator[Column]:
+    """Spense in every codec that there is, with the instructions that the operator picks, or these."""
+    for codec, ratio in SPENSE:
+        if codec not in codec_names():
+            continue
+        spec = replace(layer_spec(*LAYERS[layer], ratio), codecs=Codecs.of(codec))
+        for isa in isas or [""]:
+            yield Column(
+                *(f"Spense {codec} {ratio:g}" + (f", {isa}" if isa else ""), spec.weight_bytes),
+                make=lambda seed, spec=spec, isa=isa: spense_call(spec, isa, seed),
+                kind=f"Spense {codec}",
+                chosen=not isa,
+                why_not=CpuBackend().why_not(spec, torch.device("cpu")),
+            )
 
 
-def columns(split: Split, n: int, k: int) -> Iterator[tuple[str, list[Call]]]:
-    """Names, and calls on ``x [M, K]`` bf16, each with weights of its own."""
-    torch.manual_seed(0)
-    layout = online_layout(split, n, k, 0.5)
-    tensors = prune_and_pack(torch.randn(n, k), layout)
-    spec = LinearSpec(split, n, k, (layout.sparse,), (layout.dense,), UNIFORM_FP8)
-    fp32 = CpuDenseBackend()
-    prepared = fp32.prepare(spec, tensors)
-    wide, scale = prepared["weight_packed"], tensors["weight_scale"]
-
-    def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor.clone() for _ in range(math.ceil(COLD / tensor.nbytes))]
-
-    yield DENSE[0], [lambda x, w=w: x @ w.t() for w in copies(wide.bfloat16())]
-    yield DENSE[1], [lambda x, w=w: x.float() @ w.t() for w in copies(wide)]
-
-    def scaled(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        xq, xs = quantize_per_token(x)
-        return torch._scaled_mm(xq, w.t(), xs, scale[None], out_dtype=x.dtype)
-
-    yield DENSE[2], [lambda x, w=w: scaled(x, w) for w in copies(wide.to(torch.float8_e4m3fn))]
-    every = [prepared | {"weight_packed": w} for w in copies(wide)]
-    yield DENSE[3], [lambda x, p=p: fp32.apply(spec, p, x, None) for p in every]
-    count = math.ceil(COLD / spec.weight_bytes)
-
-    def packed() -> tuple[Any, ...]:
-        cloned = {name: tensor.clone() for name, tensor in tensors.items()}
-        return interleave(spec, LinearArguments.of(spec, cloned)).compiled()
-
-    every_packed = [packed() for _ in range(count)]
-    run = torch.ops.spense.linear_cpu
-    for name in isas():
-        isa = ISAS.index(name) + 1
-        yield f"`{name}`", [lambda x, p=p, i=isa: run(x, *p, i) for p in every_packed]
+def spense_call(spec: LinearSpec, isa: str, seed: int) -> Call:
+    prepared = CpuBackend().prepare(spec, random_layer(spec, torch.device("cpu"), seed))
+    layer = LinearArguments.of(spec, prepared, None, "strips").compiled()
+    run, number = torch.ops.spense.linear_cpu, 1 + ISAS.index(isa) if isa else 0
+    return lambda x: run(x, *layer, number)
 
 
-def measure(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
-    """Microseconds by layer, column and number of tokens."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for layer, shape in LAYERS.items():
-        found[layer] = {}
-        for name, calls in columns(*shape):
-            times = found[layer].setdefault(name, {})
-            for m in TOKENS:
-                x = torch.randn(m, shape[2]).bfloat16()
-                median_us(calls, x, 0)  # warms up
-                times[str(m)] = median_us(calls, x, seconds)
-            print(layer, name, {m: round(us) for m, us in times.items()}, flush=True)
-    return found
+def floor(nbytes: int) -> Column:
+    """A sum over as many bytes, eight at a time: what memory allows (in parts for each thread)."""
+
+    def make(seed: int) -> Call:
+        buffer = torch.full((READERS, nbytes // 8 // READERS), seed, dtype=torch.int64)
+        return lambda x: buffer.sum(1)
+
+    return Column("read", nbytes, make, kind="read")
 
 
-def tables(results: dict[str, Any]) -> str:
-    parts = []
-    for cpu, entry in results.items():
-        names = list(next(iter(entry["layers"].values())))
-        lines = [
-            [layer, m, *(f"{found[name][m]:,.0f}" for name in names)]
-            for layer, found in entry["layers"].items()
-            for m in map(str, TOKENS)
-        ]
-        shown = table(["layer", "M", *names], lines)
-        parts.append(f"{cpu}, torch {entry['made']['versions']['torch']}; µs:\n\n{shown}")
-    return "\n\n".join(parts)
+def columns(layer: str, isas: Sequence[str]) -> list[Column]:
+    """All of them, vLLM's first; the read is one of the first Spense column's bytes."""
+    spec = layer_spec(*LAYERS[layer], 0.5)
+    spense = list(ours(layer, isas))
+    rivals = cpu_rivals.columns(spec.out_features, spec.in_features)
+    return [*rivals, *(floor(column.nbytes) for column in spense[:1]), *spense]
 
 
-def main() -> None:
+def interleaved(calls: dict[str, list[Call]], x: torch.Tensor, seconds: float) -> dict[str, Samples]:
+    """Every column's samples; they take turns, each through its own copies of the weights."""
+    on_core = time.thread_time if torch.get_num_threads() == 1 else time.process_time
+    copies = len(next(iter(calls.values())))
+    for turn in range(copies):  # a kernel may prepare itself for each number of tokens
+        for own in calls.values():
+            own[turn](x)
+    samples: dict[str, Samples] = {name: [] for name in calls}
+    end, turn = time.perf_counter() + seconds * len(calls), 0
+    while turn < ROUNDS or time.perf_counter() < end:
+        for name, own in calls.items():
+            call, wall, core = own[turn % copies], time.perf_counter(), on_core()
+            call(x)
+            samples[name].append((time.perf_counter() - wall, on_core() - core))
+        turn += 1
+    return samples
+
+
+def cell(samples: Samples) -> dict[str, float]:
+    """Microseconds: median, 10th and 90th percentile on the clock, median on a core; number of calls."""
+    wall, core = (sorted(1e6 * each for each in part) for part in zip(*samples, strict=True))
+    last = len(wall) - 1
+    low, middle, high = (wall[round(share * last)] for share in (0.1, 0.5, 0.9))
+    figures = {"us": middle, "p10": low, "p90": high, "core_us": core[round(0.5 * last)]}
+    return {name: round(value, 2) for name, value in figures.items()} | {"calls": len(wall)}
+
+
+def started(every: Sequence[Column], x: torch.Tensor) -> tuple[dict[str, list[Call]], dict[str, str]]:
+    """Calls of the columns that run, so many each that they come from memory, and why the others do not."""
+    missing = {column.name: column.why_not for column in every if column.why_not}
+    able = [column for column in every if not column.why_not]
+    copies = max(1, int(MEMORY // sum(column.nbytes for column in able)))
+    calls: dict[str, list[Call]] = {}
+    for column in able:
+        try:
+            own = [column.make(seed) for seed in range(copies)]
+            own[0](x)
+        except RuntimeError as error:
+            missing[column.name] = str(error).splitlines()[0][:200]
+        else:
+            calls[column.name] = own
+    return calls, missing
+
+
+def measure(layer: str, tokens: Sequence[int], isas: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The record of one layer."""
+    every = columns(layer, isas)
+    k = layer_spec(*LAYERS[layer], 0.5).in_features
+    calls, missing = started(every, torch.randn(1, k).bfloat16())
+    cells: dict[str, dict[str, Any]] = {name: {} for name in calls}
+    for m in tokens:
+        samples = interleaved(calls, torch.randn(m, k).bfloat16(), seconds)
+        for name, own in samples.items():
+            cells[name][str(m)] = cell(own)
+        print(layer, m, {name: round(cells[name][str(m)]["us"]) for name in cells}, flush=True)
+    return {
+        "columns": [column.name for column in every],
+        "chosen": [column.name for column in every if column.chosen],
+        "bytes": {column.name: column.nbytes for column in every},
+        "copies": len(next(iter(calls.values()))),
+        "threads": torch.get_num_threads(),
+        "missing": missing,
+        "cells": cells,
+        "sources": cpu_kernel_sources(),
+        "made": provenance(),
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
-    parser.add_argument("--report", action="store_true", help="only the table, from the results")
-    options = parser.parse_args()
-    results = read(RESULTS)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per figure")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument(
+        "--isa", nargs="+", choices=ISAS, help="of our kernels (default: the operator's choice)"
+    )
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--report", action="store_true", help="only the tables, from the results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     if not options.report:
         if reason := why_not_here():
             sys.exit(reason)
-        cpu = f"{describe_cpu()}, {torch.get_num_threads()} threads"
-        results[cpu] = {"layers": measure(options.seconds), "made": provenance()}
-        write(RESULTS, results)
-    insert(DOCUMENT, "cpu-linear", tables(results))
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        for layer in options.layers:
+            record = measure(layer, options.tokens, options.isa or [], options.seconds)
+            results = read(options.results)
+            entry = results.setdefault(cpu_name(torch.get_num_threads()), {"records": {}})
+            entry["records"][layer] = record
+            entry["machine"] = facts()
+            write(options.results, results)
+    report(read(options.results), options.document)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ MODELS = tuple(
     )
     for name, shape in PRESETS.items()
 )
+SMOLLM2_135M = Model("SmolLM2-135M", 576, 1536, 9, 3, 64)
+LLAMA_1B = Model("Llama-3.2-1B", 2048, 8192, 32, 8, 64)
+"""Small enough for CPUs."""
 LAYERS = ("gate_up", "down", "qkv", "o")
 
 

@@ -1,7 +1,10 @@
-"""Configurations of the models that the serving benchmarks run with random weights, Spense and dense FP8.
+"""Configurations of the models that the serving benchmarks run with random weights, Spense and dense.
 
 A directory with nothing but config.json is enough for vLLM's `--load-format dummy`: the plugin fills Spense
 layers with legal metadata and random values on the device, so no weight file of a 32B model is ever written.
+
+A variant is a name: one of the dense ones below, or a dense ratio for Spense in FP8 (``0.5``), with a codec
+behind it for another one (``0.5-int8``).
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Any
 from benchmarks.kernels.shapes import MODELS as SHAPES
 from benchmarks.kernels.shapes import Model as Shape
 from vllm_spense.format import Layout, ModuleSpec
-from vllm_spense.format.codecs import FP8
-from vllm_spense.format.linear import UNIFORM_FP8
+from vllm_spense.format.codecs import FP8, Codec, codec
+from vllm_spense.format.linear import Codecs
 from vllm_spense.format.online import online_layout
 from vllm_spense.format.schema import AnyCheckpointConfig, checkpoint_config
 from vllm_spense.models.export import dense_fp8_config
@@ -24,6 +27,10 @@ from vllm_spense.ops import LinearSpec
 
 DENSE = "dense"
 """The variant that Spense is compared with: dense FP8 in vLLM's own kernels."""
+BF16, INT8, FP8_BLOCKS = "bf16", "dense-int8", "dense-fp8-blocks"
+"""Other dense ones: bf16; INT8 with a scale per channel, per token for activations; FP8 weights with a scale
+per 128 x 128, which vLLM has kernels for on CPUs with AMX."""
+BITS = {BF16: 16, DENSE: 8, INT8: 8, FP8_BLOCKS: 8}
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,9 @@ class ServedModel:
         }
 
     def config(self, variant: str) -> dict[str, Any]:
-        """config.json; ``variant``: ``dense`` or the dense ratio, like ``0.5``."""
+        """config.json of a variant."""
         s = self.shape
-        if variant == DENSE:
-            quantization = dense_fp8_config(["lm_head"])
-        else:
-            quantization = self.quantization(float(variant)).model_dump()
+        quantization = dense_quantization(variant) if variant in BITS else self._spense(variant)
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -87,13 +91,17 @@ class ServedModel:
             "bos_token_id": 1,
             "eos_token_id": 2,
             "dtype": "bfloat16",
-            "quantization_config": quantization,
+            **({"quantization_config": quantization} if quantization else {}),
         } | self.more
 
-    def quantization(self, ratio: float) -> AnyCheckpointConfig:
+    def _spense(self, variant: str) -> dict[str, Any]:
+        codec, ratio = spense(variant)
+        return self.quantization(ratio, codec).model_dump()
+
+    def quantization(self, ratio: float, codec: Codec = FP8) -> AnyCheckpointConfig:
         biased = {f"{x}_proj" for x in "qkv"} if self.more.get("attention_bias") else set()
         return checkpoint_config(
-            FP8,
+            codec,
             tensor_parallel_sizes=[1],
             ignore=["lm_head"],
             modules={
@@ -105,8 +113,12 @@ class ServedModel:
 
     def linear_bytes(self, variant: str) -> int:
         """Bytes of all linear layers as stored, scales left out."""
-        layouts = self.modules(1.0 if variant == DENSE else float(variant)).values()
-        return sum(LinearSpec.of([layout], UNIFORM_FP8).weight_bytes for layout in layouts)
+        if variant in BITS:
+            values = sum(layout.out_features * layout.in_features for layout in self.modules(1.0).values())
+            return values * BITS[variant] // 8
+        codec, ratio = spense(variant)
+        codecs, layouts = Codecs(codec, codec), self.modules(ratio).values()
+        return sum(LinearSpec.of([layout], codecs).weight_bytes for layout in layouts)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of keys and values in bf16."""
@@ -125,6 +137,27 @@ class ServedModel:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(self.config(variant)))
         return out
+
+
+def spense(variant: str) -> tuple[Codec, float]:
+    """Codec and dense ratio of a Spense variant; ``ValueError`` if it is none, or the codec is unknown."""
+    ratio, _, name = variant.partition("-")
+    return codec(name or FP8.name), float(ratio)
+
+
+def dense_quantization(variant: str) -> dict[str, Any] | None:
+    """``quantization_config`` of a dense variant, None for bf16."""
+    if variant == BF16:
+        return None
+    if variant == FP8_BLOCKS:
+        method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        return method | {"modules_to_not_convert": ["lm_head"]}
+    config = dense_fp8_config(["lm_head"])
+    if variant == INT8:
+        config["format"] = "int-quantized"
+        for part in ("weights", "input_activations"):
+            config["config_groups"]["group_0"][part]["type"] = "int"
+    return config
 
 
 def served(name: str, *architecture: Any, **more: Any) -> ServedModel:
