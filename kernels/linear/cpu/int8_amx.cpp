@@ -1,0 +1,201 @@
+// int8 with tiles (AMX-INT8): Sapphire Rapids and later. Dense weights are tiles as they lie in memory, 2:4 becomes
+// dense in the cache. Few tokens take AVX-512 VNNI. Needs amx_permitted().
+#include "linear/cpu/int8_avx512.h"
+
+namespace spense::cpu {
+namespace {
+
+constexpr int kTileRows = 16, kTileBytes = 1024;
+constexpr int kTileColumns = 64;      // of x and of weights, that one instruction multiplies
+constexpr int kVnniUpTo = 12;         // tokens; more are faster with tiles
+constexpr int kMostTiles = 3;         // of tokens at a time: with two strips, six tiles of sums of the eight
+constexpr int64_t kTileDepth = 1024;  // columns that all tokens pass over, from the cache
+
+// Which tiles there are. For 0 to 5: sums, 6: weights, 7: x.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  explicit TileConfig(int tokens) {
+    for (int i = 0; i < 8; ++i) row_bytes[i] = 64;
+    for (int i = 0; i < 8; ++i) rows[i] = uint8_t(i == 6 ? kTileRows : tokens);
+  }
+};
+
+// x, and its tiles of up to 16 tokens. The last one overlaps the one before rather than to be smaller.
+struct Tokens {
+  uint8_t const* x;
+  int64_t pitch;
+  int count;
+  int tiles() const { return (count + kTileRows - 1) / kTileRows; }
+  int first(int tile) const { return std::max(std::min(tile * kTileRows, count - kTileRows), 0); }
+  uint8_t const* tile(int i, int64_t column) const { return x + first(i) * pitch + column; }
+};
+
+struct alignas(64) TileSums {
+  int32_t of[2][kTokens / kTileRows][kTileRows * kRows];  // [strip][tile of tokens][token][row]
+};
+
+template <int Tiles, int Strips>
+void load_sums(TileSums const& sums, int tile) {
+  constexpr int kPitch = 4 * kRows;
+  _tile_loadd(0, sums.of[0][tile], kPitch);
+  if constexpr (Tiles > 1) _tile_loadd(1, sums.of[0][tile + 1], kPitch);
+  if constexpr (Tiles > 2) _tile_loadd(2, sums.of[0][tile + 2], kPitch);
+  if constexpr (Strips == 1) return;
+  _tile_loadd(3, sums.of[1][tile], kPitch);
+  if constexpr (Tiles > 1) _tile_loadd(4, sums.of[1][tile + 1], kPitch);
+  if constexpr (Tiles > 2) _tile_loadd(5, sums.of[1][tile + 2], kPitch);
+}
+
+template <int Tiles, int Strips>
+void store_sums(TileSums& sums, int tile) {
+  constexpr int kPitch = 4 * kRows;
+  _tile_stored(0, sums.of[0][tile], kPitch);
+  if constexpr (Tiles > 1) _tile_stored(1, sums.of[0][tile + 1], kPitch);
+  if constexpr (Tiles > 2) _tile_stored(2, sums.of[0][tile + 2], kPitch);
+  if constexpr (Strips == 1) return;
+  _tile_stored(3, sums.of[1][tile], kPitch);
+  if constexpr (Tiles > 1) _tile_stored(4, sums.of[1][tile + 1], kPitch);
+  if constexpr (Tiles > 2) _tile_stored(5, sums.of[1][tile + 2], kPitch);
+}
+
+// `steps` times 64 columns from `column` of x on, for some tiles of tokens; weights(strip, step) is where they lie.
+template <int Tiles, int Strips, class Weights>
+void multiply(Weights const& weights, int64_t steps, Tokens const& x, int64_t column, int tile, TileSums& sums) {
+  load_sums<Tiles, Strips>(sums, tile);
+  uint8_t const* a[Tiles];
+  for (int i = 0; i < Tiles; ++i) a[i] = x.tile(tile + i, column);
+  for (int64_t step = 0, at = 0; step < steps; ++step, at += kTileColumns) {
+    _tile_loadd(6, weights(0, step), kFour);
+    _tile_loadd(7, a[0] + at, x.pitch);
+    _tile_dpbusd(0, 7, 6);
+    if constexpr (Tiles > 1) {
+      _tile_loadd(7, a[1] + at, x.pitch);
+      _tile_dpbusd(1, 7, 6);
+    }
+    if constexpr (Tiles > 2) {
+      _tile_loadd(7, a[2] + at, x.pitch);
+      _tile_dpbusd(2, 7, 6);
+    }
+    if constexpr (Strips == 1) continue;
+    _tile_loadd(6, weights(1, step), kFour);
+    if constexpr (Tiles > 2) {
+      _tile_dpbusd(5, 7, 6);
+      _tile_loadd(7, a[1] + at, x.pitch);
+    }
+    if constexpr (Tiles > 1) {
+      _tile_dpbusd(4, 7, 6);
+      _tile_loadd(7, a[0] + at, x.pitch);
+    }
+    _tile_dpbusd(3, 7, 6);
+  }
+  store_sums<Tiles, Strips>(sums, tile);
+}
+
+// All tokens over some columns. The first tiles take weights from `prepare`, the others where it has left them.
+template <int Strips, class Prepare, class Ready>
+void multiply_all(Prepare const& prepare, Ready const& ready, int64_t steps, Tokens const& x, int64_t column,
+                  TileSums& sums) {
+  int const tiles = x.tiles();
+  for (int done = 0, blocks = (tiles + kMostTiles - 1) / kMostTiles; blocks; --blocks) {
+    int const here = (tiles - done + blocks - 1) / blocks;
+    auto const run = [&](auto const& weights) {
+      if (here == 3) return multiply<3, Strips>(weights, steps, x, column, done, sums);
+      if (here == 2) return multiply<2, Strips>(weights, steps, x, column, done, sums);
+      multiply<1, Strips>(weights, steps, x, column, done, sums);
+    };
+    done ? run(ready) : run(prepare);
+    done += here;
+  }
+}
+
+__m512i add_total(__m512i total, uint8_t const* weights) {
+  return Avx512Vnni::dot({total}, _mm512_loadu_si512(weights), Avx512Vnni::repeated(Avx512Vnni::kOffset)).v;
+}
+
+// The weights of 64 columns, or of the last ones with zeros behind them, as a tile; their sums go to the totals.
+struct Sparse {
+  static uint8_t const* tile(Strip const& s, int64_t column, int64_t columns, uint8_t* to, __m512i& total) {
+    uint8_t const *values = s.values + column / 8 * kFour, *meta = s.meta + column / 8 * kRows;
+    __builtin_prefetch(meta + kAhead / 4);
+    __builtin_prefetch(meta + kAhead / 4 + 64);
+    for (int64_t i = 0; i < columns / 8; ++i, values += kFour, meta += kRows) {
+      __builtin_prefetch(values + kAhead);
+      total = add_total(total, values);
+      Avx512Vnni::write_out(values, meta, to + 2 * i * kFour);
+    }
+    return to;
+  }
+};
+struct Dense {
+  static uint8_t const* tile(Strip const& s, int64_t column, int64_t columns, uint8_t* to, __m512i& total) {
+    uint8_t const* const dense = s.dense + column / 4 * kFour;
+    for (int64_t i = 0; i < columns / 4; ++i) {
+      __builtin_prefetch(dense + i * kFour + kAhead);
+      total = add_total(total, dense + i * kFour);
+    }
+    if (columns == kTileColumns) return dense;
+    std::memcpy(to, dense, size_t(columns / 4 * kFour));
+    return to;
+  }
+};
+
+// One region of all strips for all tokens.
+template <int Strips, class Region>
+void multiply_region(Strip const* strips, int64_t columns, Tokens const& x, int64_t at, TileSums& sums,
+                     __m512i* totals) {
+  alignas(64) uint8_t written[Strips][kTileDepth * kRows];
+  for (int64_t c = 0; c + kTileColumns <= columns; c += kTileDepth) {
+    auto const prepare = [&](int s, int64_t step) {
+      return Region::tile(strips[s], c + step * kTileColumns, kTileColumns, written[s] + step * kTileBytes, totals[s]);
+    };
+    auto const ready = [&](int s, int64_t step) {
+      uint8_t const* const dense = strips[s].dense + c / 4 * kFour;
+      return (std::is_same_v<Region, Dense> ? dense : written[s]) + step * kTileBytes;
+    };
+    multiply_all<Strips>(prepare, ready, std::min(kTileDepth, columns - c) / kTileColumns, x, at + c, sums);
+  }
+  int64_t const rest = columns % kTileColumns, whole = columns - rest;
+  if (!rest) return;
+  alignas(64) uint8_t last_x[kTokens * kTileColumns];
+  __mmask64 const there = (uint64_t(1) << rest) - 1;
+  for (int t = 0; t < x.count; ++t)
+    _mm512_store_si512(last_x + t * kTileColumns, _mm512_maskz_loadu_epi8(there, x.x + t * x.pitch + at + whole));
+  for (int s = 0; s < Strips; ++s) {
+    std::memset(written[s], 0, kTileBytes);
+    Region::tile(strips[s], whole, rest, written[s], totals[s]);
+  }
+  auto const ready = [&](int s, int64_t) { return written[s]; };
+  multiply_all<Strips>(ready, ready, 1, {last_x, kTileColumns, x.count}, 0, sums);
+}
+
+template <int Strips>
+void with_tiles(Strip const* strips, Tokens const& x, float* out) {
+  TileSums sums;
+  for (int s = 0; s < Strips; ++s) std::memset(sums.of[s], 0, size_t(x.tiles()) * kTileBytes);
+  __m512i totals[Strips] = {};
+  TileConfig const config(std::min(x.count, kTileRows));
+  _tile_loadconfig(&config);
+  multiply_region<Strips, Sparse>(strips, strips[0].sparse, x, 0, sums, totals);
+  multiply_region<Strips, Dense>(strips, strips[0].in - strips[0].dense_from, x, strips[0].dense_from, sums, totals);
+  _tile_release();
+  for (int s = 0; s < Strips; ++s)
+    for (int t = 0; t < x.count; ++t, out += kRows) {
+      int const tile = t / kTileRows;
+      __m512i const sum = _mm512_load_si512(sums.of[s][tile] + (t - x.first(tile)) * kRows);
+      _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, totals[s])));
+    }
+}
+
+void strips_amx(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
+  if (tokens <= kVnniUpTo) return spense::cpu::strips<Avx512Vnni>(strips, count, values, pitch, tokens, out);
+  Tokens const x{static_cast<uint8_t const*>(values), pitch, tokens};
+  count == 2 ? with_tiles<2>(strips, x, out) : with_tiles<1>(strips, x, out);
+}
+
+}  // namespace
+
+constinit Functions const int8_amx = {8, 1, quantize_int8<Avx512Vnni::kOffset>, strips_amx, finish};
+
+}  // namespace spense::cpu

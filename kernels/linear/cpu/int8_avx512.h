@@ -1,0 +1,68 @@
+// 16 rows of four bytes (AVX-512 F, BW, VL, VBMI and VNNI), for int8_strip.h.
+#pragma once
+#include <immintrin.h>
+#include "linear/cpu/int8_strip.h"
+
+namespace spense::cpu {
+namespace {
+
+// By metadata nibble: which of (first, second) each of four columns gets; 0x80: zero.
+struct ScatterTable {
+  alignas(64) uint8_t byte[16][4];
+  constexpr ScatterTable() : byte{} {
+    for (int nibble = 0; nibble < 16; ++nibble) {
+      for (uint8_t& b : byte[nibble]) b = 0x80;
+      for (int i = 0; i < 2; ++i) byte[nibble][nibble >> 2 * i & 3] = uint8_t(i);
+    }
+  }
+};
+constexpr ScatterTable scatter_table;
+
+struct Avx512Vnni {
+  static constexpr int kLanes = 16;
+  static constexpr int kOffset = 128;    // of bytes of x: they are unsigned in vpdpbusd
+  static constexpr int kFewBlock = 16;   // tokens whose sums are in registers
+  static constexpr int kFew = 24;        // tokens; more are faster over prepared weights
+  static constexpr int kManyBlock = 12;  // of two strips
+  static constexpr int64_t kDepth = 1024;
+  static constexpr bool kWritesOut = true;  // a permutation of x costs as much as the multiplications that it saves
+  using Weights = __m512i;
+  __m512i v;
+
+  static Avx512Vnni zero() { return {_mm512_setzero_si512()}; }
+  static Avx512Vnni load(void const* p) { return {_mm512_loadu_si512(p)}; }
+  static void store(void* p, Avx512Vnni a) { _mm512_storeu_si512(p, a.v); }
+  static Avx512Vnni plus(Avx512Vnni a, Avx512Vnni b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static Avx512Vnni minus(Avx512Vnni a, Avx512Vnni b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  static Weights weights(uint8_t const* p) { return _mm512_loadu_si512(p); }
+  static Avx512Vnni repeated(int byte) { return {_mm512_set1_epi8(char(byte))}; }
+  static Avx512Vnni four(uint8_t const* x) { return {_mm512_set1_epi32(read<int32_t>(x))}; }
+  static Avx512Vnni eight(uint8_t const* x) { return {_mm512_set1_epi64(read<int64_t>(x))}; }
+  static Avx512Vnni dot(Avx512Vnni sum, Weights w, Avx512Vnni x) { return {_mm512_dpbusd_epi32(sum.v, x.v, w)}; }
+  static Avx512Vnni permuted(Avx512Vnni eight, Avx512Vnni controls) {
+    return {_mm512_shuffle_epi8(eight.v, controls.v)};
+  }
+  static __m512i metadata(uint8_t const* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(p)));
+  }
+  // Per row the places of its four kept values among eight columns.
+  static Avx512Vnni controls(uint8_t const* meta) {
+    __m512i const shifts = _mm512_set1_epi64(0x2624222006040200);
+    __m512i const places = _mm512_multishift_epi64_epi8(shifts, metadata(meta));
+    __m512i const three = _mm512_set1_epi8(3), odd_group = _mm512_set1_epi32(0x04040000);
+    return {_mm512_ternarylogic_epi32(places, three, odd_group, 0xEA)};  // (places & 3) | odd_group
+  }
+  // The weights of eight columns as [2 groups of four][row][column].
+  static void write_out(uint8_t const* values, uint8_t const* meta, uint8_t* to) {
+    __m512i const table = _mm512_load_si512(&scatter_table), kept = _mm512_loadu_si512(values), m = metadata(meta);
+    __m512i const row = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+    __m512i const even = _mm512_or_si512(_mm512_permutexvar_epi32(m, table), row);
+    __m512i const odd = _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(m, 4), table),
+                                        _mm512_or_si512(row, _mm512_set1_epi8(2)));
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(kept, even));
+    _mm512_storeu_si512(to + kFour, _mm512_shuffle_epi8(kept, odd));
+  }
+};
+
+}  // namespace
+}  // namespace spense::cpu
