@@ -8,17 +8,17 @@ namespace {
 constexpr int kTileRows = 16, kTileBytes = 1024;
 constexpr int kTileColumns = 64;      // of x and of weights, that one instruction multiplies
 constexpr int kVnniUpTo = 12;         // tokens; more are faster with tiles
-constexpr int kMostTiles = 3;         // of tokens at a time: with two strips, six tiles of sums of the eight
+constexpr int kSumsPitch = 4 * kRows;
 constexpr int64_t kTileDepth = 1024;  // columns that all tokens pass over, from the cache
 
-// Which tiles there are. For 0 to 5: sums, 6: weights, 7: x.
+// Tiles 0 to 3 are sums of two tiles of tokens by two strips, 4 and 5 weights, 6 and 7 x.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
   explicit TileConfig(int tokens) {
     for (int i = 0; i < 8; ++i) row_bytes[i] = 64;
-    for (int i = 0; i < 8; ++i) rows[i] = uint8_t(i == 6 ? kTileRows : tokens);
+    for (int i = 0; i < 8; ++i) rows[i] = uint8_t(i == 4 || i == 5 ? kTileRows : tokens);
   }
 };
 
@@ -38,57 +38,37 @@ struct alignas(64) TileSums {
 
 template <int Tiles, int Strips>
 void load_sums(TileSums const& sums, int tile) {
-  constexpr int kPitch = 4 * kRows;
-  _tile_loadd(0, sums.of[0][tile], kPitch);
-  if constexpr (Tiles > 1) _tile_loadd(1, sums.of[0][tile + 1], kPitch);
-  if constexpr (Tiles > 2) _tile_loadd(2, sums.of[0][tile + 2], kPitch);
-  if constexpr (Strips == 1) return;
-  _tile_loadd(3, sums.of[1][tile], kPitch);
-  if constexpr (Tiles > 1) _tile_loadd(4, sums.of[1][tile + 1], kPitch);
-  if constexpr (Tiles > 2) _tile_loadd(5, sums.of[1][tile + 2], kPitch);
+  _tile_loadd(0, sums.of[0][tile], kSumsPitch);
+  if constexpr (Tiles == 2) _tile_loadd(1, sums.of[0][tile + 1], kSumsPitch);
+  if constexpr (Strips == 2) _tile_loadd(2, sums.of[1][tile], kSumsPitch);
+  if constexpr (Tiles * Strips == 4) _tile_loadd(3, sums.of[1][tile + 1], kSumsPitch);
 }
 
 template <int Tiles, int Strips>
 void store_sums(TileSums& sums, int tile) {
-  constexpr int kPitch = 4 * kRows;
-  _tile_stored(0, sums.of[0][tile], kPitch);
-  if constexpr (Tiles > 1) _tile_stored(1, sums.of[0][tile + 1], kPitch);
-  if constexpr (Tiles > 2) _tile_stored(2, sums.of[0][tile + 2], kPitch);
-  if constexpr (Strips == 1) return;
-  _tile_stored(3, sums.of[1][tile], kPitch);
-  if constexpr (Tiles > 1) _tile_stored(4, sums.of[1][tile + 1], kPitch);
-  if constexpr (Tiles > 2) _tile_stored(5, sums.of[1][tile + 2], kPitch);
+  _tile_stored(0, sums.of[0][tile], kSumsPitch);
+  if constexpr (Tiles == 2) _tile_stored(1, sums.of[0][tile + 1], kSumsPitch);
+  if constexpr (Strips == 2) _tile_stored(2, sums.of[1][tile], kSumsPitch);
+  if constexpr (Tiles * Strips == 4) _tile_stored(3, sums.of[1][tile + 1], kSumsPitch);
 }
 
 // `steps` times 64 columns from `column` of x on, for some tiles of tokens; weights(strip, step) is where they lie.
 template <int Tiles, int Strips, class Weights>
 void multiply(Weights const& weights, int64_t steps, Tokens const& x, int64_t column, int tile, TileSums& sums) {
   load_sums<Tiles, Strips>(sums, tile);
-  uint8_t const* a[Tiles];
-  for (int i = 0; i < Tiles; ++i) a[i] = x.tile(tile + i, column);
-  for (int64_t step = 0, at = 0; step < steps; ++step, at += kTileColumns) {
-    _tile_loadd(6, weights(0, step), kFour);
-    _tile_loadd(7, a[0] + at, x.pitch);
-    _tile_dpbusd(0, 7, 6);
-    if constexpr (Tiles > 1) {
-      _tile_loadd(7, a[1] + at, x.pitch);
-      _tile_dpbusd(1, 7, 6);
-    }
-    if constexpr (Tiles > 2) {
-      _tile_loadd(7, a[2] + at, x.pitch);
-      _tile_dpbusd(2, 7, 6);
+  uint8_t const *first = x.tile(tile, column), *second = x.tile(tile + Tiles - 1, column);
+  for (int64_t step = 0; step < steps; ++step, first += kTileColumns, second += kTileColumns) {
+    _tile_loadd(4, weights(0, step), kFour);
+    _tile_loadd(6, first, x.pitch);
+    _tile_dpbusd(0, 6, 4);
+    if constexpr (Tiles == 2) {
+      _tile_loadd(7, second, x.pitch);
+      _tile_dpbusd(1, 7, 4);
     }
     if constexpr (Strips == 1) continue;
-    _tile_loadd(6, weights(1, step), kFour);
-    if constexpr (Tiles > 2) {
-      _tile_dpbusd(5, 7, 6);
-      _tile_loadd(7, a[1] + at, x.pitch);
-    }
-    if constexpr (Tiles > 1) {
-      _tile_dpbusd(4, 7, 6);
-      _tile_loadd(7, a[0] + at, x.pitch);
-    }
-    _tile_dpbusd(3, 7, 6);
+    _tile_loadd(5, weights(1, step), kFour);
+    _tile_dpbusd(2, 6, 5);
+    if constexpr (Tiles == 2) _tile_dpbusd(3, 7, 5);
   }
   store_sums<Tiles, Strips>(sums, tile);
 }
@@ -97,16 +77,12 @@ void multiply(Weights const& weights, int64_t steps, Tokens const& x, int64_t co
 template <int Strips, class Prepare, class Ready>
 void multiply_all(Prepare const& prepare, Ready const& ready, int64_t steps, Tokens const& x, int64_t column,
                   TileSums& sums) {
-  int const tiles = x.tiles();
-  for (int done = 0, blocks = (tiles + kMostTiles - 1) / kMostTiles; blocks; --blocks) {
-    int const here = (tiles - done + blocks - 1) / blocks;
+  for (int tile = 0; tile < x.tiles(); tile += 2) {
     auto const run = [&](auto const& weights) {
-      if (here == 3) return multiply<3, Strips>(weights, steps, x, column, done, sums);
-      if (here == 2) return multiply<2, Strips>(weights, steps, x, column, done, sums);
-      multiply<1, Strips>(weights, steps, x, column, done, sums);
+      tile + 1 < x.tiles() ? multiply<2, Strips>(weights, steps, x, column, tile, sums)
+                           : multiply<1, Strips>(weights, steps, x, column, tile, sums);
     };
-    done ? run(ready) : run(prepare);
-    done += here;
+    tile ? run(ready) : run(prepare);
   }
 }
 
