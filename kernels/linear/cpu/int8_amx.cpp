@@ -86,31 +86,46 @@ void multiply_all(Prepare const& prepare, Ready const& ready, int64_t steps, Tok
   }
 }
 
-__m512i add_total(__m512i total, uint8_t const* weights) {
-  return Avx512Vnni::dot({total}, _mm512_loadu_si512(weights), Avx512Vnni::repeated(Avx512Vnni::kOffset)).v;
-}
+// kOffset times the sums of 16 rows' weights, in chains that do not wait for each other.
+struct Totals {
+  static constexpr int kChains = 4;
+  Avx512Vnni sum[kChains] = {};
+  void add(int64_t i, uint8_t const* weights) {
+    Avx512Vnni& chain = sum[i % kChains];
+    chain = Avx512Vnni::dot(chain, Avx512Vnni::weights(weights), Avx512Vnni::repeated(Avx512Vnni::kOffset));
+  }
+  __m512i all() const {
+    return Avx512Vnni::plus(Avx512Vnni::plus(sum[0], sum[1]), Avx512Vnni::plus(sum[2], sum[3])).v;
+  }
+};
 
 // The weights of 64 columns, or of the last ones with zeros behind them, as a tile; their sums go to the totals.
 struct Sparse {
   static uint8_t const* tile(Strip const& s, int64_t column, int64_t columns, uint8_t* to, __m512i& total) {
     uint8_t const *values = s.values + column / 8 * kFour, *meta = s.meta + column / 8 * kRows;
+    Totals totals;
     __builtin_prefetch(meta + kAhead / 4);
     __builtin_prefetch(meta + kAhead / 4 + 64);
+#pragma GCC unroll 4
     for (int64_t i = 0; i < columns / 8; ++i, values += kFour, meta += kRows) {
       __builtin_prefetch(values + kAhead);
-      total = add_total(total, values);
+      totals.add(i, values);
       Avx512Vnni::write_out(values, meta, to + 2 * i * kFour);
     }
+    total = _mm512_add_epi32(total, totals.all());
     return to;
   }
 };
 struct Dense {
   static uint8_t const* tile(Strip const& s, int64_t column, int64_t columns, uint8_t* to, __m512i& total) {
     uint8_t const* const dense = s.dense + column / 4 * kFour;
+    Totals totals;
+#pragma GCC unroll 4
     for (int64_t i = 0; i < columns / 4; ++i) {
       __builtin_prefetch(dense + i * kFour + kAhead);
-      total = add_total(total, dense + i * kFour);
+      totals.add(i, dense + i * kFour);
     }
+    total = _mm512_add_epi32(total, totals.all());
     if (columns == kTileColumns) return dense;
     std::memcpy(to, dense, size_t(columns / 4 * kFour));
     return to;
