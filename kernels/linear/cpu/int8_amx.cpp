@@ -6,8 +6,8 @@ namespace spense::cpu {
 namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 1024;
-constexpr int kTileColumns = 64;      // of x and of weights, that one instruction multiplies
-constexpr int kVnniUpTo = 12;         // tokens; more are faster with tiles
+constexpr int kTileColumns = 64;  // of x and of weights, that one instruction multiplies
+constexpr int kVnniUpTo = 12;     // tokens; more are faster with tiles
 constexpr int kSumsPitch = 4 * kRows;
 constexpr int64_t kTileDepth = 1024;  // columns that all tokens pass over, from the cache
 
@@ -86,46 +86,57 @@ void multiply_all(Prepare const& prepare, Ready const& ready, int64_t steps, Tok
   }
 }
 
-// kOffset times the sums of 16 rows' weights, in chains that do not wait for each other.
-struct Totals {
-  static constexpr int kChains = 4;
-  Avx512Vnni sum[kChains] = {};
-  void add(int64_t i, uint8_t const* weights) {
-    Avx512Vnni& chain = sum[i % kChains];
-    chain = Avx512Vnni::dot(chain, Avx512Vnni::weights(weights), Avx512Vnni::repeated(Avx512Vnni::kOffset));
-  }
-  __m512i all() const {
-    return Avx512Vnni::plus(Avx512Vnni::plus(sum[0], sum[1]), Avx512Vnni::plus(sum[2], sum[3])).v;
+// By metadata nibble: which of (first, second) each of four columns gets; 0x80: zero.
+struct ScatterTable {
+  alignas(64) uint8_t byte[16][4];
+  constexpr ScatterTable() : byte{} {
+    for (int nibble = 0; nibble < 16; ++nibble) {
+      for (uint8_t& b : byte[nibble]) b = 0x80;
+      for (int i = 0; i < 2; ++i) byte[nibble][nibble >> 2 * i & 3] = uint8_t(i);
+    }
   }
 };
+constexpr ScatterTable scatter_table;
+
+// The weights of eight columns as [2 groups of four][row][column].
+void write_out(uint8_t const* values, uint8_t const* meta, uint8_t* to) {
+  __m512i const table = _mm512_load_si512(&scatter_table), kept = _mm512_loadu_si512(values),
+                m = Avx512Vnni::metadata(meta);
+  __m512i const row = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+  __m512i const even = _mm512_or_si512(_mm512_permutexvar_epi32(m, table), row);
+  __m512i const odd = _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(m, 4), table),
+                                      _mm512_or_si512(row, _mm512_set1_epi8(2)));
+  _mm512_storeu_si512(to, _mm512_shuffle_epi8(kept, even));
+  _mm512_storeu_si512(to + kFour, _mm512_shuffle_epi8(kept, odd));
+}
 
 // The weights of 64 columns, or of the last ones with zeros behind them, as a tile; their sums go to the totals.
 struct Sparse {
   static uint8_t const* tile(Strip const& s, int64_t column, int64_t columns, uint8_t* to, __m512i& total) {
     uint8_t const *values = s.values + column / 8 * kFour, *meta = s.meta + column / 8 * kRows;
-    Totals totals;
+    Totals<Avx512Vnni> totals;
     __builtin_prefetch(meta + kAhead / 4);
     __builtin_prefetch(meta + kAhead / 4 + 64);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < columns / 8; ++i, values += kFour, meta += kRows) {
       __builtin_prefetch(values + kAhead);
       totals.add(i, values);
-      Avx512Vnni::write_out(values, meta, to + 2 * i * kFour);
+      write_out(values, meta, to + 2 * i * kFour);
     }
-    total = _mm512_add_epi32(total, totals.all());
+    total = _mm512_add_epi32(total, totals.all().v);
     return to;
   }
 };
 struct Dense {
   static uint8_t const* tile(Strip const& s, int64_t column, int64_t columns, uint8_t* to, __m512i& total) {
     uint8_t const* const dense = s.dense + column / 4 * kFour;
-    Totals totals;
+    Totals<Avx512Vnni> totals;
 #pragma GCC unroll 4
     for (int64_t i = 0; i < columns / 4; ++i) {
       __builtin_prefetch(dense + i * kFour + kAhead);
       totals.add(i, dense + i * kFour);
     }
-    total = _mm512_add_epi32(total, totals.all());
+    total = _mm512_add_epi32(total, totals.all().v);
     if (columns == kTileColumns) return dense;
     std::memcpy(to, dense, size_t(columns / 4 * kFour));
     return to;

@@ -6,26 +6,13 @@
 namespace spense::cpu {
 namespace {
 
-// By metadata nibble: which of (first, second) each of four columns gets; 0x80: zero.
-struct ScatterTable {
-  alignas(64) uint8_t byte[16][4];
-  constexpr ScatterTable() : byte{} {
-    for (int nibble = 0; nibble < 16; ++nibble) {
-      for (uint8_t& b : byte[nibble]) b = 0x80;
-      for (int i = 0; i < 2; ++i) byte[nibble][nibble >> 2 * i & 3] = uint8_t(i);
-    }
-  }
-};
-constexpr ScatterTable scatter_table;
-
 struct Avx512Vnni {
   static constexpr int kLanes = 16;
-  static constexpr int kOffset = 128;    // of bytes of x: they are unsigned in vpdpbusd
-  static constexpr int kFewBlock = 16;   // tokens whose sums are in registers
-  static constexpr int kFew = 24;        // tokens; more are faster over prepared weights
-  static constexpr int kManyBlock = 12;  // of two strips
+  static constexpr int kOffset = 128;                   // of bytes of x: they are unsigned in vpdpbusd
+  static constexpr int kTogether = 16, kFewBlock = 16;  // tokens whose sums are in registers
+  static constexpr int kFew = 24;                       // tokens; more are faster over prepared weights
+  static constexpr int kManyBlock = 12;                 // of two strips
   static constexpr int64_t kDepth = 1024;
-  static constexpr bool kWritesOut = true;  // a permutation of x costs as much as the multiplications that it saves
   using Weights = __m512i;
   __m512i v;
 
@@ -51,16 +38,6 @@ struct Avx512Vnni {
     __m512i const places = _mm512_multishift_epi64_epi8(shifts, metadata(meta));
     __m512i const three = _mm512_set1_epi8(3), odd_group = _mm512_set1_epi32(0x04040000);
     return {_mm512_ternarylogic_epi32(places, three, odd_group, 0xEA)};  // (places & 3) | odd_group
-  }
-  // The weights of eight columns as [2 groups of four][row][column].
-  static void write_out(uint8_t const* values, uint8_t const* meta, uint8_t* to) {
-    __m512i const table = _mm512_load_si512(&scatter_table), kept = _mm512_loadu_si512(values), m = metadata(meta);
-    __m512i const row = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
-    __m512i const even = _mm512_or_si512(_mm512_permutexvar_epi32(m, table), row);
-    __m512i const odd = _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(m, 4), table),
-                                        _mm512_or_si512(row, _mm512_set1_epi8(2)));
-    _mm512_storeu_si512(to, _mm512_shuffle_epi8(kept, even));
-    _mm512_storeu_si512(to + kFour, _mm512_shuffle_epi8(kept, odd));
   }
 };
 

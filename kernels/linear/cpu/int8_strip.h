@@ -60,8 +60,8 @@ struct Sums {
 };
 
 // Adds pieces times x [Tokens, pitch] to sums [unit][token] of V::kLanes. Units are pieces of the same columns: rows of
-// two strips, or of one that takes two vectors. Ready: metadata is controls or values are written out (see Chunk),
-// totals are known. Else units are one strip, whose weights come from memory.
+// two strips, or of one that takes two vectors. Ready: metadata is controls and totals are known (see Chunk); else
+// units are rows of one strip, whose weights come from memory.
 template <class V, int Units, int Tokens, bool Ready>
 void add(Piece const* p, uint8_t const* x, int64_t pitch, int32_t* sums, int64_t next_unit) {
   Sums<V, Units, Tokens> s;
@@ -69,57 +69,48 @@ void add(Piece const* p, uint8_t const* x, int64_t pitch, int32_t* sums, int64_t
   auto const add_total = [&](int u, typename V::Weights w) {
     if constexpr (!Ready && V::kOffset) s.total[u] = V::dot(s.total[u], w, V::repeated(V::kOffset));
   };
-  auto const add_fours = [&](auto const& weights, int64_t columns, uint8_t const* of_x) __attribute__((always_inline)) {
-    for (int64_t c = 0; c < columns; c += kStep)
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) {
-        if (!Ready) __builtin_prefetch(weights(0) + (c / 4 + g) * kFour + kAhead);
-        typename V::Weights w[Units];
+  for (int64_t c = 0; c < p[0].sparse; c += kStep) {
+    if (!Ready) __builtin_prefetch(p[0].meta + c / 8 * kRows + kAhead / 4);
 #pragma GCC unroll 2
-        for (int u = 0; u < Units; ++u) add_total(u, w[u] = V::weights(weights(u) + (c / 4 + g) * kFour));
-#pragma GCC unroll 24
-        for (int t = 0; t < Tokens; ++t) {
-          V const four = V::four(of_x + t * pitch + c + 4 * g);
+    for (int g = 0; g < 2; ++g) {
+      int64_t const at = c / 8 + g;
+      if (!Ready) __builtin_prefetch(p[0].values + at * kFour + kAhead);
+      typename V::Weights w[Units];
+      V controls[Units];
 #pragma GCC unroll 2
-          for (int u = 0; u < Units; ++u) {
-            V& sum = s.sum[g % kChains][t][u];
-            sum = V::dot(sum, w[u], four);
-          }
-        }
+      for (int u = 0; u < Units; ++u) {
+        add_total(u, w[u] = V::weights(p[u].values + at * kFour));
+        controls[u] = Ready ? V::load(p[u].meta + at * kFour) : V::controls(p[u].meta + at * kRows);
       }
-  };
-  auto const values = [&](int u) { return p[u].values; };
-  auto const dense = [&](int u) { return p[u].dense; };
-  uint8_t const* const sparse_x = x + p[0].sparse_at;
-  if constexpr (Ready && V::kWritesOut) {
-    add_fours(values, p[0].sparse, sparse_x);
-  } else {
-    for (int64_t c = 0; c < p[0].sparse; c += kStep) {
-      if (!Ready) __builtin_prefetch(p[0].meta + c / 8 * kRows + kAhead / 4);
-#pragma GCC unroll 2
-      for (int g = 0; g < 2; ++g) {
-        int64_t const at = c / 8 + g;
-        if (!Ready) __builtin_prefetch(p[0].values + at * kFour + kAhead);
-        typename V::Weights w[Units];
-        V controls[Units];
+#pragma GCC unroll 24
+      for (int t = 0; t < Tokens; ++t) {
+        V const eight = V::eight(x + p[0].sparse_at + t * pitch + c + 8 * g);
 #pragma GCC unroll 2
         for (int u = 0; u < Units; ++u) {
-          add_total(u, w[u] = V::weights(p[u].values + at * kFour));
-          controls[u] = Ready ? V::load(p[u].meta + at * kFour) : V::controls(p[u].meta + at * kRows);
-        }
-#pragma GCC unroll 24
-        for (int t = 0; t < Tokens; ++t) {
-          V const eight = V::eight(sparse_x + t * pitch + c + 8 * g);
-#pragma GCC unroll 2
-          for (int u = 0; u < Units; ++u) {
-            V& sum = s.sum[g % kChains][t][u];
-            sum = V::dot(sum, w[u], V::permuted(eight, controls[u]));
-          }
+          V& sum = s.sum[g % kChains][t][u];
+          sum = V::dot(sum, w[u], V::permuted(eight, controls[u]));
         }
       }
     }
   }
-  add_fours(dense, p[0].dense_columns, x + p[0].dense_at);
+  for (int64_t c = 0; c < p[0].dense_columns; c += kStep)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      int64_t const at = c / 4 + g;
+      if (!Ready) __builtin_prefetch(p[0].dense + at * kFour + kAhead);
+      typename V::Weights w[Units];
+#pragma GCC unroll 2
+      for (int u = 0; u < Units; ++u) add_total(u, w[u] = V::weights(p[u].dense + at * kFour));
+#pragma GCC unroll 24
+      for (int t = 0; t < Tokens; ++t) {
+        V const four = V::four(x + p[0].dense_at + t * pitch + c + 4 * g);
+#pragma GCC unroll 2
+        for (int u = 0; u < Units; ++u) {
+          V& sum = s.sum[g % kChains][t][u];
+          sum = V::dot(sum, w[u], four);
+        }
+      }
+    }
 #pragma GCC unroll 24
   for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
@@ -161,48 +152,56 @@ Piece rows_of(Piece p, int v) {
   return p;
 }
 
-// Few tokens: straight from the compressed weights.
+// Few tokens: straight from the compressed weights. Where the sums of a strip's two vectors have no room, metadata
+// would be read for fewer tokens at a time: so the second vector follows when the first is done, from the cache.
 template <class V>
 void few(Strip const& s, uint8_t const* x, int64_t pitch, int tokens, int32_t* sums) {
   Piece pieces[kVectors<V>];
   for (int v = 0; v < kVectors<V>; ++v) pieces[v] = rows_of<V>(piece(s, 0, s.in), v);
-  add_blocks<V, kVectors<V>, V::kFewBlock, false>(pieces, x, pitch, tokens, sums, V::kLanes);
+  if (tokens <= V::kTogether)
+    return add_blocks<V, kVectors<V>, V::kTogether, false>(pieces, x, pitch, tokens, sums, V::kLanes);
+  for (int v = 0; v < kVectors<V>; ++v)
+    add_blocks<V, 1, V::kFewBlock, false>(pieces + v, x, pitch, tokens, sums + v * V::kLanes, 0);
 }
 
-// What many tokens share of some columns of a strip: the controls of its metadata, or its weights with zeros written
-// out; and the totals.
+// V::kOffset times the sums of rows' weights, in chains that do not wait for each other.
+template <class V>
+struct Totals {
+  static constexpr int kChains = 4;
+  V sum[kChains] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  void add(int64_t i, uint8_t const* weights) {
+    if constexpr (V::kOffset != 0)
+      sum[i % kChains] = V::dot(sum[i % kChains], V::weights(weights), V::repeated(V::kOffset));
+  }
+  V all() const { return V::plus(V::plus(sum[0], sum[1]), V::plus(sum[2], sum[3])); }
+};
+
+// What many tokens share of some columns of a strip: the controls of its metadata, and the totals.
 template <class V>
 struct Chunk {
-  alignas(64) uint8_t bytes[(V::kWritesOut ? 16 : 8) * V::kDepth];
+  alignas(64) uint8_t controls[kRows / 2 * V::kDepth];
   alignas(64) int32_t totals[kRows];
 
   Piece prepared(Piece p) {
-    uint8_t const* values = p.values;
-    uint8_t const* meta = p.meta;
-    uint8_t* to = bytes;
-    V total[kVectors<V>];
-    for (V& v : total) v = V::zero();
-    auto const add_total = [&](uint8_t const* at) {
-      for (int v = 0; V::kOffset && v < kVectors<V>; ++v)
-        total[v] = V::dot(total[v], V::weights(at + 4 * v * V::kLanes), V::repeated(V::kOffset));
-    };
-    for (int64_t c = 0; c < p.sparse; c += 8, values += kFour, meta += kRows) {
-      __builtin_prefetch(values + kAhead);
-      if (c % 32 == 0) __builtin_prefetch(meta + kAhead / 4);
-      add_total(values);
-      if constexpr (V::kWritesOut) {
-        V::write_out(values, meta, to);
-        to += 2 * kFour;
-      } else {
-        for (int v = 0; v < kVectors<V>; ++v, to += 4 * V::kLanes) V::store(to, V::controls(meta + v * V::kLanes));
+    for (int v = 0; v < kVectors<V>; ++v) {
+      Piece const rows = rows_of<V>(p, v);
+      uint8_t* const to = controls + v * 4 * V::kLanes;
+      Totals<V> total;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < p.sparse / 8; ++i) {
+        __builtin_prefetch(rows.values + i * kFour + kAhead);
+        if (i % 4 == 0) __builtin_prefetch(rows.meta + i * kRows + kAhead / 4);
+        total.add(i, rows.values + i * kFour);
+        V::store(to + i * kFour, V::controls(rows.meta + i * kRows));
       }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < p.dense_columns / 4; ++i) {
+        __builtin_prefetch(rows.dense + i * kFour + kAhead);
+        total.add(i, rows.dense + i * kFour);
+      }
+      V::store(totals + v * V::kLanes, total.all());
     }
-    for (int64_t c = 0; c < p.dense_columns; c += 4) {
-      __builtin_prefetch(p.dense + c / 4 * kFour + kAhead);
-      add_total(p.dense + c / 4 * kFour);
-    }
-    for (int v = 0; v < kVectors<V>; ++v) V::store(totals + v * V::kLanes, total[v]);
-    (V::kWritesOut ? p.values : p.meta) = bytes;
+    p.meta = controls;
     p.totals = totals;
     return p;
   }
@@ -231,11 +230,6 @@ void many(Strip const* strips, uint8_t const* x, int64_t pitch, int tokens, int3
 }
 
 template <class V>
-void to_floats(int32_t const* sums, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = float(sums[i]);
-}
-
-template <class V>
 void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
   auto const* x = static_cast<uint8_t const*>(values);
   alignas(64) int32_t sums[2 * kTokens * kRows];
@@ -248,7 +242,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
   } else {
     many<V, 1>(strips, x, pitch, tokens, sums);
   }
-  to_floats<V>(sums, count * here, out);
+  for (int i = 0; i < count * here; ++i) out[i] = float(sums[i]);
 }
 
 template <class V>

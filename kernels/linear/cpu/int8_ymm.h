@@ -10,7 +10,6 @@ template <class V>
 struct Ymm {
   static constexpr int kLanes = 8;
   static constexpr int64_t kDepth = 1024;
-  static constexpr bool kWritesOut = false;  // half of the multiplications, for a permutation of x on another port
   __m256i v;
 
   static V of(__m256i v) {
