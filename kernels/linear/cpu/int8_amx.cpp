@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 1024;
 constexpr int kTileColumns = 64;  // of x and of weights, that one instruction multiplies
-constexpr int kVnniUpTo = 12;     // tokens; more are faster with tiles
+constexpr int kVnniUpTo = 8;      // tokens; more are faster with tiles
 constexpr int kSumsPitch = 4 * kRows;
 constexpr int64_t kTileDepth = 1024;  // columns that all tokens pass over, from the cache
 

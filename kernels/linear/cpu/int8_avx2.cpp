@@ -9,7 +9,7 @@ struct Int8Avx2 : Ymm<Int8Avx2> {
   static constexpr int kOffset = 0;     // x is signed
   static constexpr int kTogether = 4;   // tokens: 8 sums in 16 registers
   static constexpr int kFewBlock = 8;   // of 8 rows
-  static constexpr int kFew = 8;        // tokens; more are faster with prepared controls
+  static constexpr int kFew = 16;       // tokens; more are faster with prepared controls
   static constexpr int kManyBlock = 8;  // of 8 rows
   struct Weights {
     __m256i signs, magnitudes;

@@ -7,8 +7,8 @@ namespace {
 struct AvxVnni : Ymm<AvxVnni> {
   static constexpr int kOffset = 128;    // of bytes of x: they are unsigned in vpdpbusd
   static constexpr int kTogether = 5;    // tokens: 10 sums and 2 totals in 16 registers
-  static constexpr int kFewBlock = 8;    // of 8 rows
-  static constexpr int kFew = 8;         // tokens; more are faster with prepared controls
+  static constexpr int kFewBlock = 10;   // of 8 rows
+  static constexpr int kFew = 20;        // tokens; more are faster with prepared controls
   static constexpr int kManyBlock = 10;  // of 8 rows
   using Weights = __m256i;
   static Weights weights(uint8_t const* p) { return load(p).v; }
