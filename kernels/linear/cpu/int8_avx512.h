@@ -10,7 +10,7 @@ struct Avx512Vnni {
   static constexpr int kLanes = 16;
   static constexpr int kOffset = 128;                   // of bytes of x: they are unsigned in vpdpbusd
   static constexpr int kTogether = 16, kFewBlock = 16;  // tokens whose sums are in registers
-  static constexpr int kFew = 24;                       // tokens; more are faster over prepared weights
+  static constexpr int kFew = 24;                       // tokens; more are faster with prepared controls
   static constexpr int kManyBlock = 12;                 // of two strips
   static constexpr int64_t kDepth = 1024;
   using Weights = __m512i;
