@@ -37,14 +37,21 @@ KERNELS = ROOT / "kernels"
 CUTLASS = os.environ.get("SPENSE_CUTLASS", "1")
 NO_TORCH = "torch is not importable in the build environment (use --no-build-isolation)"
 TORCH_TARGET = "0x020b000000000000ULL"  # the oldest torch whose stable ABI is used: 2.11
-AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f")
 AVX512_BF16 = (*AVX512, "-mavx512bw", "-mavx512bf16")
+AVX512_VNNI = (*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni")
+AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 CPU_UNITS = {  # of linear/cpu; instruction sets are chosen when the kernels run
     "bindings": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": AVX512_BF16,
-    "amx": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "amx": (*AVX512_BF16, *AMX),
+    "int8_avx2": AVX2,
+    "int8_avx_vnni": (*AVX2, "-mavxvnni"),
+    "int8_avx512_vnni": AVX512_VNNI,
+    "int8_amx": (*AVX512_VNNI, *AMX),
 }
 CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # cutlass_fp8.h
 MACROS = {"90a": ("SM90",), "100a": ("SM100",), "100f": ("SM100", "SM100_FAMILY")}

@@ -2,13 +2,14 @@
 #include <cpuid.h>
 #include <emmintrin.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #include <bit>
 #include <iterator>
 #include <memory>
+#include <new>
 #include <optional>
 #include "common/stable_abi.h"
+#include "linear/cpu/amx.h"
+#include "linear/cpu/int8.h"
 #include "linear/cpu/kernels.h"
 
 namespace {
@@ -22,27 +23,27 @@ constexpr int64_t kGrain = 1 << 15;  // values that are worth a second thread
 int64_t up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 int64_t down(int64_t n) { return n / kStep * kStep; }
 
-// The kernel lets a process use tiles once it has asked for them: Documentation/arch/x86/xstate.rst of Linux.
-bool tiles_permitted() {
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static bool const permitted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return permitted;
-}
-
 bool has_avx2() {
   unsigned a, b, c = 0, d;
   __get_cpuid(1, &a, &b, &c, &d);
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && c & bit_F16C;
 }
-bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+bool has_avx_vnni() {
+  unsigned a = 0, b, c, d;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return has_avx2() && a >> 4 & 1;
 }
+bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
+bool has_avx512_vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 bool has_amx() {
   constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
   unsigned a, b, c, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  return has_avx512_bf16() && (d & kAmx) == kAmx && tiles_permitted();
+  return has_avx512_bf16() && (d & kAmx) == kAmx && amx_permitted();
 }
 
 // Instruction sets by number, in the order of ISAS of vllm_spense.ops: what they need and the functions of each codec,
@@ -52,10 +53,12 @@ struct Isa {
   Functions const* codec[kCodecs];
 };
 constexpr Isa kIsas[] = {
-    {has_avx2, {&fp8_avx2, nullptr}},
+    {has_avx2, {&fp8_avx2, &int8_avx2}},
+    {has_avx_vnni, {nullptr, &int8_avx_vnni}},
     {has_avx512, {&fp8_avx512, nullptr}},
+    {has_avx512_vnni, {nullptr, &int8_avx512_vnni}},
     {has_avx512_bf16, {&fp8_avx512_bf16, nullptr}},
-    {has_amx, {&fp8_amx, nullptr}},
+    {has_amx, {&fp8_amx, &int8_amx}},
 };
 
 // Bit i: this CPU can run what there is for a codec in instruction set i.
@@ -147,6 +150,15 @@ void huge_pages_cpu(Tensor bytes) {
   madvise(reinterpret_cast<void*>(from), to - from, kCollapse);
 }
 
+// Memory that begins with a cache line: a tile's rows are lines.
+struct Buffer {
+  static constexpr std::align_val_t kLine{64};
+  char* const bytes;
+  explicit Buffer(size_t size) : bytes(new (kLine) char[size]()) {}
+  Buffer(Buffer const&) = delete;
+  ~Buffer() { ::operator delete[](bytes, kLine); }
+};
+
 // Consecutive rows of y that lie in the same regions.
 struct Rows {
   int64_t y, count, bits;
@@ -222,9 +234,9 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
               static_cast<uint8_t const*>(dense.data_ptr()), bits, n, k, sparse_sizes, dense_sizes, output_split);
   int64_t strips = 0;
   for (Rows const& rows : pieces) strips += rows.strips();
-  int64_t const width = x.element_size(), pitch = (in / 32 + 1) * 32;  // no power of two: other sets of the cache
+  int64_t const width = x.element_size(), pitch = (in / 64 + 2) * 64;  // no power of two: other sets of the cache
   int64_t const room = up(std::min(tokens, kQuantized));               // kernels may read tokens in sixteens
-  std::unique_ptr<char[]> quantized(new char[room * pitch * run.x_bytes]());
+  Buffer const quantized(room * pitch * run.x_bytes);
   std::unique_ptr<float[]> scales(new float[room]);
   auto const* const scale = static_cast<float const*>(weight_scale.data_ptr());
   auto const* const added = bias ? static_cast<char const*>(bias->data_ptr()) : nullptr;
@@ -236,7 +248,7 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
     torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k)),
                                 [&](int64_t from, int64_t to) {
                                   PlainArithmetic const plain;
-                                  run.quantize(source, dtype, k, from, to, quantized.get(), pitch, scales.get());
+                                  run.quantize(source, dtype, k, from, to, quantized.bytes, pitch, scales.get());
                                 });
     torch::stable::parallel_for(
         0, strips, std::max<int64_t>(1, kGrain / (kRows * std::max<int64_t>(1, k * count))),
@@ -253,7 +265,7 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
               for (int s = 0; s < some; ++s) strips_here[s] = rows.strip(i + s);
               for (int64_t t = 0; t < count; t += together) {
                 int const here = int(std::min<int64_t>(together, count - t));
-                run.strips(strips_here.get(), some, quantized.get() + t * pitch * run.x_bytes, pitch, here, out.get());
+                run.strips(strips_here.get(), some, quantized.bytes + t * pitch * run.x_bytes, pitch, here, out.get());
                 int64_t const row = rows.y + i * kRows;
                 int const height = int(std::min<int64_t>(some * kRows, rows.count - i * kRows));
                 run.finish(out.get(), here, height, scales.get() + t, scale + row,

@@ -198,6 +198,6 @@ void strips_amx(Strip const* strips, int count, void const* values, int64_t pitc
 
 }  // namespace
 
-constinit Functions const int8_amx = {8, 1, quantize_int8<Avx512Vnni::kOffset>, strips_amx, finish};
+constinit Functions const int8_amx = {8, 1, 2, kTokens, quantize_int8<Avx512Vnni::kOffset>, strips_amx, finish};
 
 }  // namespace spense::cpu

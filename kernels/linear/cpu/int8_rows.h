@@ -6,7 +6,7 @@ namespace spense::cpu {
 namespace {
 
 constexpr float kMaxInt8 = 127.0f;
-constexpr float kMinInt8Scale = 1e-7f;          // tokens of zeros are not divided by zero
+constexpr float kMinInt8Scale = 0x1p-100f;      // tokens of zeros are not divided by zero
 constexpr uint32_t kInfinityBits = 0x7F800000;  // magnitudes from here on: infinity, NaN
 
 inline __m256 eight_floats(float const* x) { return _mm256_loadu_ps(x); }

@@ -247,7 +247,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
 
 template <class V>
 constexpr Functions int8_functions() {
-  return {8, 1, quantize_int8<V::kOffset>, strips<V>, finish};
+  return {8, 1, 2, kTokens, quantize_int8<V::kOffset>, strips<V>, finish};
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ from vllm_spense.ops.linear.op import dense_linear
 from vllm_spense.ops.linear.reference import full_weight
 from vllm_spense.ops.linear.spec import LinearSpec
 
-ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+ISAS = ("avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 """Instruction sets that there are kernels for, the best last."""
 CODECS = ("fp8", "int8")
 """Codecs, by number (Codec of the kernels)."""
