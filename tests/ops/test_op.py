@@ -96,7 +96,7 @@ def test_against_float64(layouts: list[Layout], weight_dtype: torch.dtype) -> No
 @pytest.mark.parametrize("columns", [8, 1024, 1032, 5000])
 @pytest.mark.parametrize("largest", [False, True])
 def test_int8_sums_are_exact(columns: int, largest: bool) -> None:
-    """Against a loop over Python's integers: one rounding of the sum to fp32, then the scales and the bias."""
+    """Against a loop over Python's integers: the sum is rounded to fp32 once, then come scales and bias."""
     layer = make_layer([Layout("output", 6, columns, 4)], torch.int8, bias=True)
     given, generator = layer.arguments(), torch.Generator().manual_seed(5)
     x = torch.randint(-127, 128, (3, columns), generator=generator, dtype=torch.int8)
