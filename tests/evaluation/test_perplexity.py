@@ -119,8 +119,8 @@ def test_int8_from_pruning_to_what_others_load(dense: Path, text: Path, tmp_path
     twin = export(spense, tmp_path / "twin", format="spense-dense")
     plain = export(spense, tmp_path / "plain", format="float32")
     assert evaluate(twin, text, seq_len=32).nll == found.nll
-    assert evaluate(plain, text, seq_len=32).nll == pytest.approx(found.nll, abs=0.02)
-    assert evaluate(plain, text, seq_len=32).nll != found.nll, "activations are rounded"
+    unrounded = evaluate(plain, text, seq_len=32).nll  # the same weights, activations as they are
+    assert 1e-4 < abs(unrounded - found.nll) < 0.05
 
 
 def test_bf16_spense_loads_without_scales(dense: Path, tmp_path: Path) -> None:
