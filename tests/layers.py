@@ -18,9 +18,10 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 """Relative error of rounding once to the output dtype."""
 ACCUMULATION = 2.0**-20
 """fp32 sums of up to 2080 products, relative to the sum of their magnitudes (16 ulp; any order)."""
-CODECS = {FP8_DTYPE: "fp8", torch.bfloat16: "bf16"}
+CODECS = {FP8_DTYPE: "fp8", torch.int8: "int8", torch.bfloat16: "bf16"}
+LARGEST = {FP8_DTYPE: 448, torch.int8: 127}
 SPREAD = 64
-"""Standard deviation of stored FP8 values: they fill most of e4m3's range."""
+"""Standard deviation of stored values of one byte: they fill most of e4m3's range, and int8's."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ def make_layer(
 
 def make_part(layout: Layout, weight_dtype: torch.dtype, generator: torch.Generator) -> Tensors:
     """One module's tensors as a file holds them: any pair of places per group, weights of about 1."""
-    spread = SPREAD if weight_dtype == FP8_DTYPE else 1
+    spread = SPREAD if weight_dtype in LARGEST else 1
     nibbles = torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8)
     part = {}
     for name, stored in LinearFormat(layout, Codecs.of(CODECS[weight_dtype])).held().items():
@@ -84,8 +85,9 @@ def make_part(layout: Layout, weight_dtype: torch.dtype, generator: torch.Genera
             part[name] = low | high << 4
         else:
             noise = torch.randn(shape, generator=generator) * spread
-            part[name] = noise.clamp(-448, 448).to(weight_dtype)
-    if weight_dtype == FP8_DTYPE:
+            largest = LARGEST.get(weight_dtype, 448)
+            part[name] = noise.clamp(-largest, largest).to(weight_dtype)
+    if weight_dtype in LARGEST:
         part["weight_scale"] = (torch.rand(layout.out_features, generator=generator) + 0.5) / spread
     return part
 

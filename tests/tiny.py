@@ -28,13 +28,19 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make_llama(
-    out: Path, *, bias: bool = True, seed: int = 0, inter: int = INTER, layers: int = LAYERS
+    out: Path,
+    *,
+    bias: bool = True,
+    seed: int = 0,
+    hidden: int = HIDDEN,
+    inter: int = INTER,
+    layers: int = LAYERS,
 ) -> Path:
     """A random Llama with an untied head and weights large enough that every layer moves the tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         intermediate_size=inter,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,

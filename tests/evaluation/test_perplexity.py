@@ -18,6 +18,8 @@ from vllm_spense.evaluation import evaluate, load_model, load_tokenizer
 from vllm_spense.evaluation.loading import StoredLinear
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.models.export import export
+from vllm_spense.pruning import PruneConfig, prune
+from vllm_spense.verification import verify
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,38 @@ def test_stored_linear_is_w8a8(spense: Path) -> None:
     expected += checkpoint.load(f"{name}.bias").float()
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_stored_linear_in_int8_is_exact(dense: Path, tmp_path: Path) -> None:
+    """One layer against whole numbers: sums, then scales and bias, and nothing is rounded else."""
+    name = "model.layers.0.mlp.down_proj"
+    checkpoint = Checkpoint(make_spense(dense, tmp_path / "spense", codec="int8"))
+    layer = load_model(checkpoint.directory).get_submodule(name)
+    x = torch.randn(2, 5, layer.weight.shape[1])
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    rounded = (x * (1 / scale)).round().long()
+    values, row_scale = checkpoint.linear(name).values(checkpoint.module_tensors(name))
+    sums = (rounded @ values.long().t()).float()
+    assert torch.equal(layer(x), sums * scale * row_scale + checkpoint.load(f"{name}.bias").float())
+    plain = load_model(checkpoint.directory, activations="none").get_submodule(name)
+    assert 0 < (plain(x) - layer(x)).norm() / plain(x).norm() < 0.02
+
+
+def test_int8_from_pruning_to_what_others_load(dense: Path, text: Path, tmp_path: Path) -> None:
+    """Prune, verify, evaluate, export; the twin is as good to the last bit, the weights in fp32 nearly."""
+    config = PruneConfig(preset="magnitude", dense_ratio=0.5, weight_dtype="int8", alignment=16)
+    spense = prune(dense, tmp_path / "spense", config).directory
+    assert verify(spense).modules == 14
+    assert json.loads((spense / "config.json").read_text())["quantization_config"]["codec"] == "int8"
+    assert (
+        "| weights | INT8 (symmetric, one scale per output channel) |" in (spense / "README.md").read_text()
+    )
+    found = evaluate(spense, text, seq_len=32)
+    twin = export(spense, tmp_path / "twin", format="spense-dense")
+    plain = export(spense, tmp_path / "plain", format="float32")
+    assert evaluate(twin, text, seq_len=32).nll == found.nll
+    unrounded = evaluate(plain, text, seq_len=32).nll  # the same weights, activations as they are
+    assert 1e-4 < abs(unrounded - found.nll) < 0.05
 
 
 def test_bf16_spense_loads_without_scales(dense: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.format.codecs import fp8
+from vllm_spense.format.codecs import scales
 from vllm_spense.format.codecs.base import dequantize
 from vllm_spense.format.codecs.fp8 import FP8_DTYPE, FP8_MAX, TOP_CODES, quantize_per_channel
 
@@ -72,7 +72,7 @@ def test_less_error_than_always_448() -> None:
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(4))
     whole = quantize_per_channel(weight)
-    monkeypatch.setattr(fp8, "_CHUNK", 5 * 64)
+    monkeypatch.setattr(scales, "_CHUNK", 5 * 64)
     parts = quantize_per_channel(weight)
     assert torch.equal(parts[1], whole[1])
     assert torch.equal(parts[0].view(torch.uint8), whole[0].view(torch.uint8))

@@ -97,9 +97,31 @@ def test_every_codec(tiny_llama: Path, tmp_path: Path, codec: str) -> None:
     state = load_file(export(checkpoint.directory, tmp_path / "out", format="float32") / "model.safetensors")
     for module in checkpoint.require_spense().modules:
         assert torch.equal(state[f"{module}.weight"], checkpoint.module_weight(module)), module
-    if codec != "fp8":
-        with pytest.raises(ValueError, match=f"holds {codec} weights: export it as bfloat16"):
-            export(checkpoint.directory, tmp_path / "fp8", format="fp8")
+    other: ExportFormat
+    for other in ("fp8", "int8"):
+        if codec != other:
+            with pytest.raises(ValueError, match=f"holds {codec} weights: export it as bfloat16"):
+                export(checkpoint.directory, tmp_path / other, format=other)
+
+
+def test_int8_keeps_every_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_spense(tiny_llama, tmp_path / "spense", codec="int8"))
+    out = export(checkpoint.directory, tmp_path / "int8", format="int8")
+    check_manifest(out)
+    state = load_file(out / "model.safetensors")
+    for module in checkpoint.require_spense().modules:
+        weight, scale = checkpoint.linear(module).values(checkpoint.module_tensors(module))
+        assert scale is not None
+        assert state[f"{module}.weight"].dtype == torch.int8
+        assert torch.equal(state[f"{module}.weight"], weight)
+        assert torch.equal(state[f"{module}.weight_scale"], scale[:, None])
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (quantization["quant_method"], quantization["format"]) == ("compressed-tensors", "int-quantized")
+    assert quantization["ignore"] == ["lm_head"]
+    (group,) = quantization["config_groups"].values()
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    assert group["weights"] == common | {"strategy": "channel", "dynamic": False}
+    assert group["input_activations"] == common | {"strategy": "token", "dynamic": True}
 
 
 @pytest.mark.parametrize("codec", codec_names())

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_spense.format import Codecs
+from tests.tiny import make_spense
+from vllm_spense.format import Checkpoint, Codecs
 from vllm_spense.ops import LinearSpec, available_backends, extension
 from vllm_spense.ops.linear import table
 from vllm_spense.ops.linear.configs import (
@@ -23,6 +24,7 @@ from vllm_spense.ops.linear.configs import (
     tensor_cycles,
 )
 from vllm_spense.ops.linear.table import TuningEntry, TuningTable, bucket, dense_ratio, pick, table_path
+from vllm_spense.ops.linear.tune import layer_specs
 
 HOPPER, BLACKWELL, ADA = (9, 0), (10, 0), (8, 9)
 GATE_UP = LinearSpec("output", 51200, 5120, (12800, 12800), (12800, 12800))
@@ -251,7 +253,8 @@ def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
     ("spec", "device", "message"),
     [
         (GATE_UP, "cpu", "runs on CUDA devices"),
-        (LinearSpec("output", 64, 64, (32,), (32,), torch.bfloat16), "cuda", "FP8 weights"),
+        (LinearSpec("output", 64, 64, (32,), (32,), Codecs.of("bf16")), "cuda", "FP8 weights, not bf16"),
+        (LinearSpec("output", 64, 64, (32,), (32,), Codecs.of("int8")), "cuda", "FP8 weights, not INT8"),
         (LinearSpec("output", 64, 64, (0,), (64,)), "cuda", "no 2:4 region"),
         (LinearSpec("output", 64, 72, (32,), (32,)), "cuda", "multiple of 16"),
         (LinearSpec("output", 320, 64, (32,) * 5, (32,) * 5), "cuda", "at most 4"),
@@ -260,3 +263,9 @@ def test_unknown_keys_in_a_table_are_refused(tmp_path: Path) -> None:
 def test_layers_the_cuda_back_end_cannot_run(spec: LinearSpec, device: str, message: str) -> None:
     backend = next(b for b in available_backends() if b.name == "cuda")
     assert message in (backend.why_not(spec, torch.device(device)) or "")
+
+
+def test_nothing_is_measured_for_other_codecs(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_spense(tiny_llama, tmp_path / "spense", codec="int8"))
+    with pytest.raises(ValueError, match="the GPU kernels take FP8 weights, not INT8: there is nothing to"):
+        layer_specs(checkpoint)

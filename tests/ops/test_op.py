@@ -45,7 +45,7 @@ def activations(
     tokens: int, features: int, weight_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(9)).bfloat16()
-    return quantize_per_token(x) if weight_dtype == FP8_DTYPE else (x, None)
+    return (x, None) if weight_dtype == torch.bfloat16 else quantize_per_token(x, weight_dtype)
 
 
 SINGLE = [
@@ -67,7 +67,7 @@ FUSED = [
 ]
 CASES = [[x] for x in SINGLE] + FUSED
 SMALL = [x for x in CASES if x[0].in_features < 576]
-WEIGHTS = (FP8_DTYPE, torch.bfloat16)
+WEIGHTS = (FP8_DTYPE, torch.int8, torch.bfloat16)
 LINEAR = torch.ops.spense.linear.default
 
 
@@ -91,6 +91,30 @@ def test_against_float64(layouts: list[Layout], weight_dtype: torch.dtype) -> No
                 assert_within_rounding(y, x, x_scale, arguments, out, weight=weight)
                 dense = dense_linear(x, x_scale, matrix, arguments.weight_scale, arguments.bias, out)
                 assert torch.equal(dense, y)
+
+
+@pytest.mark.parametrize("columns", [8, 1024, 1032, 5000])
+@pytest.mark.parametrize("largest", [False, True])
+def test_int8_sums_are_exact(columns: int, largest: bool) -> None:
+    """Against a loop over Python's integers: the sum is rounded to fp32 once, then come scales and bias."""
+    layer = make_layer([Layout("output", 6, columns, 4)], torch.int8, bias=True)
+    given, generator = layer.arguments(), torch.Generator().manual_seed(5)
+    x = torch.randint(-127, 128, (3, columns), generator=generator, dtype=torch.int8)
+    if largest:  # all products of a dense row are 127², and next to it an even sum becomes an odd one
+        given.dense_weight[0], x[0] = 127, 127
+        given.dense_weight[0, 0] = 126
+    x_scale = torch.rand(3, 1, generator=generator)
+    y = linear(x, x_scale, given, torch.float32)
+    rows, scales, bias = full_weight(given).tolist(), given.weight_scale, given.bias
+    assert scales is not None
+    assert bias is not None
+    for token, values in enumerate(x.tolist()):
+        for row, weights in enumerate(rows):
+            total = sum(a * b for a, b in zip(values, weights, strict=True))
+            expected = torch.tensor(total, dtype=torch.int32).float() * x_scale[token, 0] * scales[row]
+            assert y[token, row] == expected + bias[row].float()
+    dense = dense_linear(x, x_scale, full_weight(given).float(), scales, bias, torch.float32)
+    assert torch.equal(dense, y)
 
 
 def test_the_bound_notices_one_wrong_weight() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.layers import make_layer
-from vllm_spense.format import FP8_DTYPE, Layout
+from vllm_spense.format import FP8_DTYPE, Codecs, Layout
+from vllm_spense.format.codecs import FP8, INT8
 from vllm_spense.format.layout import Split
 from vllm_spense.ops import LinearSpec, available_backends, select_backend
 from vllm_spense.ops.backend import Tensors
@@ -63,7 +66,7 @@ def test_the_list_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("weight_dtype", [FP8_DTYPE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [FP8_DTYPE, torch.int8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout", "shards"), LAYOUTS, ids=str)
 def test_back_ends_agree_bit_for_bit(
     layout: Layout, shards: int, weight_dtype: torch.dtype, out: torch.dtype
@@ -108,11 +111,13 @@ def test_prepared_shapes_depend_on_the_spec_only(backend, layout: Layout, shards
 
 
 @pytest.mark.parametrize("split", ["output", "input"])
-def test_only_fp8_layers_quantise_activations(split: Split) -> None:
+def test_activations_become_what_the_weights_are_multiplied_with(split: Split) -> None:
     layout = Layout(split, 24, 48, 16)
     fp8, _ = make(layout, 1)
-    bf16, _ = make(layout, 1, torch.bfloat16)
-    assert (fp8.quantize_activations, bf16.quantize_activations) == (True, False)
+    dtypes = (FP8_DTYPE, torch.int8, torch.bfloat16)
+    assert [make(layout, 1, d)[0].activation_dtype for d in dtypes] == [FP8_DTYPE, torch.int8, None]
+    mixed = replace(fp8, codecs=Codecs(FP8, INT8))
+    assert mixed.activation_dtype is None, "both regions read the same inputs"
     assert fp8.hybrid
     assert not make(Layout(split, 24, 48, 0), 1)[0].hybrid
     assert hash(fp8) == hash(make(layout, 1)[0])

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.layers import ACCUMULATION, ROUNDING, assert_within_rounding, layouts_of, make_layer
-from vllm_spense.format import FP8_DTYPE
+from vllm_spense.format import FP8_DTYPE, Codecs
 from vllm_spense.format.sparse24 import LEGAL_NIBBLES, decompress
 from vllm_spense.ops import LinearArguments, quantize_per_token
 from vllm_spense.ops.linear.spec import LinearSpec
@@ -250,8 +250,9 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert backend.why_not(SPEC, cuda) is None
     assert "not on cpu" in str(backend.why_not(SPEC, torch.device("cpu")))
-    bf16 = LinearSpec("output", 48, 32, (16,), (32,), torch.bfloat16)
-    assert "FP8" in str(backend.why_not(bf16, cuda))
+    for codec, title in (("bf16", "bf16"), ("int8", "INT8")):
+        other = LinearSpec("output", 48, 32, (16,), (32,), Codecs.of(codec))
+        assert backend.why_not(other, cuda) == f"the kernel takes FP8 weights, not {title}"
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert "7.5 is below 8.0" in str(backend.why_not(SPEC, cuda))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import HEAD_DIM, HIDDEN, INTER, KV_HEADS, LAYERS, SPARSE, VOCAB
+from tests.tiny import HEAD_DIM, HIDDEN, INTER, KV_HEADS, LAYERS, SPARSE, VOCAB, make_spense
 from vllm_spense.format import CheckpointError, Layout
 from vllm_spense.models.presets import PRESETS
 from vllm_spense.planning.shapes import Experts, ModelShape, read_model
@@ -223,9 +223,12 @@ def test_a_checkpoint_that_lacks_layers(tiny_spense: Path, tmp_path: Path) -> No
         read_model(tmp_path)
 
 
-def test_bf16_checkpoints_gain_nothing(tiny_spense_bf16: Path) -> None:
-    with pytest.raises(CheckpointError, match="served as a dense bf16 model"):
-        read_model(tiny_spense_bf16)
+@pytest.mark.parametrize(("codec", "title"), [("bf16", "bf16"), ("int8", "INT8")])
+def test_checkpoints_without_kernels_gain_nothing(
+    codec: str, title: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=f"GPUs have no kernels for {title} weights"):
+        read_model(make_spense(tiny_llama, tmp_path / "spense", codec=codec))
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_fp8_keeps_attention_dense_and_rounds_it(dense_model: Path, text_file: P
     assert set(steps[0].losses) == {GATE, UP, DOWN}
 
 
-@pytest.mark.parametrize("weight_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("weight_dtype", ["bf16", "fp8", "int8"])
 def test_losses_are_those_of_the_model_that_was_written(
     weight_dtype: str, dense_model: Path, text_file: Path, tmp_path: Path
 ) -> None:

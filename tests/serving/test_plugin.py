@@ -16,6 +16,7 @@ import torch
 from tests.tiny import unpacked
 from vllm_spense.format import (
     CheckpointError,
+    Codecs,
     Layout,
     ModuleSpec,
     codecs,
@@ -135,8 +136,9 @@ def test_real_layers_compute_the_stored_matrix(name: str, bias: bool, codec: str
     y = layer(x)
     y = y[0] if isinstance(y, tuple) else y
     wide = x.float()
-    if codec == "fp8":
-        q, scale = quantize_per_token(x.flatten(0, 1))
+    dtype = Codecs.of(codec).activation_dtype
+    if dtype is not None:
+        q, scale = quantize_per_token(x.flatten(0, 1), dtype)
         wide = (q.float() * scale).view(x.shape)
     expected = wide @ dense[:, :-1].T + dense[:, -1]
     assert y.dtype == torch.bfloat16

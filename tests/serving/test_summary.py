@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from vllm_spense.format.report import inspect
 from vllm_spense.ops import LinearSpec
 from vllm_spense.ops.linear import cpu
 from vllm_spense.ops.linear.cuda import CudaBackend
-from vllm_spense.ops.linear.select import preferred_backend
+from vllm_spense.ops.linear.select import preferred_backend, select_backend
 from vllm_spense.ops.linear.triton import TritonBackend
 from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.runtime import choose
@@ -231,6 +232,23 @@ def test_a_cpu_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPENSE_BACKEND", raising=False)
     monkeypatch.setattr(cpu, "why_not_here", lambda: "the CPU kernels need AVX2 and FMA")
     assert named(choose(DOWN, CPU)) == ("cpu-fp32", "the CPU kernels need AVX2 and FMA")
+
+
+@pytest.mark.parametrize("spec", [GATE_UP, DOWN, ATTENTION], ids=["gate_up", "down", "attention"])
+def test_int8_layers_run_on_what_takes_them(spec: LinearSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never on a kernel for FP8, vLLM's own included."""
+    monkeypatch.delenv("SPENSE_BACKEND", raising=False)
+    int8 = replace(spec, codecs=Codecs.of("int8"))
+    assert choose(int8, CPU)[0].name in ("cpu", "cpu-fp32")
+    assert named(choose(int8, GPU)) == ("reference", "the kernels take FP8 weights, not INT8")
+    with pytest.raises(
+        ValueError, match="'triton' cannot run this layer: the kernel takes FP8 weights, not INT8"
+    ):
+        select_backend(int8, GPU, "triton")
+    if spec.hybrid:
+        monkeypatch.setenv("SPENSE_BACKEND", "vllm-fp8")
+        with pytest.raises(ValueError, match="'vllm-fp8' cannot run this layer: it takes FP8 weights"):
+            choose(int8, CPU)
 
 
 def test_bf16_weights_are_a_reason() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import make_llama
-from tests.vllm_runs import Pool
+from tests.vllm_runs import Pool, Run
 from vllm_spense.format import Checkpoint, codecs
 from vllm_spense.format.codecs import codec_names
-from vllm_spense.models.export import export
+from vllm_spense.models.export import W8A8, export
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.verification import verify
 
@@ -32,14 +32,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prune(root / "dense", root / codec, config)
         export(root / codec, root / f"{codec}-twin", format="spense-dense")
         export(root / codec, root / f"{codec}-bf16", format="bfloat16")
+    make_llama(root / "wide", hidden=160, inter=224)  # vLLM's INT8 kernel for AMX needs multiples of 32
+    prune(root / "wide", root / "wide-int8", PruneConfig(preset="magnitude", weight_dtype="int8"))
+    export(root / "wide-int8", root / "wide-stock", format="int8")
     return root
 
 
 @pytest.fixture(scope="module")
 def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     pool = Pool(tmp_path_factory.mktemp("runs"))
-    for name in ("dense", *(f"{c}{kind}" for c in codec_names() for kind in ("", "-twin", "-bf16"))):
-        pool.add("codecs", name, {"model": str(root / name), "llm": EAGER, "imports": ["tests.toy_codec"]})
+    names = ["dense", *(f"{c}{kind}" for c in codec_names() for kind in ("", "-twin", "-bf16"))]
+    for name in (*names, "wide", "wide-int8", "wide-stock"):
+        pool.add(
+            "wide" if "wide" in name else "codecs",
+            name,
+            {"model": str(root / name), "llm": EAGER, "imports": ["tests.toy_codec"]},
+        )
     return pool
 
 
@@ -59,7 +67,19 @@ def test_it_answers_as_its_dense_twin_does(runs: Pool, codec: str) -> None:
     assert all(a != b for a, b in zip(runs[codec].tokens, runs["dense"].tokens, strict=True))
 
 
-@pytest.mark.parametrize("codec", [name for name in codec_names() if name != "fp8"])
+@pytest.mark.parametrize("codec", [name for name in codec_names() if name not in W8A8])
 def test_without_kernels_it_is_stock_vllm_on_the_export(runs: Pool, codec: str) -> None:
-    """FP8 rounds activations, which the export does not say."""
+    """FP8 and INT8 round activations, which this export does not say."""
     assert runs[codec].outputs == runs[f"{codec}-bf16"].outputs
+
+
+def test_stock_vllm_runs_the_int8_export(runs: Pool) -> None:
+    """Rounding apart it is one arithmetic: the same first words, nearly as likely."""
+    ours, stock, dense = runs["wide-int8"], runs["wide-stock"], runs["wide"]
+    assert [tokens[:4] for tokens in ours.tokens] == [tokens[:4] for tokens in stock.tokens]
+
+    def distance(other: Run) -> float:
+        return max(abs(a - b) for a, b in zip(ours.first_logprobs, other.first_logprobs, strict=True))
+
+    assert distance(stock) < 0.2
+    assert distance(dense) > 0.5, "the bound would not notice another model"

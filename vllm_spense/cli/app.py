@@ -118,7 +118,7 @@ def evaluate_(
     max_tokens: Annotated[int, typer.Option(help="Tokens to score", min=2)] = 16384,
     bos: StartOption = "auto",
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Do not quantise activations (FP8 checkpoints)")
+        bool, typer.Option("--weights-only", help="Do not quantise activations (FP8 and INT8 checkpoints)")
     ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Dense original: adds KL divergence and top-1 agreement with it")
@@ -211,8 +211,10 @@ def export(
     directory: Directory,
     out: Annotated[Path, typer.Option("-o", "--out", help="New dense directory", show_default=False)],
     format: Annotated[
-        Literal["bfloat16", "float32", "fp8", "spense-dense"],
-        typer.Option(help="fp8: compressed-tensors W8A8 layout; spense-dense: the twin for comparisons"),
+        Literal["bfloat16", "float32", "fp8", "int8", "spense-dense"],
+        typer.Option(
+            help="fp8, int8: compressed-tensors W8A8 layout; spense-dense: the twin for comparisons"
+        ),
     ] = "bfloat16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT")] = False,
 ) -> None:

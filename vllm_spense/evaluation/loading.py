@@ -21,7 +21,8 @@ from vllm_spense.format.errors import REPRUNE, RESAVE
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.models.fused import left_out, model_parameter
 from vllm_spense.network import SpenseNames, auto_class, spense_names
-from vllm_spense.ops import dense_linear, quantize_per_token
+from vllm_spense.ops import dense_linear
+from vllm_spense.ops.activations import quantized
 from vllm_spense.sources import building, check_source, check_tensors, load_config
 
 Activations = Literal["checkpoint", "none"]
@@ -30,7 +31,7 @@ Activations = Literal["checkpoint", "none"]
 class StoredLinear(nn.Module):
     """A linear layer on stored values: ``weight [N, K]`` fp32 unscaled, ``scale [N]`` or None (bf16).
 
-    ``quantize``: round activations to e4m3 per token, as the checkpoint's activation scheme says.
+    ``activation_dtype``: what activations are rounded to per token, as the codec says; None: nothing.
     """
 
     weight: torch.Tensor
@@ -42,10 +43,10 @@ class StoredLinear(nn.Module):
         weight: torch.Tensor,
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
-        quantize: bool,
+        activation_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.quantize = quantize
+        self.activation_dtype = activation_dtype
         self.register_buffer("weight", weight.float())
         self.register_buffer("scale", None if scale is None else scale.float())
         self.register_buffer("bias", bias)
@@ -53,7 +54,7 @@ class StoredLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., K]`` to ``[..., N]`` in x's dtype."""
         flat = x.reshape(-1, x.shape[-1])
-        values, x_scale = quantize_per_token(flat) if self.quantize else (flat, None)
+        values, x_scale = quantized(flat, self.activation_dtype)
         y = dense_linear(values, x_scale, self.weight, self.scale, self.bias, x.dtype)
         return y.view(*x.shape[:-1], -1)
 
@@ -193,12 +194,12 @@ def _shape(model: nn.Module, name: str) -> tuple[nn.Module | None, str, tuple[in
         return None, child, ()
 
 
-def _stored_linear(checkpoint: Checkpoint, parts: list[str], quantize: bool) -> StoredLinear:
+def _stored_linear(checkpoint: Checkpoint, parts: list[str], as_stored: bool) -> StoredLinear:
     """The rows of all ``parts`` as one layer: scales are per row, so fusing them changes no value.
 
-    ``quantize``: round activations as the codec of all parts says, if it is the same.
+    ``as_stored``: round activations as the codec of all parts says, if it is the same.
     """
-    weights, scales, biases, schemes = [], [], [], set()
+    weights, scales, biases, dtypes = [], [], [], set()
     for name in parts:
         linear, tensors = checkpoint.linear(name), checkpoint.module_tensors(name)
         check_values(tensors, linear.codecs, module=name, file=checkpoint.directory)
@@ -206,10 +207,10 @@ def _stored_linear(checkpoint: Checkpoint, parts: list[str], quantize: bool) -> 
         weights.append(weight.float())
         scales.append(scale)
         biases += [tensors["bias"]] if "bias" in tensors else []
-        schemes.add(linear.codecs.activations)
+        dtypes.add(linear.codecs.activation_dtype)
     bias = torch.cat(biases) if biases else None
-    quantize = quantize and schemes == {"dynamic_per_token"}
+    dtype = dtypes.pop() if as_stored and len(dtypes) == 1 else None
     if all(scale is None for scale in scales):
-        return StoredLinear(torch.cat(weights), None, bias, quantize)
+        return StoredLinear(torch.cat(weights), None, bias, dtype)
     ones = [torch.ones(len(w)) if s is None else s for w, s in zip(weights, scales, strict=True)]
-    return StoredLinear(torch.cat(weights), torch.cat(ones), bias, quantize)
+    return StoredLinear(torch.cat(weights), torch.cat(ones), bias, dtype)

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from vllm_spense.format.codecs import FP8, Activations, Codec, RowCodec, Stored, codec
+from vllm_spense.format.codecs import FP8, Codec, RowCodec, Stored, codec
 from vllm_spense.format.codecs.base import Tensors, first
 from vllm_spense.format.layout import Axis, Layout
 from vllm_spense.format.sparse24 import legal_meta_bytes
@@ -47,9 +47,10 @@ class Codecs:
         return self.sparse.title if self.single else f"{self.sparse.title} + {self.dense.title}"
 
     @property
-    def activations(self) -> Activations:
-        """What kernels do with the inputs: both regions read the same ones."""
-        return self.sparse.activations if self.sparse.activations == self.dense.activations else "none"
+    def activation_dtype(self) -> torch.dtype | None:
+        """What the inputs are rounded to, token by token: both regions read the same ones. None: nothing."""
+        sparse, dense = self.sparse.activation_dtype, self.dense.activation_dtype
+        return sparse if sparse == dense else None
 
 
 UNIFORM_FP8 = Codecs(FP8, FP8)

@@ -31,10 +31,16 @@ MAX_FEATURES = 1 << 24
 Extent = Annotated[int, Field(strict=True, ge=0, le=MAX_FEATURES)]
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_.\-]+$")]
 WeightDtype = Literal["float8_e4m3fn", "bfloat16"]
+ActivationScheme = Literal["dynamic_per_token", "none"]
 MAX_NESTING = 16
 """Levels that provenance may have: vLLM pickles the configuration for its workers, and pickle recurses."""
 _VERSION_1: dict[WeightDtype, Codec] = {"float8_e4m3fn": FP8, "bfloat16": BF16}
 """Its names for codecs."""
+
+
+def _scheme(codec: Codec) -> ActivationScheme:
+    """What version 1 says of the inputs of a layer in ``codec``; their dtype is that of the weights."""
+    return "none" if codec.activation_dtype is None else "dynamic_per_token"
 
 
 def _known(name: str) -> str:
@@ -137,7 +143,7 @@ class SpenseCheckpointConfig(_Modules):
     quant_method: Literal["spense"] = "spense"
     version: Literal[1] = 1
     weight_dtype: WeightDtype
-    activation_scheme: Literal["dynamic_per_token", "none"]
+    activation_scheme: ActivationScheme
     tensor_parallel_sizes: TensorParallelSizes
     ignore: list[Name] = []
     modules: dict[Name, ModuleSpec]
@@ -145,7 +151,7 @@ class SpenseCheckpointConfig(_Modules):
 
     @model_validator(mode="after")
     def _consistent(self) -> SpenseCheckpointConfig:
-        expected = _VERSION_1[self.weight_dtype].activations
+        expected = _scheme(_VERSION_1[self.weight_dtype])
         if self.activation_scheme != expected:
             raise ValueError(f"activation_scheme must be {expected!r} for weight_dtype {self.weight_dtype!r}")
         _check_modules(self.modules, self.ignore)
@@ -208,8 +214,7 @@ def checkpoint_config(
     }
     for weight_dtype, known in _VERSION_1.items():
         if known is codec:
-            scheme = codec.activations
-            return SpenseCheckpointConfig(weight_dtype=weight_dtype, activation_scheme=scheme, **rest)
+            return SpenseCheckpointConfig(weight_dtype=weight_dtype, activation_scheme=_scheme(codec), **rest)
     return SpenseCheckpointConfig2(codec=codec.name, **rest)
 
 

@@ -64,7 +64,7 @@ class SpenseLoader(HfQuantizer):
     """
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """bf16 where config.json names no dtype and transformers took that of the FP8 weights."""
+        """bf16 where config.json names no dtype and transformers took that of the stored weights."""
         self.dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
         return self.dtype
 

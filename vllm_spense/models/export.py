@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.codecs import FP8
+from vllm_spense.format.codecs import FP8, INT8, Codec
 from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
 from vllm_spense.models.fused import fused_groups
 
-ExportFormat = Literal["bfloat16", "float32", "fp8", "spense-dense"]
+ExportFormat = Literal["bfloat16", "float32", "fp8", "int8", "spense-dense"]
+W8A8: dict[str, Codec] = {"fp8": FP8, "int8": INT8}
+"""Formats that keep the stored values, which must be in that codec."""
 
 
 def export(
@@ -29,16 +31,16 @@ def export(
     """Write a dense Hugging Face checkpoint with the same function as the Spense one.
 
     ``bfloat16``/``float32``: plain weights (stored value times scale, rounded once; float32 is exact).
-    ``fp8``: the stored FP8 values and scales, unrounded, in the compressed-tensors layout that stock
-    vLLM runs with per-token FP8 activations: the same W8A8 arithmetic without this plugin.
+    ``fp8``, ``int8``: the stored values and scales, unrounded, in the compressed-tensors layout that stock
+    vLLM runs with per-token activations of that dtype: the same W8A8 arithmetic without this plugin.
     ``spense-dense``: a Spense checkpoint without 2:4 regions, the dense twin that gives bit-identical
     results through the same operators (to tell a format problem from a kernel problem).
-    Raises :class:`CheckpointError` for a damaged source, ``ValueError`` for fp8 of a bf16 checkpoint.
+    Raises :class:`CheckpointError` for a damaged source, ``ValueError`` for fp8 or int8 of another one.
     """
     checkpoint = Checkpoint(directory)
     config = checkpoint.require_spense()
     stored = config.all_codecs()
-    if format == "fp8" and any(codecs.single is not FP8 for codecs in stored):
+    if format in W8A8 and any(codecs.single is not W8A8[format] for codecs in stored):
         names = ", ".join(codecs.name for codecs in stored)
         raise ValueError(f"{directory} holds {names} weights: export it as bfloat16")
     check_headers(checkpoint)
@@ -71,7 +73,7 @@ def _dense_tensors(checkpoint: Checkpoint, module: str, format: ExportFormat) ->
     check_values(tensors, linear.codecs, module=module, file=checkpoint.directory)
     if format == "spense-dense":
         dense = linear.spelled_out(tensors)
-    elif format == "fp8":
+    elif format in W8A8:
         spelled = linear.spelled_out(tensors)
         dense = {"weight": spelled["dense_weight"], "weight_scale": spelled["weight_scale"][:, None]}
     else:
@@ -89,20 +91,25 @@ def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any
     if format == "spense-dense":
         config["quantization_config"] = _without_sparsity(checkpoint.require_spense()).model_dump()
         return config
-    if format != "fp8":
-        config["dtype"] = format
-        config.pop("torch_dtype", None)
+    if format in W8A8:
+        kind = "int" if format == "int8" else "float"
+        config["quantization_config"] = _w8a8_config(checkpoint.require_spense().ignore, kind)
         return config
-    config["quantization_config"] = dense_fp8_config(checkpoint.require_spense().ignore)
+    config["dtype"] = format
+    config.pop("torch_dtype", None)
     return config
 
 
 def dense_fp8_config(ignore: Sequence[str]) -> dict[str, Any]:
     """``quantization_config`` of stock vLLM's dense FP8: weights per channel, activations per token."""
-    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    return _w8a8_config(ignore, "float")
+
+
+def _w8a8_config(ignore: Sequence[str], kind: str) -> dict[str, Any]:
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": f"{kind}-quantized",
         "quantization_status": "compressed",
         "ignore": list(ignore),
         "config_groups": {

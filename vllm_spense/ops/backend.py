@@ -28,7 +28,7 @@ class Backend(Protocol[Spec_contra]):
     def prepare(self, spec: Spec_contra, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """From checkpoint tensors to run-time tensors.
 
-        Given are both regions and the metadata, empty ones included, and in FP8 the scales; no bias.
+        Given are both regions and the metadata, empty ones included, and the codec's scales; no bias.
         Takes ownership: the inputs' memory may be overwritten and be the result's.
         The tensor ``weight_packed`` must be among them: vLLM's LoRA code looks for it.
         """

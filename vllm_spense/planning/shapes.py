@@ -244,7 +244,7 @@ def _quantization(raw: Mapping[str, Any], file: object) -> AnyCheckpointConfig |
     quantization = parse_config(found, file)
     if quantization.codecs != UNIFORM_FP8:
         raise CheckpointError(
-            "a bf16 Spense checkpoint is served as a dense bf16 model: there is no gain to predict",
+            f"GPUs have no kernels for {quantization.codecs.title} weights: there is no gain to predict",
             file=file,
             fix="prune with `--weight-dtype fp8`, or give the dense model's directory",
         )

@@ -31,6 +31,10 @@ _BACK_ENDS = {
         "H100, H200 (sm_90) and x86-64 CPUs with AVX2\ncompute on the compressed weights, B200 (sm_100) "
         "where `spense tune` measured\nthat as faster; other devices decompress them at load."
     ),
+    "int8": (
+        "INT8 is for CPUs: GPUs have no kernels for it and\ndecompress the weights in every call; an FP8 "
+        "checkpoint is for them."
+    ),
 }
 _NO_BACK_END = "weights are decompressed at load\non every device; an FP8 checkpoint is what saves memory."
 NOT_MEASURED = "Not measured after pruning."

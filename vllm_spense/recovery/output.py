@@ -65,9 +65,10 @@ def _module(
         return stored
     linear = checkpoint.linear(name)
     values, scale = linear.values(stored)
-    if values.dtype.is_floating_point:
-        unit = torch.ones(1, 1) if scale is None else scale[:, None]
-        value = round_stochastically(value / unit, values.dtype, generator) * unit  # encode finds this scale
+    if not values.dtype.is_floating_point:  # whose range ends at the largest weight: its scale is a new one
+        scale = linear.encode(value)["weight_scale"]
+    unit = torch.ones(1, 1) if scale is None else scale[:, None]
+    value = round_stochastically(value / unit, values.dtype, generator) * unit  # encode finds this scale
     return linear.encode(value, stored.get("bias"))
 
 
@@ -75,8 +76,11 @@ def round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: tor
     """fp32 ``value`` up or down to the precision of ``dtype``, the nearer the likelier: right on average.
 
     Values that ``dtype`` holds, zeros among them, stay as they are. Below its normal range, where steps no
-    longer shrink, its conversion still has to round.
+    longer shrink, its conversion still has to round. Integers of any size are rounded to.
     """
+    if not dtype.is_floating_point:
+        below = value.floor()
+        return below + (torch.rand(value.shape, generator=generator) < value - below)
     dropped = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))
     noise = torch.randint(0, 1 << dropped, value.shape, generator=generator, dtype=torch.int32)
     return ((value.contiguous().view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)

@@ -46,9 +46,9 @@ def recover(
 
     ``dense``: the model it was pruned from (a local directory, or a hub name where there is network);
     objective ``tokens`` needs none. The 2:4 zeros, modules and layouts stay as they are. Everything is
-    trained in fp32 and rounded to the stored dtype at the end; an FP8 checkpoint's rounding of
-    activations is left out. Both models and AdamW's state are in memory. ``out`` is complete and checked,
-    or not there at all. On CPUs equal inputs and options give equal bytes.
+    trained in fp32, without rounding of activations, and rounded to the stored dtype at the end. Both models
+    and AdamW's state are in memory. ``out`` is complete and checked, or not there at all. On CPUs equal
+    inputs and options give equal bytes.
 
     Raises :class:`~vllm_spense.format.CheckpointError` (a ``ValueError``) for a ``directory`` that is no
     Spense checkpoint or damaged, ``ValueError`` for a ``dense`` model that does not fit and for unusable

@@ -1,9 +1,10 @@
 """How a loaded layer runs inside vLLM: a Spense back end, or a dense kernel of vLLM's own.
 
 Preference, per layer: a kernel of ours for the device; else vLLM's dense kernel on the decompressed
-matrix (never slower than the dense model, no memory saved). ``SPENSE_BACKEND`` names one for the layers
-with a 2:4 region instead: a back end of ``ops/linear/select.py``, or ``vllm-fp8``. bf16 checkpoints always
-run as vLLM's unquantized layers, so they give exactly the tokens of the exported dense checkpoint.
+matrix (never slower than the dense model, no memory saved), which there is for FP8; else what runs anywhere.
+``SPENSE_BACKEND`` names one for the layers with a 2:4 region instead: a back end of ``ops/linear/select.py``,
+or ``vllm-fp8``. bf16 checkpoints always run as vLLM's unquantized layers, so they give exactly the tokens of
+the exported dense checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops.backend import Backend, Tensors
 from vllm_spense.ops.linear.select import preferred_backend, select_backend
 from vllm_spense.ops.linear.spec import LinearSpec
@@ -21,8 +23,8 @@ from vllm_spense.serving import compat
 from vllm_spense.serving.dense import DenseFp8, DenseUnquantized
 
 NOT_HERE = ("triton", "reference")
-"""Back ends that no layer gets unasked, but vLLM's dense FP8: they are right everywhere, yet the reference
-decompresses in every call, and Triton was never measured to win."""
+"""Back ends that no FP8 layer gets unasked, but vLLM's dense FP8: they are right everywhere, yet the
+reference decompresses in every call, and Triton was never measured to win."""
 
 
 class Runtime(Protocol):
@@ -56,17 +58,21 @@ def choose(
 
     ``ValueError`` if ``SPENSE_BACKEND`` names something that cannot.
     """
-    if not spec.quantize_activations:  # first, so that SPENSE_BACKEND does not reach it
+    if spec.activation_dtype is None:  # first, so that SPENSE_BACKEND does not reach it
         return DenseUnquantized, f"{spec.codecs.name} weights run as vLLM's unquantized layers"
     preferred = preferred_backend(device)
     wanted = os.environ.get("SPENSE_BACKEND") if spec.hybrid else None
+    fp8 = spec.codecs == UNIFORM_FP8
     if wanted:
+        if wanted == DenseFp8.name and not fp8:
+            raise ValueError(f"back end {wanted!r} cannot run this layer: it takes FP8 weights")
         reason = None if wanted == preferred.name else f"SPENSE_BACKEND={wanted} asks for it"
         return DenseFp8 if wanted == DenseFp8.name else select_backend(spec, device, wanted), reason
     backend = select_backend(spec, device)
     if backend is preferred:
         return backend, None
-    return DenseFp8 if backend.name in NOT_HERE else backend, preferred.why_not(spec, device)
+    dense = fp8 and backend.name in NOT_HERE
+    return DenseFp8 if dense else backend, preferred.why_not(spec, device)
 
 
 class SpenseRuntime:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from vllm_spense.format.codecs.base import Activations, Codec, RowCodec, Stored
+from vllm_spense.format.codecs.base import Codec, RowCodec, Stored
 from vllm_spense.format.codecs.bf16 import Bf16
 from vllm_spense.format.codecs.fp8 import Fp8
+from vllm_spense.format.codecs.int8 import Int8
 
 __all__ = [
     "BF16",
     "FP8",
-    "Activations",
+    "INT8",
     "Codec",
     "RowCodec",
     "Stored",
@@ -50,3 +51,4 @@ def tensor_names() -> frozenset[str]:
 
 FP8 = register(Fp8())
 BF16 = register(Bf16())
+INT8 = register(Int8())

@@ -10,14 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from vllm_spense.format.layout import META_GROUP, Axis, Layout
 from vllm_spense.format.sparse24 import compress, decompress
 
-Activations = Literal["dynamic_per_token", "none"]
 Tensors = dict[str, torch.Tensor]
 REGIONS = ("sparse_values", "sparse_meta", "dense_weight")
 """What every codec has: kept values of the 2:4 region, their positions, values of the dense region."""
@@ -45,8 +44,9 @@ class Codec(ABC):
     ``title`` is what people read, ``details`` more of it in a model card.
     ``dtype``: of the stored values, the dtype of ``sparse_values`` and ``dense_weight``. ``bits`` per value.
     ``companions``: names of the tensors beside these. ``granule``: stored values along a row that cannot be
-    parted. ``activations``: what a kernel for this codec does with the inputs. ``everywhere``: linear layers
-    outside of the MLPs are stored in it, too, not only those that are pruned.
+    parted. ``activation_dtype``: what a kernel for this codec rounds its inputs to, token by token; None: it
+    takes them as they are. ``everywhere``: linear layers outside of the MLPs are stored in it, too, not only
+    those that are pruned.
     """
 
     name: ClassVar[str]
@@ -56,7 +56,7 @@ class Codec(ABC):
     bits: ClassVar[int]
     companions: ClassVar[tuple[str, ...]] = ()
     granule: ClassVar[int] = 1
-    activations: ClassVar[Activations] = "none"
+    activation_dtype: ClassVar[torch.dtype | None] = None
     everywhere: ClassVar[bool] = True
 
     def __repr__(self) -> str:

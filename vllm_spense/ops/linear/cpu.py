@@ -89,7 +89,7 @@ class CpuDenseBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        xq, xs = quantized(x, spec.quantize_activations)
+        xq, xs = quantized(x, spec.activation_dtype)
         return dense_linear(xq, xs, tensors[PACKED], tensors.get("weight_scale"), bias, x.dtype)
 
 

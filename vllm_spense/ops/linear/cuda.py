@@ -30,7 +30,7 @@ class CudaBackend:
         if device.type != "cuda":
             return f"runs on CUDA devices, not on {device.type}"
         if spec.codecs != UNIFORM_FP8:
-            return "the kernels take FP8 weights"
+            return f"the kernels take FP8 weights, not {spec.codecs.title}"
         if not spec.hybrid:
             return "there is no 2:4 region: a dense kernel is the right one"
         if spec.in_features % PITCH:
@@ -49,7 +49,7 @@ class CudaBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        xq, xs = quantized(x, spec.quantize_activations)
+        xq, xs = quantized(x, spec.activation_dtype)
         return linear(xq, xs, LinearArguments.of(spec, tensors, bias, "blocked"), x.dtype)
 
 

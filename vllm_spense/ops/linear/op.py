@@ -63,8 +63,9 @@ def linear(
 ) -> torch.Tensor:
     """``y [M, N] = x Wᵀ`` for a Spense weight (SpenseGPT, arXiv 2606.10445, section 3).
 
-    ``x [M, K]``: e4m3 with ``x_scale [M, 1]`` fp32, or float without a scale. On CUDA devices the compiled
-    kernels run layers in the layout ``blocked``; everything else is :func:`reference_linear`.
+    ``x [M, K]``: e4m3, or int8 for int8 weights, with ``x_scale [M, 1]`` fp32, or float without a scale. On
+    CUDA devices the compiled kernels run layers in the layout ``blocked``; everything else is
+    :func:`reference_linear`.
     Raises ``ValueError`` for output dtypes other than bf16, fp16 and fp32.
     """
     return _linear(x, x_scale, *layer.flat(), out_dtype)

@@ -1,7 +1,8 @@
 """The definition of the linear operators, in plain PyTorch: every kernel is tested against it.
 
 Arithmetic: products of the stored values accumulated in fp32, times the token's scale, times the channel's
-scale, plus bias in fp32, rounded once to the output dtype.
+scale, plus bias in fp32, rounded once to the output dtype. Products of int8 with int8 are summed exactly and
+rounded to fp32 once, so that every kernel gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from vllm_spense.ops.linear.repack import unblock
 from vllm_spense.ops.linear.spec import LinearSpec
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_EXACT = 1024
+"""Products of int8 with int8 whose sum is below 2^24: fp32 has it exactly."""
 
 
 def in_output_order(
@@ -72,11 +75,11 @@ def matmul_scaled(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``y [M, N]`` of ``x [M, K]`` and the decompressed ``weight [N, K]`` fp32; ``ValueError`` for an output
-    dtype that is none of ``OUT_DTYPES``."""
+    """``y [M, N]`` of ``x [M, K]`` and the decompressed ``weight [N, K]`` fp32 (in -127 … 127 and whole where
+    x is int8); ``ValueError`` for an output dtype that is none of ``OUT_DTYPES``."""
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"output dtype {out_dtype} must be one of {OUT_DTYPES}")
-    y = x.float() @ weight.t()
+    y = _sums_of_int8(x, weight) if x.dtype == torch.int8 else x.float() @ weight.t()
     if x_scale is not None:
         y = y * x_scale
     if weight_scale is not None:
@@ -84,6 +87,17 @@ def matmul_scaled(
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype, copy=False)
+
+
+def _sums_of_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x Wᵀ`` fp32 ``[M, N]`` of whole numbers below 128, each sum rounded once.
+
+    In parts of the columns whose sums an fp32 GEMM has exactly, in any order; fp64 adds them up.
+    """
+    sums = x.new_zeros((x.shape[0], weight.shape[0]), dtype=torch.float64)
+    for part, columns in zip(x.float().split(_EXACT, 1), weight.split(_EXACT, 1), strict=True):
+        sums += part @ columns.t()
+    return sums.float()
 
 
 def reference_linear(

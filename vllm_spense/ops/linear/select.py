@@ -34,7 +34,7 @@ class ReferenceBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        xq, xs = quantized(x, spec.quantize_activations)
+        xq, xs = quantized(x, spec.activation_dtype)
         return linear(xq, xs, LinearArguments.of(spec, tensors, bias), x.dtype)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vllm_spense.format.layout import Layout, Split
 from vllm_spense.format.linear import UNIFORM_FP8, Codecs, LinearFormat
 
@@ -37,9 +39,9 @@ class LinearSpec:
         )
 
     @property
-    def quantize_activations(self) -> bool:
-        """Whether x is rounded to FP8 per token: what FP8 weights are multiplied with."""
-        return self.codecs.activations == "dynamic_per_token"
+    def activation_dtype(self) -> torch.dtype | None:
+        """What x is rounded to, token by token: what such weights are multiplied with. None: nothing."""
+        return self.codecs.activation_dtype
 
     @property
     def hybrid(self) -> bool:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import torch
 
+from vllm_spense.format.codecs.fp8 import FP8_DTYPE
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops.activations import quantized
 from vllm_spense.ops.backend import Tensors
@@ -57,7 +58,7 @@ class TritonBackend:
         if device.type != "cuda" or torch.version.hip:
             return f"runs on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device.type}"
         if spec.codecs != UNIFORM_FP8:
-            return "the kernel takes FP8 weights"
+            return f"the kernel takes FP8 weights, not {spec.codecs.title}"
         capability = _capability(device)
         if capability < OLDEST:
             return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
@@ -79,5 +80,5 @@ class TritonBackend:
         x: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        xq, xs = quantized(x, _capability(x.device) >= FP8_TENSOR_CORES)
+        xq, xs = quantized(x, FP8_DTYPE if _capability(x.device) >= FP8_TENSOR_CORES else None)
         return triton_linear(xq, xs, LinearArguments.of(spec, tensors, bias), x.dtype)

@@ -11,6 +11,7 @@ import torch
 from vllm_spense.devices import H200
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.files import write_text
+from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.models.families import fused_with
 from vllm_spense.ops import extension
 from vllm_spense.ops.linear.configs import KernelConfig, candidates, estimate
@@ -76,6 +77,9 @@ def layer_specs(checkpoint: Checkpoint, tensor_parallel: int = 1) -> list[Linear
     """The different hybrid layers of a checkpoint as vLLM fuses and slices them (gate and up are one, and
     q, k and v); each is cut along its own split axis."""
     config = checkpoint.require_spense()
+    if config.all_codecs() != [UNIFORM_FP8]:
+        names = " and ".join(codecs.title for codecs in config.all_codecs())
+        raise ValueError(f"the GPU kernels take FP8 weights, not {names}: there is nothing to measure")
     if tensor_parallel not in config.tensor_parallel_sizes:
         allowed = config.tensor_parallel_sizes
         raise ValueError(f"the checkpoint allows tensor parallel sizes {allowed}, not {tensor_parallel}")
