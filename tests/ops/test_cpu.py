@@ -8,9 +8,11 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from tests.layers import assert_within_rounding, make_layer
 from vllm_spense.format import FP8_DTYPE, Codecs, Layout
@@ -27,12 +29,27 @@ BUILT = (
 )
 REASON = cpu.why_not_here()
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-ISA = [
-    pytest.param(i, id=name, marks=needs_kernels)
-    for i, name in enumerate(ISAS, 1)
-    if REASON or name in cpu.isas()
-]
-every_isa = pytest.mark.parametrize("isa", ISA)
+
+
+class Kernel(NamedTuple):
+    """Of which weights, and by which instructions."""
+
+    dtype: torch.dtype
+    isa: int
+
+
+def kernels(codec: str, dtype: torch.dtype) -> list[ParameterSet]:
+    return [
+        pytest.param(Kernel(dtype, i), id=f"{codec}-{name}", marks=needs_kernels)
+        for i, name in enumerate(ISAS, 1)
+        if REASON or name in cpu.isas(codec)
+    ]
+
+
+FP8, INT8 = kernels("fp8", FP8_DTYPE), kernels("int8", torch.int8)
+every_fp8_kernel = pytest.mark.parametrize("kernel", FP8)
+every_int8_kernel = pytest.mark.parametrize("kernel", INT8)
+every_kernel = pytest.mark.parametrize("kernel", [*FP8, *INT8])
 TOKENS = (0, 1, 2, 3, 7, 8, 17, 30, 47)
 """Each size of a block of tokens, on either side of where weights are widened first."""
 SHAPES = [
@@ -57,8 +74,8 @@ def name(layouts: list[Layout]) -> str:
 class Layer:
     """A layer in the checkpoint's layout whose tensors a test may change."""
 
-    def __init__(self, layouts: list[Layout]) -> None:
-        layer = make_layer(layouts)
+    def __init__(self, layouts: list[Layout], dtype: torch.dtype = FP8_DTYPE) -> None:
+        layer = make_layer(layouts, dtype)
         self.spec, self.given = layer.spec, layer.arguments()
 
     def twin(self) -> Layer:
@@ -67,7 +84,7 @@ class Layer:
         n, k = self.spec.out_features, self.spec.in_features
         twin.spec = replace(self.spec, split="output", sparse_sizes=(0,), dense_sizes=(n,))
         tensors = {
-            "sparse_values": torch.empty(0, k // 2, dtype=FP8_DTYPE),
+            "sparse_values": torch.empty(0, k // 2, dtype=self.given.sparse_values.dtype),
             "sparse_meta": torch.empty(0, k // 8, dtype=torch.uint8),
             "dense_weight": full_weight(self.given),
         }
@@ -87,7 +104,10 @@ class Layer:
         return torch.ops.spense.linear_cpu(x, *layer.compiled(), isa)
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
-        return reference_linear(*quantize_per_token(x), self.given, x.dtype)
+        return reference_linear(*self.quantized(x), self.given, x.dtype)
+
+    def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_per_token(x, self.given.dense_weight.dtype)
 
 
 def tokens(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
@@ -99,49 +119,82 @@ def test_the_extension_is_there() -> None:
     if BUILT:
         assert "not built" not in str(REASON)
         assert "does not load" not in str(REASON)
-    assert ISA
+    assert FP8
+    assert INT8
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("layouts", SHAPES, ids=name)
-def test_against_float64(layouts: list[Layout], isa: int) -> None:
-    layer = Layer(layouts)
+def test_against_float64(layouts: list[Layout], kernel: Kernel) -> None:
+    layer = Layer(layouts, kernel.dtype)
     n, k = layer.spec.out_features, layer.spec.in_features
     for out in OUT_DTYPES:
         for m in TOKENS:
             x = tokens(m, k, out)
             bias = tokens(1, n, out, seed=2)[0] if m % 2 else None
-            y = layer.run(x, bias, isa)
-            assert_within_rounding(y, *quantize_per_token(x), layer.given._replace(bias=bias), out)
+            y = layer.run(x, bias, kernel.isa)
+            assert_within_rounding(y, *layer.quantized(x), layer.given._replace(bias=bias), out)
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("layouts", [x for x in SHAPES if any(y.sparse for y in x)], ids=name)
-def test_zeros_written_out_change_no_bit(layouts: list[Layout], isa: int) -> None:
+def test_zeros_written_out_change_no_bit(layouts: list[Layout], kernel: Kernel) -> None:
     """Why a Spense model and its dense twin say the same tokens."""
-    layer = Layer(layouts)
+    layer = Layer(layouts, kernel.dtype)
     for m in TOKENS:
         x = tokens(m, layer.spec.in_features, torch.float32)
-        assert torch.equal(layer.run(x, None, isa), layer.twin().run(x, None, isa))
+        assert torch.equal(layer.run(x, None, kernel.isa), layer.twin().run(x, None, kernel.isa))
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("layouts", SHAPES, ids=name)
-def test_a_tokens_bits_do_not_depend_on_its_company(layouts: list[Layout], isa: int) -> None:
+def test_a_tokens_bits_do_not_depend_on_its_company(layouts: list[Layout], kernel: Kernel) -> None:
     """Batch invariance: whatever else is in the step, and how many tokens are quantised at a time."""
-    layer = Layer(layouts)
+    layer = Layer(layouts, kernel.dtype)
     x = tokens(400, layer.spec.in_features, torch.float32)
-    together = layer.run(x, None, isa)
+    together = layer.run(x, None, kernel.isa)
     assert torch.allclose(together, layer.reference(x), rtol=1e-4, atol=1e-4)
     for m in (*TOKENS, 97):
         for first in (0, 384, 5):
-            assert torch.equal(layer.run(x[first : first + m], None, isa), together[first : first + m])
+            assert torch.equal(layer.run(x[first : first + m], None, kernel.isa), together[first : first + m])
 
 
-@every_isa
+def set_every_nibble(meta: torch.Tensor) -> None:
+    nibbles = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE])
+    pick = torch.arange(meta.numel()).reshape(meta.shape)
+    meta.copy_((nibbles[pick % 6] | nibbles[pick // 6 % 6] << 4).to(torch.uint8))
+
+
+@every_int8_kernel
+@pytest.mark.parametrize("layouts", SHAPES, ids=name)
+def test_int8_sums_are_exact(layouts: list[Layout], kernel: Kernel) -> None:
+    """The definition's bits, in every instruction set."""
+    layer = Layer(layouts, kernel.dtype)
+    for m in TOKENS:
+        x = tokens(m, layer.spec.in_features, torch.float32)
+        assert torch.equal(layer.run(x, None, kernel.isa), layer.reference(x))
+
+
+@every_int8_kernel
 @pytest.mark.parametrize("split", ["output", "input"])
 @pytest.mark.parametrize("m", [1, 48])
-def test_every_weight_and_position(split: str, m: int, isa: int) -> None:
+def test_every_int8_weight_and_position(split: str, m: int, kernel: Kernel) -> None:
+    layout = Layout(split, 512, 32, 256 if split == "output" else 16)
+    layer = Layer([layout], kernel.dtype)
+    legal = torch.arange(-127, 128).to(torch.int8)
+    for region in (layer.given.sparse_values, layer.given.dense_weight):
+        region.copy_(legal[torch.arange(region.numel()).reshape(region.shape[::-1]).T % 255])
+    set_every_nibble(layer.given.sparse_meta)
+    for column in range(32):
+        x = torch.zeros(m, 32)
+        x[:, column] = 127.0 if column % 2 else -127.0
+        assert torch.equal(layer.run(x, None, kernel.isa), layer.reference(x))
+
+
+@every_fp8_kernel
+@pytest.mark.parametrize("split", ["output", "input"])
+@pytest.mark.parametrize("m", [1, 48])
+def test_every_weight_and_position(split: str, m: int, kernel: Kernel) -> None:
     """Each of the 254 finite bytes at each position of a group, in either region; one product is exact."""
     finite = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
     layout = Layout(split, 512, 32, 256 if split == "output" else 16)
@@ -150,19 +203,16 @@ def test_every_weight_and_position(split: str, m: int, isa: int) -> None:
         region.view(torch.uint8).copy_(
             finite[torch.arange(region.numel()).reshape(region.shape[::-1]).T % 254]
         )
-    nibbles = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE])
-    meta = layer.given.sparse_meta
-    pick = torch.arange(meta.numel()).reshape(meta.shape)
-    meta.copy_((nibbles[pick % 6] | nibbles[pick // 6 % 6] << 4).to(torch.uint8))
+    set_every_nibble(layer.given.sparse_meta)
     for column in range(32):
         x = torch.zeros(m, 32)
         x[:, column] = 448.0
-        assert torch.equal(layer.run(x, None, isa), layer.reference(x))
+        assert torch.equal(layer.run(x, None, kernel.isa), layer.reference(x))
 
 
-@every_isa
+@every_fp8_kernel
 @pytest.mark.parametrize("m", [1, 48])
-def test_subnormals_where_the_thread_flushes_them(m: int, isa: int) -> None:
+def test_subnormals_where_the_thread_flushes_them(m: int, kernel: Kernel) -> None:
     """e4m3's subnormals are ordinary numbers; the CPU must never see them as fp32's."""
     layer = Layer([Layout("output", 32, 64, 16)])
     for region in (layer.given.sparse_values, layer.given.dense_weight):
@@ -172,7 +222,7 @@ def test_subnormals_where_the_thread_flushes_them(m: int, isa: int) -> None:
     assert wanted.count_nonzero() == wanted.numel()
     torch.set_flush_denormal(True)
     try:
-        assert torch.allclose(layer.run(x, None, isa), wanted, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(layer.run(x, None, kernel.isa), wanted, rtol=1e-5, atol=1e-7)
     finally:
         torch.set_flush_denormal(False)
 
@@ -185,9 +235,9 @@ def identity(k: int) -> Layer:
     return layer
 
 
-@every_isa
+@every_fp8_kernel
 @pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
-def test_activations_are_quantised_as_everywhere(dtype: torch.dtype, isa: int) -> None:
+def test_activations_are_quantised_as_everywhere(dtype: torch.dtype, kernel: Kernel) -> None:
     """Random numbers over the whole range, ties, subnormals of e4m3, tiny, huge and empty tokens."""
     x = tokens(64, 160, torch.float32)
     x[:16] *= 2.0 ** torch.linspace(-12, 6, 160)
@@ -199,19 +249,36 @@ def test_activations_are_quantised_as_everywhere(dtype: torch.dtype, isa: int) -
     x[20] = 0
     x = x.to(dtype)
     q, scale = quantize_per_token(x)
-    assert torch.equal(identity(160).run(x, None, isa), (q.float() * scale).to(dtype))
-    assert torch.equal(identity(160).run(x[16:21], None, isa), (q.float() * scale).to(dtype)[16:21])
+    assert torch.equal(identity(160).run(x, None, kernel.isa), (q.float() * scale).to(dtype))
+    assert torch.equal(identity(160).run(x[16:21], None, kernel.isa), (q.float() * scale).to(dtype)[16:21])
 
 
-@every_isa
+@every_int8_kernel
+@pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
+def test_activations_become_int8_as_everywhere(dtype: torch.dtype, kernel: Kernel) -> None:
+    """Ties, tiny, huge and empty tokens, of columns that no vector divides."""
+    x = tokens(40, 161, torch.float32)
+    x[:16] *= 2.0 ** torch.linspace(-12, 6, 161)
+    x[16] = torch.arange(161) / 2 - 40
+    x[16, 0] = 127
+    x[17], x[18], x[19] = x[17] * 1e-7, x[18] * 1e4, 0
+    x = x.to(dtype)
+    layer = Layer([Layout("output", 161, 161, 0)], torch.int8)
+    layer.given.dense_weight.copy_(torch.eye(161))
+    layer.given = layer.given._replace(weight_scale=torch.ones(161))
+    q, scale = quantize_per_token(x, torch.int8)
+    assert torch.equal(layer.run(x, None, kernel.isa), (q.float() * scale).to(dtype))
+
+
+@every_kernel
 @pytest.mark.parametrize("m", [1, 40])
-def test_what_is_not_finite_is_seen_in_its_token_only(m: int, isa: int) -> None:
+def test_what_is_not_finite_is_seen_in_its_token_only(m: int, kernel: Kernel) -> None:
     x = tokens(m + 2, 64)
     x[0, 3], x[1, 3] = float("nan"), float("inf")
-    layer = Layer([Layout("output", 32, 64, 16)])
-    y = layer.run(x, None, isa)
+    layer = Layer([Layout("output", 32, 64, 16)], kernel.dtype)
+    y = layer.run(x, None, kernel.isa)
     assert y[:2].isnan().all()
-    assert torch.equal(y[2:], layer.run(torch.cat([x[-1:], x[-1:], x[2:]]), None, isa)[2:])
+    assert torch.equal(y[2:], layer.run(torch.cat([x[-1:], x[-1:], x[2:]]), None, kernel.isa)[2:])
 
 
 @needs_kernels
@@ -296,6 +363,6 @@ def test_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     y = backend.apply(layer.spec, backend.prepare(layer.spec, layer.tensors()), x, None)
     assert torch.allclose(y, expected)
     bf16 = replace(layer.spec, codecs=Codecs.of("bf16"))
-    assert "take FP8 weights" in str(backend.why_not(bf16, CPU))
+    assert "take FP8 or INT8 weights, not bf16" in str(backend.why_not(bf16, CPU))
     monkeypatch.setattr(cpu, "why_not_here", lambda: "the CPU extension is not built")
     assert select_backend(layer.spec, CPU).name == "cpu-fp32"

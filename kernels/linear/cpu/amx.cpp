@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kTileColumns = 32;  // of x in one tile
 constexpr int kTile = 512;        // its values: 16 tokens or pairs of columns
-constexpr int kChunk = 512;       // columns whose tiles of two strips fill two thirds of the first-level cache
+constexpr int kChunk = 1024;      // columns that are widened at a time, for many tokens
 constexpr int kStrips = 16;       // that share a chunk of x in the second-level cache
 constexpr int kMany = 512;        // tokens of it
 

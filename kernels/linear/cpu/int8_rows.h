@@ -55,10 +55,10 @@ void quantize_rows_int8(T const* x, int64_t in, int64_t from, int64_t to, uint8_
     scales[t] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
     std::fill(out + (finite ? in : 0), out + pitch, uint8_t(Offset));
     if (!finite) continue;
-    __m256 const divisor = _mm256_set1_ps(scale);
+    __m256 const factor = _mm256_set1_ps(1.0f / scale);  // as vLLM's CPU kernels round
     __m128i const offset = _mm_set1_epi8(char(Offset));
     for_eights(row, in, [&](__m256 v, int64_t i, int64_t count) {
-      __m256i const rounded = _mm256_cvtps_epi32(_mm256_div_ps(v, divisor));
+      __m256i const rounded = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));
       __m128i const words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
       int64_t const bytes = _mm_cvtsi128_si64(_mm_add_epi8(_mm_packs_epi16(words, words), offset));
       std::memcpy(out + i, &bytes, size_t(count));

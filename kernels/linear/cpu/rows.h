@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include "linear/cpu/kernels.h"
 
 namespace spense::cpu {
@@ -55,6 +56,12 @@ Value* row_of(Value* values, int64_t token, int64_t pitch) {
   return values + token / Side * Side * pitch + token % Side * kSegment;
 }
 
+// Calls f with `count`; with a constant where it is the usual one, which compilers make straight code of.
+template <int Usual, class F>
+void times(int count, F const& f) {
+  count == Usual ? f(std::integral_constant<int, Usual>{}) : f(count);
+}
+
 template <int Side, class T, class Value>
 void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* values, int64_t pitch, float* scales) {
   for (int64_t t = from; t < to; ++t) {
@@ -65,14 +72,18 @@ void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* valu
     float const amax = bit_cast<float>(largest) / kMaxE4m3;
     float const scale = amax < kMinScale ? kMinScale : amax;
     scales[t] = scale;
-    for (int64_t c = 0; c < pitch; c += kSegment, out += kSegment * Side) {
+    for (int64_t c = 0; c < pitch; c += kSegment, row += kSegment, out += kSegment * Side) {
       int const here = int(std::clamp<int64_t>(in - c, 0, kSegment));
-      for (int i = 0; i < here; ++i) {
-        float v = to_float(row[c + i]) / scale;
-        v = v > kMaxE4m3 ? kMaxE4m3 : v;
-        v = v < -kMaxE4m3 ? -kMaxE4m3 : v;
-        store(out + i, rounded_to_e4m3(v));
-      }
+      times<kSegment>(here, [from = row, to = out, scale](auto count) {
+        float rounded[kSegment];
+        for (int i = 0; i < count; ++i) {
+          float v = to_float(from[i]) / scale;
+          v = v > kMaxE4m3 ? kMaxE4m3 : v;
+          v = v < -kMaxE4m3 ? -kMaxE4m3 : v;
+          rounded[i] = rounded_to_e4m3(v);
+        }
+        for (int i = 0; i < count; ++i) store(to + i, rounded[i]);
+      });
       std::fill(out + here, out + kSegment, Value{});
     }
   }
@@ -83,7 +94,7 @@ void finish_rows(float const* out, int tokens, int rows, float const* x_scale, f
                  T* y, int64_t y_pitch) {
   for (int t = 0; t < tokens; ++t, out += kRows, y += y_pitch)  // whole cache lines of y, one after the other
     for (int first = 0; first < rows; first += kRows) {
-      float const* const sums = out + first * tokens;
+      float const* const sums = out + int64_t(first) * tokens;
       for (int i = 0, r = first; i < std::min(kRows, rows - first); ++i, ++r) {
         float const scaled = sums[i] * Unit * x_scale[t] * weight_scale[r];
         store(y + r, bias ? scaled + to_float(bias[r]) : scaled);

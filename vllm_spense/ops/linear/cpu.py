@@ -50,8 +50,8 @@ class CpuBackend:
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
-        if spec.codecs != UNIFORM_FP8:
-            return "the kernels take FP8 weights"
+        if spec.codecs.name not in CODECS:
+            return f"the kernels take FP8 or INT8 weights, not {spec.codecs.title}"
         return why_not_here()
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -121,7 +121,7 @@ def describe_cpu() -> str:
 
 
 def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
-    """A layer in the layout ``strips``, its weights uint8 and in their own memory where they fit.
+    """A layer in the layout ``strips``: weights int8 or (FP8) uint8, in their own memory where they fit.
 
     Where they do not, zeros fill up the rows of each region of each fused shard and the columns of each
     region to multiples of 16. The dense region of an input split starts at a multiple of 16 of x's columns,
@@ -159,7 +159,7 @@ def _missing(n: int) -> int:
 
 
 def _filled(tensor: torch.Tensor, rows: list[int], ahead: int, behind: int) -> torch.Tensor:
-    data = tensor.view(torch.uint8).contiguous()
+    data = tensor.contiguous() if tensor.dtype == torch.int8 else tensor.view(torch.uint8).contiguous()
     if not (ahead or behind or any(_missing(size) for size in rows)) or not data.numel():
         return data
     return torch.cat([pad(part, (ahead, behind, 0, _missing(len(part)))) for part in data.split(rows)])
