@@ -77,6 +77,7 @@ def test_bytes_and_counts_by_hand() -> None:
         f"  weights on this rank: {40 * stored / 2**20:.2f} MiB, as dense FP8 {40 * dense / 2**20:.2f} MiB "
         f"({1 - stored / dense:.1%} saved); 120.00 MiB in memory",
         "  back ends: cpu 120",
+        f"  CPU kernels: {cpu.describe_cpu()}",
     ]
 
 
@@ -189,7 +190,7 @@ def test_a_linear_method_reports_what_runs_the_layer(blocks: list[str], monkeypa
         method.process_weights_after_loading(layer)
         method.process_weights_after_loading(layer)  # vLLM may call twice
     assert len(blocks) == 1
-    assert blocks[0].endswith("  back ends: cpu 60")
+    assert blocks[0].endswith(f"  back ends: cpu 60\n  CPU kernels: {cpu.describe_cpu()}")
     assert f"; {60 * 48 * (64 * 0.625 + 32 + 4) / 2**20:.2f} MiB in memory" in blocks[0]
 
 
@@ -239,7 +240,7 @@ def test_int8_layers_run_on_what_takes_them(spec: LinearSpec, monkeypatch: pytes
     """Never on a kernel for FP8, vLLM's own included."""
     monkeypatch.delenv("SPENSE_BACKEND", raising=False)
     int8 = replace(spec, codecs=Codecs.of("int8"))
-    assert choose(int8, CPU)[0].name in ("cpu", "cpu-fp32")
+    assert choose(int8, CPU)[0].name == choose(spec, CPU)[0].name
     assert named(choose(int8, GPU)) == ("reference", "the kernels take FP8 weights, not INT8")
     with pytest.raises(
         ValueError, match="'triton' cannot run this layer: the kernel takes FP8 weights, not INT8"

@@ -32,8 +32,8 @@ _BACK_ENDS = {
         "where `spense tune` measured\nthat as faster; other devices decompress them at load."
     ),
     "int8": (
-        "INT8 is for CPUs: GPUs have no kernels for it and\ndecompress the weights in every call; an FP8 "
-        "checkpoint is for them."
+        "x86-64 CPUs with AVX2 compute on the compressed\nweights; GPUs have no kernels for INT8 yet and "
+        "decompress in every call, an FP8\ncheckpoint is for them."
     ),
 }
 _NO_BACK_END = "weights are decompressed at load\non every device; an FP8 checkpoint is what saves memory."

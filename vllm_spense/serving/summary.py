@@ -17,6 +17,7 @@ import torch
 
 from vllm_spense.format.linear import LinearFormat
 from vllm_spense.models.families import in_attention
+from vllm_spense.ops.linear.cpu import CpuBackend, describe_cpu
 from vllm_spense.serving import compat
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def describe(layers: Sequence[LayerFacts], unquantized: int) -> str:
     ]
     if mlp:
         lines.insert(1, f"mean dense ratio of the hybrid MLP layers: {dense_ratio(mlp):.3f}")
+    if CpuBackend.name in backends:
+        lines.append(f"CPU kernels: {describe_cpu()}")
     lines += [f"fell back to {name}: {count}, {why}" for (name, why), count in reasons.most_common()]
     return "\n  ".join(lines)
 

@@ -1,4 +1,4 @@
-"""CPUs: compiled kernels on compressed e4m3 weights, and dense fp32 where they cannot run.
+"""CPUs: compiled kernels on compressed e4m3 or int8 weights, and dense fp32 where they cannot run.
 
 ``spense::linear_cpu`` (``kernels/``, x86-64) widens weights in registers. It reads those of 16 output rows
 side by side, the layout ``strips``: :func:`interleave` turns every 16 rows ``[16, units]`` of a checkpoint
@@ -108,16 +108,18 @@ def why_not_here() -> str | None:
 
 def isas(codec: str = "fp8") -> tuple[str, ...]:
     """Those of ``ISAS`` that this CPU has and that have kernels for a codec, the best last."""
+    if extension.why_not_loaded_cpu() is not None:
+        return ()
     here = torch.ops.spense.cpu_isas(CODECS.index(codec))
     return tuple(name for i, name in enumerate(ISAS) if here >> i & 1)
 
 
 def describe_cpu() -> str:
-    """The CPU's name as Linux tells it, and the instruction set that the kernels use."""
+    """The CPU's name as Linux tells it, and the instruction set that the kernels use for each codec."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     names = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    best = isas()[-1:] or ("no instruction set with kernels",)
-    return f"{next(names, 'CPU')}, {best[0]}"
+    best = [f"{known[-1]} for {codec.upper()}" for codec in CODECS if (known := isas(codec))]
+    return f"{next(names, 'CPU')}, {', '.join(best) or 'no instruction set with kernels'}"
 
 
 def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
