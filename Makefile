@@ -34,7 +34,7 @@ help:
 	@echo "make start-up   seconds until vLLM is ready, Spense against dense FP8, and what the checks take"
 	@echo "make lint       ruff, clang-format, mypy and which package may import which"
 	@echo "make demo       fetch, prune, measure, serve and ask a small trained model"
-	@echo "make accuracy   what FP8 rounding costs: table and plot of docs/accuracy_smollm2.md"
+	@echo "make accuracy   what FP8 and INT8 rounding cost: table and plot of docs/accuracy_smollm2.md"
 	@echo "make frontier   quality against size and predicted speed, every pruning method, three seeds (hours)"
 	@echo "make second-model  fetch Gemma 3 270M (Gemma terms; never part of setup or test) and measure pruning on it (hours)"
 	@echo "make cpu        on this CPU: the kernels against GEMMs, and real vLLM's tokens per second (8 GB, one to two hours)"

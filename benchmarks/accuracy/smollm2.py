@@ -3,10 +3,10 @@
 usage: python -m benchmarks.accuracy.smollm2 [--rows spensegpt+0.5 …] [--plot-only]
 
 Prunes the model's MLPs with every method (64 calibration windows of 512 tokens of the train split) and
-scores 32 windows of 512 tokens of the test split: with bf16 weights, and pruned for FP8 (each layer is
-calibrated behind rounded ones), with weights only and with activations in FP8 too (W8A8). Finished
-figures in benchmarks/results/accuracy_smollm2.json are kept: run it again to go on, delete the file to
-start over. docs/accuracy_smollm2.md and its plot are made from that file. About an hour on two cores.
+scores 32 windows of 512 tokens of the test split: with bf16 weights, and pruned for FP8 and INT8 (each layer
+is calibrated behind rounded ones), with weights only and with activations rounded too (W8A8). Finished
+figures in benchmarks/results/accuracy_smollm2.json are kept: run it again to go on, `--again` to measure a
+row once more. docs/accuracy_smollm2.md and its plot are made from that file. An hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +35,20 @@ RESULTS = ROOT / "benchmarks" / "results" / "accuracy_smollm2.json"
 TABLE = ROOT / "docs" / "accuracy_smollm2.md"
 PLOT = ROOT / "docs" / "img" / "accuracy_smollm2.png"
 COMMAND = "python -m benchmarks.accuracy.smollm2"
-COLUMNS = {"bf16": "bf16 weights", "fp8": "FP8 weights", "w8a8": "FP8 weights + activations"}
+COLUMNS = {
+    "bf16": "bf16 weights",
+    "fp8": "FP8 weights",
+    "w8a8": "FP8 weights + activations",
+    "int8": "INT8 weights",
+    "int8-w8a8": "INT8 weights + activations",
+}
+ROUNDED: dict[str, tuple[str, Literal["checkpoint", "none"]]] = {
+    "fp8": ("fp8", "none"),
+    "w8a8": ("fp8", "checkpoint"),
+    "int8": ("int8", "none"),
+    "int8-w8a8": ("int8", "checkpoint"),
+}
+"""Columns of a checkpoint in a codec; activations as the checkpoint says, or not rounded."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,14 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ROOT / ".cache" / "assets")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "accuracy")
     parser.add_argument("--rows", nargs="*", choices=[row.key for row in ROWS], metavar="ROW")
+    parser.add_argument("--again", action="store_true", help="measure what is known already once more")
     parser.add_argument("--plot-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.plot_only:
         model, text = fetch_model(arguments.assets, print), fetch_text(arguments.assets, print)
         for row in ROWS:
             if not arguments.rows or row.key in arguments.rows:
-                measure(row, model, text, arguments.work)
+                measure(row, model, text, arguments.work, arguments.again)
     results = load_results()
     write_table(results)
     write_plot(results)
@@ -105,37 +120,33 @@ def save_entry(row: Row, entry: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def measure(row: Row, model: Path, text: Path, work: Path) -> None:
+def measure(row: Row, model: Path, text: Path, work: Path, again: bool) -> None:
     """Fill in the figures of one row that are missing, saving after each."""
-    entry = load_results()["rows"].get(row.key, {"label": row.label, "mlp_sparsity": row.sparsity})
-    if not set(COLUMNS) - set(entry):
-        return
-    directory = work / row.key
-    if row.options is None:
-        pruned = model
-    else:
-        pruned = directory / "bf16"
-        if not pruned.is_dir():
-            train = None if row.key == "magnitude" else str(text / "train.txt")
-            config = PruneConfig(calibration=train, weight_dtype="bf16", **row.options)
-            entry["prune_seconds"] = round(prune(model, pruned, config, report).seconds, 1)
-    fp8 = directory / "fp8"
-    if not fp8.is_dir():
-        options = row.options or {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 1}
-        train = None if row.key in ("dense", "magnitude") else str(text / "train.txt")
-        prune(model, fp8, PruneConfig(calibration=train, **options), report)
-    runs = {
-        "bf16": lambda: evaluate(pruned, text / "test.txt"),
-        "fp8": lambda: evaluate(fp8, text / "test.txt", activations="none"),
-        "w8a8": lambda: evaluate(fp8, text / "test.txt"),
-    }
-    for column, run in runs.items():
-        if column not in entry:
-            result = run()
-            entry[column] = round(result.perplexity, 4)
-            entry[f"{column}_seconds"] = round(result.seconds, 1)
-            print(f"{row.label}, {COLUMNS[column]}: {result.perplexity:.3f}", flush=True)
-            save_entry(row, entry)
+    entry = load_results()["rows"].get(row.key, {})
+    if again or not entry:
+        entry = {"label": row.label, "mlp_sparsity": row.sparsity}
+    for column, title in COLUMNS.items():
+        if column in entry:
+            continue
+        codec, activations = ROUNDED.get(column, ("bf16", "checkpoint"))
+        directory = model if row.options is None and codec == "bf16" else work / row.key / codec
+        if not directory.is_dir():
+            seconds = make(row, codec, model, text, directory)
+            if codec == "bf16":
+                entry["prune_seconds"] = round(seconds, 1)
+        result = evaluate(directory, text / "test.txt", activations=activations)
+        entry[column] = round(result.perplexity, 4)
+        entry[f"{column}_seconds"] = round(result.seconds, 1)
+        print(f"{row.label}, {title}: {result.perplexity:.3f}", flush=True)
+        save_entry(row, entry)
+
+
+def make(row: Row, codec: str, model: Path, text: Path, directory: Path) -> float:
+    """Prune for a codec's weights (the dense model is only rounded); seconds that took."""
+    options = row.options or {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 1}
+    train = None if row.key in ("dense", "magnitude") else str(text / "train.txt")
+    config = PruneConfig(calibration=train, weight_dtype=codec, **options)
+    return prune(model, directory, config, report).seconds
 
 
 def report(progress: PruneProgress) -> None:
@@ -173,15 +184,15 @@ def write_table(results: dict[str, Any]) -> None:
             if value is None:
                 cells.append("–")
             else:
-                change = "" if column == "bf16" else f" ({value / base - 1:+.1%})"
+                change = "" if column == "bf16" else f" ({log(value / base):+.3f})"
                 cells.append(f"{value:.2f}{change}")
         lines.append([row.label, row.sparsity, *cells])
     note = (
-        "# What FP8 rounding costs\n\n"
+        "# What rounding to FP8 and INT8 costs\n\n"
         "Perplexity of SmolLM2-135M-Instruct on the Wikipedia test split (32 windows of 512 tokens); only "
-        "the MLPs are pruned;\ncalibration: 64 windows of 512 tokens of the train split. FP8 columns are "
-        "`spense prune --weight-dtype fp8`, the default,\nattention rounded too; percentages are "
-        "against the same row's bf16 weights. "
+        "the MLPs are pruned;\ncalibration: 64 windows of 512 tokens of the train split. FP8 and INT8 "
+        "columns are `spense prune --weight-dtype fp8` (the default)\nand `int8`, attention rounded too; in brackets "
+        "nats over the same row's bf16 weights. "
         f"Made by `{COMMAND}`.\n\n"
     )
     shown = table(["method", "MLP sparsity", *COLUMNS.values()], lines)
@@ -199,15 +210,16 @@ def write_plot(results: dict[str, Any]) -> None:
 
     rows = [row for row in ROWS if "bf16" in results["rows"].get(row.key, {})]
     limit = 95.0
-    figure, axis = pyplot.subplots(figsize=(8, 3.6))
-    colours = dict(zip(COLUMNS, ("#33658a", "#86bbd8", "#f6ae2d"), strict=True))
+    figure, axis = pyplot.subplots(figsize=(8, 5.4))
+    colours = dict(zip(COLUMNS, ("#33658a", "#86bbd8", "#f6ae2d", "#9bc53d", "#5b7f2b"), strict=True))
+    height = 0.8 / len(COLUMNS)
     for i, column in enumerate(COLUMNS):
         entries = [results["rows"][row.key] for row in rows]
         known = [(j, entry[column]) for j, entry in enumerate(entries) if column in entry]
         values = [value for _, value in known]
-        places = [j + (i - 1) * 0.27 for j, _ in known]
+        places = [j + (i - (len(COLUMNS) - 1) / 2) * height for j, _ in known]
         shown = [min(value, limit) for value in values]
-        axis.barh(places, shown, 0.26, color=colours[column], label=COLUMNS[column])
+        axis.barh(places, shown, 0.96 * height, color=colours[column], label=COLUMNS[column])
         for place, value, width in zip(places, values, shown, strict=True):
             text = f"{value:.1f}" if value < limit else f"{value:,.0f} (off the scale)"
             inside = value >= limit
