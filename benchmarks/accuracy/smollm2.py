@@ -191,8 +191,8 @@ def write_table(results: dict[str, Any]) -> None:
         "# What rounding to FP8 and INT8 costs\n\n"
         "Perplexity of SmolLM2-135M-Instruct on the Wikipedia test split (32 windows of 512 tokens); only "
         "the MLPs are pruned;\ncalibration: 64 windows of 512 tokens of the train split. FP8 and INT8 "
-        "columns are `spense prune --weight-dtype fp8` (the default)\nand `int8`, attention rounded too; in brackets "
-        "nats over the same row's bf16 weights. "
+        "columns are `spense prune --weight-dtype fp8`\n(the default) and `int8`, attention rounded too; in "
+        "brackets nats over the same row's bf16 weights. "
         f"Made by `{COMMAND}`.\n\n"
     )
     shown = table(["method", "MLP sparsity", *COLUMNS.values()], lines)
