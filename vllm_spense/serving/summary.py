@@ -17,7 +17,6 @@ import torch
 
 from vllm_spense.format.linear import LinearFormat
 from vllm_spense.models.families import in_attention
-from vllm_spense.ops.linear.cpu import CpuBackend, describe_cpu
 from vllm_spense.serving import compat
 
 if TYPE_CHECKING:
@@ -72,6 +71,8 @@ class LoadSummary:
 
 def describe(layers: Sequence[LayerFacts], unquantized: int) -> str:
     """The log block, one fact per line."""
+    from vllm_spense.ops.linear.cpu import CpuBackend, describe_cpu  # not where vLLM registers us
+
     specs = [facts.spec for facts in layers]
     hybrid = [facts for facts in layers if facts.spec.hybrid]
     mlp = [facts.spec for facts in hybrid if not in_attention(facts.prefix)]
