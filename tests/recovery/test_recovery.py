@@ -63,7 +63,7 @@ def options(root: Path, **changes: Any) -> RecoveryConfig:
         "steps": 4,
         "batch": 2,
         "seq_len": 64,
-        "learning_rate": 3e-3,
+        "learning_rate": 5e-4,
     }
     return RecoveryConfig(**(base | changes))
 
@@ -135,11 +135,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_it_comes_closer_to_the_dense_model(weight_dtype: str, root: Path, tmp_path: Path) -> None:
-    config = options(root, steps=30)
+    config = options(root, steps=30, learning_rate=3e-3)
     report = recover(root / weight_dtype, tmp_path / "out", config, root / "dense")
     before, after = gap(root / weight_dtype, root / "dense"), gap(tmp_path / "out", root / "dense")
     assert after < 0.9 * before
     assert len(report.losses) == 30
+    assert report.held_out == pytest.approx((before, after), rel=0.2)  # of other windows
     assert report.losses[0] == pytest.approx(before, rel=0.2)  # of other windows
     assert sum(report.losses[-5:]) < 0.9 * sum(report.losses[:5])
 
@@ -330,6 +331,12 @@ def test_families(kind: str, weight_dtype: str, root: Path, tmp_path: Path) -> N
         ({"calibration": "missing.txt"}, "dense", ValueError, "no such text file"),
         ({"seq_len": 5000}, "dense", ValueError, "4000 tokens, fewer than one window"),
         ({"learning_rate": 1.0}, "nan", RecoveryError, "step 1 of 4: the loss is nan.* --learning-rate"),
+        (
+            {"learning_rate": 1.0},
+            "dense",
+            RecoveryError,
+            "rose from .* nothing was written.* --learning-rate",
+        ),
     ],
 )
 def test_refusals_leave_nothing(
@@ -409,6 +416,7 @@ def test_command(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"step +2/2 +loss \d+\.\d{4} +\d+ tokens/s", done.stdout)
     assert "vllm serve" in done.stdout.replace("\n", " ")
+    assert re.search(r"not learnt from: \d+\.\d{4} before, \d+\.\d{4} after", done.stdout)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["provenance"]["recovery"][0]["learning_rate"] == 1e-3
     verify(tmp_path / "out")

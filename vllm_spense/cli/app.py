@@ -105,7 +105,9 @@ def recover(
     config = RecoveryConfig(**options | {"calibration": one_or_all(options["calibration"])})
     quiet_transformers()
     with one_line_warnings(errors), recovery_progress(console) as progress:
-        run(directory, out, config, dense, progress)
+        report = run(directory, out, config, dense, progress)
+    before, after = report.held_out
+    console.print(f"loss on windows that were not learnt from: {before:.4f} before, {after:.4f} after")
     _say_written(out)
 
 

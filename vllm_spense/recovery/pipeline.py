@@ -20,18 +20,26 @@ from vllm_spense.pruning.warnings import warn_about_overlap
 from vllm_spense.recovery.config import RecoveryConfig
 from vllm_spense.recovery.output import write_rest, write_weights
 from vllm_spense.recovery.student import load_student
-from vllm_spense.recovery.training import RecoveryProgress, train
+from vllm_spense.recovery.training import (
+    HELD_OUT,
+    RecoveryProgress,
+    check_progress,
+    held_out_loss,
+    train,
+)
 from vllm_spense.sources import check_windows
 from vllm_spense.text import calibrate, find_sources, listed
 
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What a finished run did. ``losses``: of every step, nats per token, before that step's change."""
+    """What a finished run did. ``losses``: of every step, nats per token, before that step's change.
+    ``held_out``: before and after the run, on windows that were not learnt from."""
 
     directory: Path
     config: RecoveryConfig
     losses: list[float]
+    held_out: tuple[float, float]
     seconds: float
 
 
@@ -53,7 +61,8 @@ def recover(
     Raises :class:`~vllm_spense.format.CheckpointError` (a ``ValueError``) for a ``directory`` that is no
     Spense checkpoint or damaged, ``ValueError`` for a ``dense`` model that does not fit and for unusable
     text, ``FileExistsError`` for an ``out`` that is in use,
-    :class:`~vllm_spense.recovery.training.RecoveryError` (a ``ValueError``) for a loss that is not finite.
+    :class:`~vllm_spense.recovery.training.RecoveryError` (a ``ValueError``) for a loss that is not finite, or
+    that rises on windows that are not learnt from.
     """
     started = time.monotonic()
     inputs = [directory, *listed(config.calibration), *([] if dense is None else [dense])]
@@ -64,7 +73,7 @@ def recover(
     text = calibrate(
         find_sources(config.calibration),
         load_tokenizer(directory),
-        config.steps * config.batch,
+        config.steps * config.batch + HELD_OUT,
         config.seq_len,
         config.seed,
         bos=config.bos,
@@ -81,9 +90,13 @@ def recover(
         write_rest(writer, checkpoint, config, text.record)  # before the work: it fails then, if it does
         student = load_student(checkpoint, config.train, device)
         teacher = None if original is None else _teacher(original, student.model, checkpoint)
-        losses = train(student, teacher, text.windows, config, progress)
+        held_out, learnt = text.windows[:HELD_OUT], text.windows[HELD_OUT:]
+        before = held_out_loss(student, teacher, held_out, config.objective)
+        losses = train(student, teacher, learnt, config, progress)
+        after = held_out_loss(student, teacher, held_out, config.objective)
+        check_progress(before, after, config)
         write_weights(writer, checkpoint, student, config)
-    return RecoveryReport(Path(out), config, losses, time.monotonic() - started)
+    return RecoveryReport(Path(out), config, losses, (before, after), time.monotonic() - started)
 
 
 def _original(dense: str | Path | None) -> Path:

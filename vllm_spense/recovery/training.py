@@ -19,10 +19,12 @@ BETAS = (0.9, 0.95)
 """A run is shorter than the thousand steps that AdamW's usual second moment remembers."""
 MAX_NORM = 1.0
 WARM_UP = 0.1
+HELD_OUT = 4
+"""Windows that are not learnt from."""
 
 
 class RecoveryError(ValueError):
-    """The training does not converge: a loss or a gradient is NaN or infinite."""
+    """The training does not converge: a loss or a gradient is not finite, or the model got worse."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,26 @@ def train(
             remaining = elapsed / done * (config.steps - done)
             progress(RecoveryProgress(done, config.steps, loss, speed, elapsed, remaining))
     return losses
+
+
+@torch.no_grad()
+def held_out_loss(
+    student: Student, teacher: nn.Module | None, windows: torch.Tensor, objective: Objective
+) -> float:
+    """Mean of :func:`window_loss` over ``windows [count, seq_len]``, nats per token; nothing is learnt."""
+    device = student.parameters[0].device
+    losses = [window_loss(student.model, teacher, window, objective) for window in windows.to(device)]
+    return float(torch.stack(losses).mean())
+
+
+def check_progress(before: float, after: float, config: RecoveryConfig) -> None:
+    """:class:`RecoveryError` if the loss on held-out windows rose."""
+    if not after <= before:
+        raise RecoveryError(
+            f"the loss on {HELD_OUT} windows that were not learnt from rose from {before:.4f} to {after:.4f} "
+            f"nats: the model would be worse, and nothing was written. Try a --learning-rate below "
+            f"{config.learning_rate:g}, or more --steps"
+        )
 
 
 def learning_rate(step: int, config: RecoveryConfig) -> float:
