@@ -29,6 +29,7 @@ from vllm_spense.format import Checkpoint
 from vllm_spense.pruning import PruneConfig, prune, run
 from vllm_spense.recovery import RecoveryConfig, recover
 from vllm_spense.recovery import pipeline as recovery
+from vllm_spense.recovery.training import HELD_OUT
 from vllm_spense.text import Beginning, first_windows, opening, opening_text, sample_windows, tokenize
 
 CHAT = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"
@@ -313,7 +314,7 @@ def test_prune_trial_and_recover(
 
     again = RecoveryConfig(calibration=str(text), steps=2, seq_len=32)
     recover(tmp_path / "pruned", tmp_path / "recovered", again, dense)
-    assert torch.equal(read[-1][:, 1:], sample_windows(ids, 2, 32, 1)[:, :-1])
+    assert torch.equal(read[-1][:, 1:], sample_windows(ids, 2 + HELD_OUT, 32, 1)[:2, :-1])
     assert read[-1][:, 0].tolist() == [BOS] * 2
     entry = Checkpoint(tmp_path / "recovered").require_spense().provenance["recovery"][0]
     assert entry["text"]["bos"] == "w7"

@@ -90,7 +90,7 @@ def recover(
         write_rest(writer, checkpoint, config, text.record)  # before the work: it fails then, if it does
         student = load_student(checkpoint, config.train, device)
         teacher = None if original is None else _teacher(original, student.model, checkpoint)
-        held_out, learnt = text.windows[:HELD_OUT], text.windows[HELD_OUT:]
+        learnt, held_out = text.windows[:-HELD_OUT], text.windows[-HELD_OUT:]
         before = held_out_loss(student, teacher, held_out, config.objective)
         losses = train(student, teacher, learnt, config, progress)
         after = held_out_loss(student, teacher, held_out, config.objective)
