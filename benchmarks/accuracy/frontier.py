@@ -232,7 +232,7 @@ GEMMA_ROWS = [
 @dataclass(frozen=True)
 class Subject:
     """A model that is pruned: where it comes from, its results file in ``RESULTS``, its rows and metrics.
-    ``windows``: how many of each text are scored."""
+    ``windows``: how many of each text are scored; ``impossible``: tries that it does not allow."""
 
     fetch: Callable[[Path, Progress], Path]
     results: str
@@ -240,6 +240,7 @@ class Subject:
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     windows: int = 32
+    impossible: tuple[str, ...] = ()
 
     def known(self) -> dict[str, Row]:
         """All rows that can be measured on it, by key."""
@@ -261,6 +262,7 @@ SUBJECTS = {
         ("wikipedia", "fiction", "speeches", "without_bos"),
         (0, 1, 2),
         12,
+        ("t-attention",),  # one key/value head cannot be parted
     ),
 }
 
@@ -373,7 +375,8 @@ def main() -> None:
     arguments.results = arguments.results or RESULTS / subject.results
     if arguments.ablations or arguments.tries:
         shown = TUNING if arguments.ablations else TRIES
-        arguments.split, arguments.rows = "valid", [row.key for row in shown]
+        possible = [row.key for row in shown if row.key not in subject.impossible]
+        arguments.split, arguments.rows = "valid", possible
         arguments.metrics = ["wikipedia", "fiction"]
     if not arguments.plot_only:
         bench = Bench(subject, arguments.assets, arguments.split)
