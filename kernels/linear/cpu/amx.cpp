@@ -161,7 +161,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
 
 }  // namespace
 
-constinit Functions const fp8_amx = {Fp8::kBits,         sizeof(Bf16), kStrips,           kMany,
-                                     quantize<Bf16, 16>, strips<Fp8>,  finish<Fp8::kUnit>};
+constinit Functions const fp8_amx = {Fp8::kBits,  sizeof(Bf16),         kStrips, kMany, quantize<Bf16, 16>,
+                                     strips<Fp8>, finish<Fp8::kSumUnit>};
 
 }  // namespace spense::cpu

@@ -150,7 +150,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
 
 }  // namespace
 
-constinit Functions const fp8_avx512_bf16 = {Fp8::kBits,  sizeof(Bf16),      2, kTokens, quantize<Bf16>,
-                                             strips<Fp8>, finish<Fp8::kUnit>};
+constinit Functions const fp8_avx512_bf16 = {Fp8::kBits,  sizeof(Bf16),         2, kTokens, quantize<Bf16>,
+                                             strips<Fp8>, finish<Fp8::kSumUnit>};
 
 }  // namespace spense::cpu

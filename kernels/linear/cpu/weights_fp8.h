@@ -41,9 +41,9 @@ struct Fp8 {
   }
 
 #ifdef __AVX512BW__
-  static constexpr float kUnit = kBf16Unit;  // what sums of bf16 products have to be multiplied with
+  static constexpr float kSumUnit = kBf16Unit;  // what sums of bf16 products have to be multiplied with
 
-  // 64 weights [16 rows][four] to bf16 over kUnit: per row the first two in `a`, the others in `b`.
+  // 64 weights [16 rows][four] to bf16 over kSumUnit: per row the first two in `a`, the others in `b`.
   struct ToBf16 {
     __m512i first = in_row(0x01800080), second = in_row(0x03800280);
     __m512i kept = _mm512_set1_epi16(int16_t(0x87F0)), bias = _mm512_set1_epi16(64 << 7);
