@@ -1,6 +1,7 @@
 // Tiles of bf16 pairs (AMX-BF16): Sapphire Rapids and later. Weights are widened into the first-level cache as tiles
 // [pair of columns][16 rows][2], zeros written out, and meet tiles of 16 tokens. A token's sums are its own row of a
 // tile and columns come in their order, so its bits depend neither on its company nor on where zeros are written out.
+#include "linear/cpu/amx.h"
 #include <immintrin.h>
 #include "linear/cpu/rows.h"
 #include "linear/cpu/widen_bf16.h"
@@ -14,32 +15,10 @@ constexpr int kChunk = 1024;      // columns that are widened at a time, for man
 constexpr int kStrips = 16;       // that share a chunk of x in the second-level cache
 constexpr int kMany = 512;        // tokens of it
 
-// The compiler does not know what of memory tiles and their configuration are read from.
-inline void written(void const* memory) { asm volatile("" ::"r"(memory) : "memory"); }
-
 // Tiles 0 to 3: sums of (first, second 16 tokens) x (first, second strip); 4 and 5: tokens; 6 and 7: weights.
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  Shapes(int first, int second) {
-    int const tokens[8] = {first, first, second, second, first, second, 16, 16};
-    for (int i = 0; i < 8; ++i) {
-      bytes[i] = 64;
-      rows[i] = uint8_t(tokens[i] ? tokens[i] : 16);
-    }
-  }
-};
-
-// While it lives, this thread has tiles.
-struct Tiles {
-  Tiles(int first, int second) {
-    Shapes const shapes(first, second);
-    written(&shapes);
-    _tile_loadconfig(&shapes);
-  }
-  ~Tiles() { _tile_release(); }
-};
+constexpr std::array<int, 8> rows_of_tiles(int first, int second) {
+  return {first, first, second, second, first, second, 16, 16};
+}
 
 // Tiles of columns [from, to) of a strip; the last is filled up with zeros.
 template <class W>
@@ -140,7 +119,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
   auto const* x = static_cast<Bf16 const*>(values);
   int const next = tokens * kRows;
   if (tokens <= 32) {
-    Tiles const configured(std::min(tokens, 16), std::max(tokens - 16, 0));
+    Tiles const configured(rows_of_tiles(std::min(tokens, 16), tokens > 16 ? tokens - 16 : 16));
     StepWidener<W> const widen;
     for (int s = 0; s < count; s += 2) {
       auto const run =
@@ -149,7 +128,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
     }
     return;
   }
-  Tiles const configured(16, 16);
+  Tiles const configured(rows_of_tiles(16, 16));
   StepWidener<W> const widen;
   alignas(64) float rest[kStrips][16 * kRows];
   for (int64_t c = 0; c < strips[0].in; c += kChunk)

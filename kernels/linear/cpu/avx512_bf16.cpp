@@ -13,13 +13,6 @@ constexpr int kDecodeUpTo = 16;  // tokens; more are faster over widened weights
 
 __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-template <class T>
-T read(void const* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
 // Up to 4 tokens. An instruction adds the odd column first, so columns 2, 3 of a group come before 0, 1, as in a 2:4
 // region.
 template <class W, int Tokens>

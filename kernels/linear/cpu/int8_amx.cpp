@@ -1,5 +1,6 @@
 // int8 with tiles (AMX-INT8): Sapphire Rapids and later. Dense weights are tiles as they lie in memory, 2:4 becomes
 // dense in the cache. Few tokens take AVX-512 VNNI. Needs amx_permitted().
+#include "linear/cpu/amx.h"
 #include "linear/cpu/int8_avx512.h"
 
 namespace spense::cpu {
@@ -12,15 +13,9 @@ constexpr int kSumsPitch = 4 * kRows;
 constexpr int64_t kTileDepth = 1024;  // columns that all tokens pass over, from the cache
 
 // Tiles 0 to 3 are sums of two tiles of tokens by two strips, 4 and 5 weights, 6 and 7 x.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-  explicit TileConfig(int tokens) {
-    for (int i = 0; i < 8; ++i) row_bytes[i] = 64;
-    for (int i = 0; i < 8; ++i) rows[i] = uint8_t(i == 4 || i == 5 ? kTileRows : tokens);
-  }
-};
+constexpr std::array<int, 8> rows_of_tiles(int tokens) {
+  return {tokens, tokens, tokens, tokens, kTileRows, kTileRows, tokens, tokens};
+}
 
 // x, and its tiles of up to 16 tokens. The last one overlaps the one before rather than to be smaller.
 struct Tokens {
@@ -55,10 +50,13 @@ void store_sums(TileSums& sums, int tile) {
 // `steps` times 64 columns from `column` of x on, for some tiles of tokens; weights(strip, step) is where they lie.
 template <int Tiles, int Strips, class Weights>
 void multiply(Weights const& weights, int64_t steps, Tokens const& x, int64_t column, int tile, TileSums& sums) {
+  written(&sums);
   load_sums<Tiles, Strips>(sums, tile);
   uint8_t const *first = x.tile(tile, column), *second = x.tile(tile + Tiles - 1, column);
   for (int64_t step = 0; step < steps; ++step, first += kTileColumns, second += kTileColumns) {
-    _tile_loadd(4, weights(0, step), kFour);
+    uint8_t const* const tiles[2] = {weights(0, step), Strips == 2 ? weights(1, step) : nullptr};
+    written(tiles[0]);
+    _tile_loadd(4, tiles[0], kFour);
     _tile_loadd(6, first, x.pitch);
     _tile_dpbusd(0, 6, 4);
     if constexpr (Tiles == 2) {
@@ -66,7 +64,7 @@ void multiply(Weights const& weights, int64_t steps, Tokens const& x, int64_t co
       _tile_dpbusd(1, 7, 4);
     }
     if constexpr (Strips == 1) continue;
-    _tile_loadd(5, weights(1, step), kFour);
+    _tile_loadd(5, tiles[1], kFour);
     _tile_dpbusd(2, 6, 5);
     if constexpr (Tiles == 2) _tile_dpbusd(3, 7, 5);
   }
@@ -177,11 +175,11 @@ void with_tiles(Strip const* strips, Tokens const& x, float* out) {
   TileSums sums;
   for (int s = 0; s < Strips; ++s) std::memset(sums.of[s], 0, size_t(x.tiles()) * kTileBytes);
   __m512i totals[Strips] = {};
-  TileConfig const config(std::min(x.count, kTileRows));
-  _tile_loadconfig(&config);
-  multiply_region<Strips, Sparse>(strips, strips[0].sparse, x, 0, sums, totals);
-  multiply_region<Strips, Dense>(strips, strips[0].in - strips[0].dense_from, x, strips[0].dense_from, sums, totals);
-  _tile_release();
+  {
+    Tiles const configured(rows_of_tiles(std::min(x.count, kTileRows)));
+    multiply_region<Strips, Sparse>(strips, strips[0].sparse, x, 0, sums, totals);
+    multiply_region<Strips, Dense>(strips, strips[0].in - strips[0].dense_from, x, strips[0].dense_from, sums, totals);
+  }
   for (int s = 0; s < Strips; ++s)
     for (int t = 0; t < x.count; ++t, out += kRows) {
       int const tile = t / kTileRows;

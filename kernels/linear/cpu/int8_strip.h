@@ -11,14 +11,7 @@ namespace spense::cpu {
 namespace {
 
 // Bytes of a strip: four columns of dense weights, or the kept values of eight; metadata of eight columns.
-constexpr int kFour = 4 * kRows;
-
-template <class T>
-T read(void const* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
+constexpr int kFour = kUnit * kRows;
 
 // Some columns of V::kLanes rows of a strip.
 struct Piece {

@@ -21,6 +21,13 @@ To bit_cast(From from) {
   return to;
 }
 
+template <class T>
+T read(void const* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
 struct Bf16 {
   uint16_t bits;
 };
