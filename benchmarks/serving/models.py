@@ -21,7 +21,7 @@ from vllm_spense.format.codecs import FP8, Codec, codec
 from vllm_spense.format.linear import Codecs
 from vllm_spense.format.online import online_layout
 from vllm_spense.format.schema import AnyCheckpointConfig, checkpoint_config
-from vllm_spense.models.export import dense_fp8_config
+from vllm_spense.models.export import w8a8_config
 from vllm_spense.models.presets import PRESETS
 from vllm_spense.ops import LinearSpec
 
@@ -152,12 +152,7 @@ def dense_quantization(variant: str) -> dict[str, Any] | None:
     if variant == FP8_BLOCKS:
         method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
         return method | {"modules_to_not_convert": ["lm_head"]}
-    config = dense_fp8_config(["lm_head"])
-    if variant == INT8:
-        config["format"] = "int-quantized"
-        for part in ("weights", "input_activations"):
-            config["config_groups"]["group_0"][part]["type"] = "int"
-    return config
+    return w8a8_config(codec("int8") if variant == INT8 else FP8, ["lm_head"])
 
 
 def served(name: str, *architecture: Any, **more: Any) -> ServedModel:

@@ -92,20 +92,16 @@ def _dense_config(checkpoint: Checkpoint, format: ExportFormat) -> dict[str, Any
         config["quantization_config"] = _without_sparsity(checkpoint.require_spense()).model_dump()
         return config
     if format in W8A8:
-        kind = "int" if format == "int8" else "float"
-        config["quantization_config"] = _w8a8_config(checkpoint.require_spense().ignore, kind)
+        config["quantization_config"] = w8a8_config(W8A8[format], checkpoint.require_spense().ignore)
         return config
     config["dtype"] = format
     config.pop("torch_dtype", None)
     return config
 
 
-def dense_fp8_config(ignore: Sequence[str]) -> dict[str, Any]:
-    """``quantization_config`` of stock vLLM's dense FP8: weights per channel, activations per token."""
-    return _w8a8_config(ignore, "float")
-
-
-def _w8a8_config(ignore: Sequence[str], kind: str) -> dict[str, Any]:
+def w8a8_config(codec: Codec, ignore: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of stock vLLM's dense FP8 or INT8: scales per channel and per token."""
+    kind = "float" if codec.dtype.is_floating_point else "int"
     common = {"num_bits": 8, "type": kind, "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
