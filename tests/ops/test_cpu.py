@@ -254,6 +254,20 @@ def test_activations_are_quantised_as_everywhere(dtype: torch.dtype, kernel: Ker
     assert torch.equal(identity(160).run(x[16:21], None, kernel.isa), (q.float() * scale).to(dtype)[16:21])
 
 
+@every_fp8_kernel
+def test_quotients_are_rounded_as_a_division_rounds_them(kernel: Kernel) -> None:
+    """Next to ties between e4m3 values, where the last bit of activation / scale decides, of many scales."""
+    significands = torch.randint(0, 1 << 23, (480,), generator=torch.Generator().manual_seed(2))
+    significands[:16] = (1 << 23) - 1 - torch.arange(16)  # all ones, and next to it
+    scales = (significands.int() + (127 << 23)).view(torch.float32)
+    grid = torch.arange(0, 127).to(torch.uint8).view(FP8_DTYPE).float()
+    ties = torch.cat([torch.tensor([448.0, 0.0]), (grid[:-1] + grid[1:]) / 2])
+    x = ties * scales[:, None]
+    q, scale = quantize_per_token(x)
+    assert (ties / (x / scale) != 1).sum() > 1000  # not only ties
+    assert torch.equal(identity(128).run(x, None, kernel.isa), q.float() * scale)
+
+
 @every_int8_kernel
 @pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
 def test_activations_become_int8_as_everywhere(dtype: torch.dtype, kernel: Kernel) -> None:

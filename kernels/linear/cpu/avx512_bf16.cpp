@@ -2,7 +2,7 @@
 // bf16 and a product of two is exact in fp32, so only the rate differs from the other files: two columns per
 // instruction, and weights are widened by table look-ups.
 #include <immintrin.h>
-#include "linear/cpu/rows.h"
+#include "linear/cpu/rows_avx512.h"
 #include "linear/cpu/widen_bf16.h"
 
 namespace spense::cpu {
@@ -134,8 +134,9 @@ void decodes(Strip const& s, Bf16 const* x, int64_t pitch, int tokens, float* ou
 }
 
 template <class W>
-void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
+void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, void* sums) {
   auto const* x = static_cast<Bf16 const*>(values);
+  auto* const out = static_cast<float*>(sums);
   if (tokens > kDecodeUpTo)
     return count == 2 ? prefill<W, 2>(strips, x, pitch, tokens, out) : prefill<W, 1>(strips, x, pitch, tokens, out);
   for (int i = 0; i < count; ++i) decodes<W, 4>(strips[i], x, pitch, tokens, out + i * tokens * kRows);
@@ -143,7 +144,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
 
 }  // namespace
 
-constinit Functions const fp8_avx512_bf16 = {Fp8::kBits,  sizeof(Bf16),         2, kTokens, quantize<Bf16>,
-                                             strips<Fp8>, finish<Fp8::kSumUnit>};
+constinit Functions const fp8_avx512_bf16 = {
+    Fp8::kBits, sizeof(Bf16), 2, kTokens, quantize_bf16_avx512<1>, strips<Fp8>, finish_avx512<float, Fp8::kSumUnit>};
 
 }  // namespace spense::cpu

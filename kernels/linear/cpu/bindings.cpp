@@ -17,7 +17,6 @@ namespace {
 using namespace spense;
 using namespace spense::cpu;
 
-constexpr int64_t kQuantized = 512;  // tokens whose quantised values are kept at a time
 constexpr int64_t kGrain = 1 << 15;  // values that are worth a second thread
 
 int64_t up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
@@ -235,20 +234,20 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
   int64_t strips = 0;
   for (Rows const& rows : pieces) strips += rows.strips();
   int64_t const width = x.element_size(), pitch = (in / 64 + 2) * 64;  // no power of two: other sets of the cache
-  int64_t const room = up(std::min(tokens, kQuantized));               // kernels may read tokens in sixteens
+  int64_t const room = up(std::min(tokens, kTogether));                // kernels may read tokens in sixteens
   Buffer const quantized(room * pitch * run.x_bytes);
   std::unique_ptr<float[]> scales(new float[room]);
   auto const* const scale = static_cast<float const*>(weight_scale.data_ptr());
   auto const* const added = bias ? static_cast<char const*>(bias->data_ptr()) : nullptr;
 
-  for (int64_t first = 0; first < tokens; first += kQuantized) {
-    int64_t const count = std::min(kQuantized, tokens - first);
+  for (int64_t first = 0; first < tokens; first += kTogether) {
+    int64_t const count = std::min<int64_t>(kTogether, tokens - first);
     auto const* const source = static_cast<char const*>(x.data_ptr()) + first * k * width;
     auto* const target = static_cast<char*>(y.data_ptr()) + first * n * width;
     torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k)),
                                 [&](int64_t from, int64_t to) {
                                   PlainArithmetic const plain;
-                                  run.quantize(source, dtype, k, from, to, quantized.bytes, pitch, scales.get());
+                                  run.quantize(source, dtype, k, from, to, count, quantized.bytes, pitch, scales.get());
                                 });
     torch::stable::parallel_for(
         0, strips, std::max<int64_t>(1, kGrain / (kRows * std::max<int64_t>(1, k * count))),

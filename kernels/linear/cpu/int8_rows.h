@@ -6,8 +6,7 @@ namespace spense::cpu {
 namespace {
 
 constexpr float kMaxInt8 = 127.0f;
-constexpr float kMinInt8Scale = 0x1p-100f;      // tokens of zeros are not divided by zero
-constexpr uint32_t kInfinityBits = 0x7F800000;  // magnitudes from here on: infinity, NaN
+constexpr float kMinInt8Scale = 0x1p-100f;  // tokens of zeros are not divided by zero
 
 inline __m256 eight_floats(float const* x) { return _mm256_loadu_ps(x); }
 inline __m256 eight_floats(Fp16 const* x) {
@@ -41,21 +40,26 @@ uint32_t largest_bits(T const* row, int64_t in) {
   return *std::max_element(lanes, lanes + 8);
 }
 
+// A token's scale, of its largest magnitude's bits.
+inline float int8_scale(uint32_t largest) {
+  return largest < kInfinityBits ? std::max(bit_cast<float>(largest) / kMaxInt8, kMinInt8Scale)
+                                 : std::numeric_limits<float>::quiet_NaN();
+}
+
 // Bytes of (the nearest integer, ties to even) + Offset. A token with NaN or infinity has the scale NaN and zeros, so
 // that its own outputs are NaN and no others.
-template <class T, int Offset>
+template <int Offset, class T>
 void quantize_rows_int8(T const* x, int64_t in, int64_t from, int64_t to, uint8_t* values, int64_t pitch,
                         float* scales) {
   for (int64_t t = from; t < to; ++t) {
     T const* row = x + t * in;
-    uint8_t* out = values + t * pitch;
+    uint8_t* const out = values + t * pitch;
     uint32_t const largest = largest_bits(row, in);
     bool const finite = largest < kInfinityBits;
-    float const scale = std::max(bit_cast<float>(largest) / kMaxInt8, kMinInt8Scale);
-    scales[t] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+    scales[t] = int8_scale(largest);
     std::fill(out + (finite ? in : 0), out + pitch, uint8_t(Offset));
     if (!finite) continue;
-    __m256 const factor = _mm256_set1_ps(1.0f / scale);  // as vLLM's CPU kernels round
+    __m256 const factor = _mm256_set1_ps(1.0f / scales[t]);  // as vLLM's CPU kernels round
     __m128i const offset = _mm_set1_epi8(char(Offset));
     for_eights(row, in, [&](__m256 v, int64_t i, int64_t count) {
       __m256i const rounded = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));
@@ -67,15 +71,11 @@ void quantize_rows_int8(T const* x, int64_t in, int64_t from, int64_t to, uint8_
 }
 
 template <int Offset>
-void quantize_int8(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch,
-                   float* scales) {
-  auto const run = [&](auto const* p) {
-    using T = std::remove_cvref_t<decltype(*p)>;
-    quantize_rows_int8<T, Offset>(p, in, from, to, static_cast<uint8_t*>(values), pitch, scales);
-  };
-  if (dtype == kBfloat16) return run(static_cast<Bf16 const*>(x));
-  if (dtype == kFloat16) return run(static_cast<Fp16 const*>(x));
-  run(static_cast<float const*>(x));
+void quantize_int8(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, int64_t, void* values,
+                   int64_t pitch, float* scales) {
+  with_type(dtype, x, [&](auto const* p) {
+    quantize_rows_int8<Offset>(p, in, from, to, static_cast<uint8_t*>(values), pitch, scales);
+  });
 }
 
 }  // namespace

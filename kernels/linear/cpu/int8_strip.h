@@ -223,9 +223,9 @@ void many(Strip const* strips, uint8_t const* x, int64_t pitch, int tokens, int3
 }
 
 template <class V>
-void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
+void int8_strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, void* out) {
   auto const* x = static_cast<uint8_t const*>(values);
-  alignas(64) int32_t sums[2 * kTokens * kRows];
+  auto* const sums = static_cast<int32_t*>(out);
   int const here = tokens * kRows;
   std::fill(sums, sums + count * here, 0);
   if (tokens <= V::kFew) {
@@ -235,12 +235,11 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
   } else {
     many<V, 1>(strips, x, pitch, tokens, sums);
   }
-  for (int i = 0; i < count * here; ++i) out[i] = float(sums[i]);
 }
 
 template <class V>
 constexpr Functions int8_functions() {
-  return {8, 1, 2, kTokens, quantize_int8<V::kOffset>, strips<V>, finish};
+  return {8, 1, 2, kTokens, quantize_int8<V::kOffset>, int8_strips<V>, finish<int32_t>};
 }
 
 }  // namespace

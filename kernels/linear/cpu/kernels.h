@@ -15,6 +15,7 @@ constexpr int kDepth = 1024;  // columns that are widened at a time, for many to
 constexpr int kAhead = 6144;  // bytes of weights that are asked for ahead: the CPU by itself does not go far enough
 constexpr int kUnit = 4;      // bytes of a row that lie together
 constexpr int kTokens = 192;  // tokens that share one widened strip
+constexpr int64_t kTogether = 512;  // tokens whose quantised values are kept at a time
 
 // One strip in the interleaved layout that `interleave` of vllm_spense.ops makes: the rows' bytes in turn, four at a
 // time. Columns are those of x; the two regions may overlap by one step, where the weights of one of them are zeros.
@@ -39,16 +40,17 @@ struct Functions {
   int count;        // strips, and
   int tokens;       // tokens that one call takes at most
   // Tokens [from, to) of x [tokens, in] to e4m3 values and their scales: quantize_per_token. Rows are `pitch` apart, a
-  // multiple of 32, with zeros up to there; every 16 of them lie as the kernels read them.
-  void (*quantize)(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch,
-                   float* scales);
-  // out [count, tokens, 16]: sums without scales of strips of the same regions for x [tokens, pitch], of which rows up
-  // to the next multiple of 16 may be read. The bits depend neither on the number of tokens nor on the region that a
-  // zero is in, as additions come in the same order everywhere.
-  void (*strips)(Strip const* strips, int count, void const* x, int64_t pitch, int tokens, float* out);
+  // multiple of 64, with zeros up to there; every 16 of them lie as the kernels read them, which may depend on the
+  // number of all `tokens`, at most kTogether.
+  void (*quantize)(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, int64_t tokens, void* values,
+                   int64_t pitch, float* scales);
+  // out [count, tokens, 16]: sums (fp32, or int32 of integers) without scales of strips of the same regions for x
+  // [tokens, pitch], of which rows up to the next multiple of 16 may be read. The bits depend neither on the number of
+  // tokens nor on the region that a zero is in, as additions come in the same order everywhere.
+  void (*strips)(Strip const* strips, int count, void const* x, int64_t pitch, int tokens, void* out);
   // y [tokens, `rows` of y_pitch] = out * x_scale * weight_scale + bias, each step in fp32, for the sums of one call of
   // `strips`; `bias` (or null) has the dtype of y.
-  void (*finish)(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale,
+  void (*finish)(void const* out, int tokens, int rows, float const* x_scale, float const* weight_scale,
                  void const* bias, Dtype dtype, void* y, int64_t y_pitch);
 };
 extern Functions const fp8_avx2, fp8_avx512, fp8_avx512_bf16, fp8_amx;

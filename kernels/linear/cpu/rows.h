@@ -12,6 +12,9 @@ namespace {
 
 constexpr float kMaxE4m3 = 448.0f;
 constexpr float kMinScale = 1.0f / (448.0f * 512.0f);  // vLLM's own lower bound
+constexpr float kSubnormalStep = 0x1.8p14f;            // behind it, fp32 has steps of 2^-9, as e4m3 below 2^-6
+constexpr uint32_t kMinNormalBits = 0x3C800000;        // 2^-6: the smallest normal e4m3
+constexpr uint32_t kInfinityBits = 0x7F800000;         // magnitudes from here on: infinity, NaN
 
 template <class To, class From>
 To bit_cast(From from) {
@@ -48,19 +51,33 @@ inline void store(Bf16* to, float x) {
 inline float rounded_to_e4m3(float x) {
   uint32_t const bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFF;
   uint32_t const normal = (magnitude + 0x7FFFF + (magnitude >> 20 & 1)) & 0xFFF00000;
-  constexpr float kSubnormalStep = 0x1.8p14f;  // behind it, fp32 has steps of 2^-9
   uint32_t const subnormal = bit_cast<uint32_t>((bit_cast<float>(magnitude) + kSubnormalStep) - kSubnormalStep);
-  float const rounded = bit_cast<float>((magnitude < 0x3C800000 ? subnormal : normal) |
-                                        (bits & 0x80000000));  // 2^-6: the smallest normal
+  float const rounded = bit_cast<float>((magnitude < kMinNormalBits ? subnormal : normal) | (bits & 0x80000000));
   return x != x ? x : rounded;
 }
 
-constexpr int kSegment = 32;  // columns of a token that lie together, at least
+// A token's scale, of its largest magnitude or NaN.
+inline float e4m3_scale(float largest) {
+  float const scale = largest / kMaxE4m3;
+  return scale < kMinScale ? kMinScale : scale;
+}
+
+// Calls f with a pointer of the type that `dtype` names.
+template <class F>
+void with_type(Dtype dtype, void const* p, F const& f) {
+  if (dtype == kBfloat16) return f(static_cast<Bf16 const*>(p));
+  if (dtype == kFloat16) return f(static_cast<Fp16 const*>(p));
+  f(static_cast<float const*>(p));
+}
+
+// Columns of a token that lie together where tokens lie side by side: a line of a tile.
+template <class Value>
+constexpr int kSegment = std::max(64 / int(sizeof(Value)), 32);
 
 // Where a token's first segment lies; the next is kSegment * Side behind it. Side: 1, or 16 for tokens side by side.
 template <int Side, class Value>
 Value* row_of(Value* values, int64_t token, int64_t pitch) {
-  return values + token / Side * Side * pitch + token % Side * kSegment;
+  return values + token / Side * Side * pitch + token % Side * kSegment<Value>;
 }
 
 // Calls f with `count`; with a constant where it is the usual one, which compilers make straight code of.
@@ -76,13 +93,12 @@ void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* valu
     Value* out = row_of<Side>(values, t, pitch);
     uint32_t largest = 0;  // as integers magnitudes are in the same order, with NaN above all
     for (int64_t i = 0; i < in; ++i) largest = std::max(largest, bit_cast<uint32_t>(to_float(row[i])) & 0x7FFFFFFF);
-    float const amax = bit_cast<float>(largest) / kMaxE4m3;
-    float const scale = amax < kMinScale ? kMinScale : amax;
-    scales[t] = scale;
-    for (int64_t c = 0; c < pitch; c += kSegment, row += kSegment, out += kSegment * Side) {
-      int const here = int(std::clamp<int64_t>(in - c, 0, kSegment));
-      times<kSegment>(here, [from = row, to = out, scale](auto count) {
-        float rounded[kSegment];
+    float const scale = scales[t] = e4m3_scale(bit_cast<float>(largest));
+    constexpr int kHere = kSegment<Value>;
+    for (int64_t c = 0; c < pitch; c += kHere, row += kHere, out += kHere * Side) {
+      int const here = int(std::clamp<int64_t>(in - c, 0, kHere));
+      times<kHere>(here, [from = row, to = out, scale](auto count) {
+        float rounded[kHere];
         for (int i = 0; i < count; ++i) {
           float v = to_float(from[i]) / scale;
           v = v > kMaxE4m3 ? kMaxE4m3 : v;
@@ -91,46 +107,40 @@ void quantize_rows(T const* x, int64_t in, int64_t from, int64_t to, Value* valu
         }
         for (int i = 0; i < count; ++i) store(to + i, rounded[i]);
       });
-      std::fill(out + here, out + kSegment, Value{});
+      std::fill(out + here, out + kHere, Value{});
     }
   }
 }
 
-template <float Unit, class T>
-void finish_rows(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, T const* bias,
+template <float Unit, class Sum, class T>
+void finish_rows(Sum const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, T const* bias,
                  T* y, int64_t y_pitch) {
   for (int t = 0; t < tokens; ++t, out += kRows, y += y_pitch)  // whole cache lines of y, one after the other
     for (int first = 0; first < rows; first += kRows) {
-      float const* const sums = out + int64_t(first) * tokens;
+      Sum const* const sums = out + int64_t(first) * tokens;
       for (int i = 0, r = first; i < std::min(kRows, rows - first); ++i, ++r) {
-        float const scaled = sums[i] * Unit * x_scale[t] * weight_scale[r];
+        float const scaled = float(sums[i]) * Unit * x_scale[t] * weight_scale[r];
         store(y + r, bias ? scaled + to_float(bias[r]) : scaled);
       }
     }
 }
 
 template <class Value, int Side = 1>
-void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, void* values, int64_t pitch,
+void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, int64_t, void* values, int64_t pitch,
               float* scales) {
-  auto const run = [&](auto const* p) {
-    quantize_rows<Side>(p, in, from, to, static_cast<Value*>(values), pitch, scales);
-  };
-  if (dtype == kBfloat16) return run(static_cast<Bf16 const*>(x));
-  if (dtype == kFloat16) return run(static_cast<Fp16 const*>(x));
-  run(static_cast<float const*>(x));
+  with_type(dtype, x,
+            [&](auto const* p) { quantize_rows<Side>(p, in, from, to, static_cast<Value*>(values), pitch, scales); });
 }
 
 // Unit: what sums are multiplied with first, a power of two.
-template <float Unit = 1.0f>
-void finish(float const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias,
+template <class Sum = float, float Unit = 1.0f>
+void finish(void const* out, int tokens, int rows, float const* x_scale, float const* weight_scale, void const* bias,
             Dtype dtype, void* y, int64_t y_pitch) {
-  auto const run = [&](auto* p) {
-    finish_rows<Unit>(out, tokens, rows, x_scale, weight_scale, static_cast<decltype(p)>(const_cast<void*>(bias)), p,
+  with_type(dtype, bias, [&](auto const* p) {
+    using T = std::remove_cvref_t<decltype(*p)>;
+    finish_rows<Unit>(static_cast<Sum const*>(out), tokens, rows, x_scale, weight_scale, p, static_cast<T*>(y),
                       y_pitch);
-  };
-  if (dtype == kBfloat16) return run(static_cast<Bf16*>(y));
-  if (dtype == kFloat16) return run(static_cast<Fp16*>(y));
-  run(static_cast<float*>(y));
+  });
 }
 
 }  // namespace

@@ -133,8 +133,9 @@ void decodes(Strip const& s, float const* x, int64_t pitch, int tokens, float* o
 }
 
 template <class V, class W>
-void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, float* out) {
+void strips(Strip const* strips, int count, void const* values, int64_t pitch, int tokens, void* sums) {
   auto const* x = static_cast<float const*>(values);
+  auto* out = static_cast<float*>(sums);
   for (int i = 0; i < count; ++i, out += tokens * kRows)
     tokens <= V::kDecodeUpTo ? decodes<V, W, V::kDecode>(strips[i], x, pitch, tokens, out)
                              : prefill<V, W>(strips[i], x, pitch, tokens, out);
