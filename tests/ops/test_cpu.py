@@ -312,8 +312,9 @@ def test_huge_pages_change_nothing_but_where_bytes_lie() -> None:
     for size, start in ((9 << 20, 0), ((5 << 20) + 3, 12345), (1000, 0), (0, 0)):
         memory = torch.randint(0, 256, (start + size,), dtype=torch.uint8)
         copy = memory.clone()
-        torch.ops.spense.huge_pages_cpu(memory[start:])
-        assert torch.equal(memory, copy)
+        for touched in (False, True):
+            torch.ops.spense.huge_pages_cpu(memory[start:], touched)
+            assert torch.equal(memory, copy)
 
 
 def huge_bytes(address: int) -> int:
@@ -343,6 +344,15 @@ def gives_huge_pages() -> bool:
 def test_large_layers_lie_in_huge_pages() -> None:
     packed = Layer([Layout("output", 16384, 4096, 64)]).strips()
     assert huge_bytes(packed.dense_weight.data_ptr() + (4 << 20)) > 0  # as many as there are
+
+
+@needs_kernels
+@pytest.mark.skipif(not gives_huge_pages(), reason="this machine gives no huge pages")
+def test_new_memory_comes_as_huge_pages() -> None:
+    memory = torch.empty(64 << 20, dtype=torch.uint8)
+    cpu.ask_for_huge_pages(memory)
+    memory.fill_(1)
+    assert huge_bytes(memory.data_ptr() + (4 << 20)) > 0
 
 
 @needs_kernels

@@ -138,15 +138,16 @@ void interleave_rows_cpu(Tensor bytes, int64_t unit) {
   });
 }
 
-// Asks Linux for huge pages where the tensor lies, now: reading weights takes fewer walks through page tables.
-void huge_pages_cpu(Tensor bytes) {
+// Asks Linux for huge pages where the tensor lies, so that reading weights takes fewer walks through page tables: what
+// has been touched moves there now, the rest will be there when it is touched.
+void huge_pages_cpu(Tensor bytes, bool touched) {
   constexpr uintptr_t kHuge = 2 << 20;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1 and later; refused by others, which may do it by and by
   auto const begin = reinterpret_cast<uintptr_t>(bytes.data_ptr()), end = begin + bytes.numel() * bytes.element_size();
   uintptr_t const from = (begin + kHuge - 1) / kHuge * kHuge, to = end / kHuge * kHuge;
   if (from >= to) return;
   madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-  madvise(reinterpret_cast<void*>(from), to - from, kCollapse);
+  if (touched) madvise(reinterpret_cast<void*>(from), to - from, kCollapse);
 }
 
 // Memory that begins with a cache line: a tile's rows are lines.
@@ -280,7 +281,7 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
   m.def("cpu_isas(int codec) -> int");
-  m.def("huge_pages_cpu(Tensor(a!) bytes) -> ()");
+  m.def("huge_pages_cpu(Tensor(a!) bytes, bool touched) -> ()");
   m.def("interleave_rows_cpu(Tensor(a!) bytes, int unit) -> ()");
   m.def(
       "linear_cpu(Tensor x, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, Tensor weight_scale, "

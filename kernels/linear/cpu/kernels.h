@@ -28,7 +28,7 @@ struct Strip {
   int64_t in;             // columns, a multiple of 16: up to here x is padded with zeros
 };
 
-// How stored weights become numbers: codecs.h has the list. Scales of rows are not the codec's business.
+// How weights are stored. Scales of rows are not the codec's business.
 enum Codec : int { kFp8, kInt8, kCodecs };
 
 // What is compiled once per instruction set and codec; each function runs on the caller's thread. Those files define

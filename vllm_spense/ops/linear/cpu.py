@@ -145,8 +145,15 @@ def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
         if tensor.numel():
             torch.ops.spense.interleave_rows_cpu(tensor, unit)
             if _huge_pages_wanted():
-                torch.ops.spense.huge_pages_cpu(tensor)
+                torch.ops.spense.huge_pages_cpu(tensor, touched=True)
     return filled
+
+
+def ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """To be called before weights are written into new memory: a huge page takes less time then than it does
+    to move what has been written. Does nothing where the kernels do not run."""
+    if tensor.is_cpu and why_not_here() is None and _huge_pages_wanted():
+        torch.ops.spense.huge_pages_cpu(tensor, touched=False)
 
 
 @functools.cache

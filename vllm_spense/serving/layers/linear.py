@@ -10,6 +10,7 @@ from vllm_spense.format.linear import Codecs
 from vllm_spense.format.schema import ModuleSpec
 from vllm_spense.format.validate import check_values
 from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear.cpu import ask_for_huge_pages
 from vllm_spense.ops.linear.random import fill_random
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
@@ -60,8 +61,10 @@ class SpenseLinearMethod(SpenseMethod):
         if isinstance(layer, compat.QKVParallelLinear):
             check_heads(self.plan, layer.head_size)
         for name in self.plan.names:
+            data = torch.empty(self.plan.shape(name), dtype=self.plan.dtype(name))
+            ask_for_huge_pages(data)
             parameter = compat.BasevLLMParameter(
-                data=torch.empty(self.plan.shape(name), dtype=self.plan.dtype(name)),
+                data=data,
                 weight_loader=make_loader(self.plan, name, self.loaded),
             )
             layer.register_parameter(name, parameter)
