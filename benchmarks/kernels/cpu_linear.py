@@ -2,19 +2,22 @@
 
 usage: python -m benchmarks.kernels.cpu_linear [--seconds 1] [--threads 1] [--isa avx512 avx512_bf16]
                                                [--layers 'Llama-3.2-1B down'] [--tokens 1 16] [--report]
+                                               [--up-to avx512_bf16]
 
 Microseconds per call of whole layers, activation quantisation included: vLLM's kernels (cpu_rivals.py), a
 plain read of as many bytes as a Spense layer's weights have, and Spense in each codec that the kernels take.
 Columns take turns, one call each, so that the noise of a shared machine hits all alike. Medians with 10th and
 90th percentile, and beside wall time what the threads spent on a core. Weights come from memory: between two
 calls on the same ones all others are read, 0.7 to 1.4 GB (more with many instruction sets).
-Writes benchmarks/results/cpu_linear.json, one entry per CPU with one record per layer, each written when it
-is done, and of it the tables in docs/kernels.md (cpu_report.py).
+``--up-to``: all columns as on a CPU whose best instructions these are, with this one's clock and memory,
+under a name of its own. Writes benchmarks/results/cpu_linear.json, one entry per CPU with one record per
+layer, each written when it is done, and of it the tables in docs/kernels.md (cpu_report.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +37,7 @@ from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.linear import Codecs
 from vllm_spense.ops import LinearArguments, LinearSpec
 from vllm_spense.ops.linear.cpu import ISAS, CpuBackend, why_not_here
+from vllm_spense.ops.linear.cpu import isas as isas_of
 from vllm_spense.ops.linear.random import random_layer
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_linear.json"
@@ -52,20 +56,34 @@ READERS = 64
 """Rows that the plain read sums up, each by one thread."""
 ROUNDS = 5
 """Fewest calls of each column."""
+ONEDNN = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX2_VNNI",
+    "avx512": "AVX512_CORE",
+    "avx512_vnni": "AVX512_CORE_VNNI",
+    "avx512_bf16": "AVX512_CORE_BF16",
+}
+"""What ONEDNN_MAX_CPU_ISA calls the instruction sets in front of AMX."""
 Samples = list[tuple[float, float]]
 """Seconds of each call: on the clock, and of all threads on a core."""
 
 
-def ours(layer: str, isas: Sequence[str]) -> Iterator[Column]:
+def best(codec: str, limit: str) -> str:
+    """The instruction set that the operator would pick if there were none behind ``limit``."""
+    return next(name for name in reversed(isas_of(codec)) if ISAS.index(name) <= ISAS.index(limit))
+
+
+def ours(layer: str, isas: Sequence[str], limit: str | None = None) -> Iterator[Column]:
     """Spense in every codec that there is, with the instructions that the operator picks, or these."""
     for codec, ratio in SPENSE:
         if codec not in codec_names():
             continue
         spec = replace(layer_spec(*LAYERS[layer], ratio), codecs=Codecs.of(codec))
         for isa in isas or [""]:
+            picked = best(codec, limit) if limit and not isa else isa
             yield Column(
                 *(f"Spense {codec} {ratio:g}" + (f", {isa}" if isa else ""), spec.weight_bytes),
-                make=lambda seed, spec=spec, isa=isa: spense_call(spec, isa, seed),
+                make=lambda seed, spec=spec, isa=picked: spense_call(spec, isa, seed),
                 kind=f"Spense {codec}",
                 chosen=not isa,
                 why_not=CpuBackend().why_not(spec, torch.device("cpu")),
@@ -89,11 +107,11 @@ def floor(nbytes: int) -> Column:
     return Column("read", nbytes, make, kind="read")
 
 
-def columns(layer: str, isas: Sequence[str]) -> list[Column]:
+def columns(layer: str, isas: Sequence[str], limit: str | None = None) -> list[Column]:
     """All of them, vLLM's first; the read is one of the first Spense column's bytes."""
     spec = layer_spec(*LAYERS[layer], 0.5)
-    spense = list(ours(layer, isas))
-    rivals = cpu_rivals.columns(spec.out_features, spec.in_features)
+    spense = list(ours(layer, isas, limit))
+    rivals = cpu_rivals.columns(spec.out_features, spec.in_features, False if limit else None)
     return [*rivals, *(floor(column.nbytes) for column in spense[:1]), *spense]
 
 
@@ -141,9 +159,11 @@ def started(every: Sequence[Column], x: torch.Tensor) -> tuple[dict[str, list[Ca
     return calls, missing
 
 
-def measure(layer: str, tokens: Sequence[int], isas: Sequence[str], seconds: float) -> dict[str, Any]:
+def measure(
+    layer: str, tokens: Sequence[int], isas: Sequence[str], seconds: float, limit: str | None = None
+) -> dict[str, Any]:
     """The record of one layer."""
-    every = columns(layer, isas)
+    every = columns(layer, isas, limit)
     k = layer_spec(*LAYERS[layer], 0.5).in_features
     calls, missing = started(every, torch.randn(1, k).bfloat16())
     cells: dict[str, dict[str, Any]] = {name: {} for name in calls}
@@ -174,6 +194,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--isa", nargs="+", choices=ISAS, help="of our kernels (default: the operator's choice)"
     )
+    parser.add_argument("--up-to", choices=ONEDNN, help="no column uses better instructions than these")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -189,10 +210,14 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(reason)
         if options.threads:
             torch.set_num_threads(options.threads)
+        cpu = cpu_name(torch.get_num_threads())
+        if options.up_to:
+            os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN[options.up_to]  # read at oneDNN's first call
+            cpu = f"{cpu}, limited to {options.up_to}"
         for layer in options.layers:
-            record = measure(layer, options.tokens, options.isa or [], options.seconds)
+            record = measure(layer, options.tokens, options.isa or [], options.seconds, options.up_to)
             results = read(options.results)
-            entry = results.setdefault(cpu_name(torch.get_num_threads()), {"records": {}})
+            entry = results.setdefault(cpu, {"records": {}})
             entry["records"][layer] = record
             entry["machine"] = facts()
             write(options.results, results)

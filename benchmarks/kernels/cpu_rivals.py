@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,11 +64,13 @@ def codes(n: int, k: int, seed: int) -> torch.Tensor:
     return torch.randint(-7, 8, (n, k), dtype=torch.int8, generator=generator)
 
 
-def columns(n: int, k: int) -> list[Column]:
-    """All of them, for a layer with ``n`` outputs and ``k`` inputs."""
+def columns(n: int, k: int, tiles: bool | None = None) -> list[Column]:
+    """All of them, for a layer with ``n`` outputs and ``k`` inputs. ``tiles``: may they use AMX (default:
+    whether the CPU has it); what oneDNN uses is for its own environment variable to say."""
     ops = loaded()
     absent = ops if isinstance(ops, str) else None
-    amx = absent or (None if torch.cpu._is_amx_tile_supported() else "needs AMX")
+    tiles = torch.cpu._is_amx_tile_supported() if tiles is None else tiles
+    amx = absent or (None if tiles else "needs AMX")
     small_bf16 = amx or _multiples(n, k, 16, 32)
     group = group_size(k)
     every = [
@@ -77,9 +80,17 @@ def columns(n: int, k: int) -> list[Column]:
         ("INT8 SGL", "INT8", 8, int8_sgl, _missing(small_bf16, "int8_scaled_mm_with_quant")),
         ("FP8 W8A16", "FP8", 8, fp8_w8a16, _missing(amx or _multiples(n, k, 32, 32), "fp8_scaled_mm_cpu")),
         ("INT4 W4A8", "INT4", 4, int4_w4a8, _missing(amx or _grouped(n, k), "int4_scaled_mm_cpu")),
-        ("INT4 W4A16", "INT4", 4, int4_w4a16, _missing(absent or _grouped(n, k), "cpu_gemm_wna16")),
+        (
+            "INT4 W4A16",
+            "INT4",
+            4,
+            partial(int4_w4a16, tiles=tiles),
+            _missing(absent or _grouped(n, k), "cpu_gemm_wna16"),
+        ),
     ]
-    picked = set() if absent else {chosen_kernel(n, k, dtype) for dtype in (torch.bfloat16, torch.int8)}
+    picked = (
+        set() if absent else {chosen_kernel(n, k, dtype, tiles) for dtype in (torch.bfloat16, torch.int8)}
+    )
     picked |= {"FP8 W8A16", "INT4 W4A8" if not amx else "INT4 W4A16"}
     return [
         Column(
@@ -93,12 +104,12 @@ def columns(n: int, k: int) -> list[Column]:
     ]
 
 
-def chosen_kernel(n: int, k: int, dtype: torch.dtype) -> str:
-    """The column that vLLM's own rule picks for bf16 and for INT8 weights."""
+def chosen_kernel(n: int, k: int, dtype: torch.dtype, tiles: bool) -> str:
+    """The column that vLLM's own rule picks for bf16 and for INT8 weights; SGL's kernels need AMX."""
     from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 
     kind = "bf16" if dtype == torch.bfloat16 else "INT8"
-    return f"{kind} {'SGL' if check_cpu_sgl_kernel(n, k, dtype) else 'oneDNN'}"
+    return f"{kind} {'SGL' if tiles and check_cpu_sgl_kernel(n, k, dtype) else 'oneDNN'}"
 
 
 def group_size(k: int) -> int:
@@ -177,11 +188,11 @@ def int4_w4a8(weight: torch.Tensor) -> Call:
     return lambda x: ops.int4_scaled_mm_cpu(x=x, w=w, w_zeros=w_zeros, w_scales=w_scales, bias=None)
 
 
-def int4_w4a16(weight: torch.Tensor) -> Call:
+def int4_w4a16(weight: torch.Tensor, tiles: bool) -> Call:
     ops, (n, k) = loaded(), weight.shape
     w = _packed(_nibbles(weight)).view(k, n // 16, 2).permute(1, 0, 2).reshape(n // 16, 2 * k).contiguous()
     scales = torch.full((k // group_size(k), n), SCALE, dtype=torch.bfloat16)
-    hint = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    hint = "amx" if tiles else "vec"
     return lambda x: ops.cpu_gemm_wna16(x, w, scales, None, None, pack_factor=8, isa_hint=hint)
 
 

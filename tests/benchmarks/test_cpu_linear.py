@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,8 +62,12 @@ def test_one_kernel_per_format_is_what_vllm_runs() -> None:
         kinds = [column.kind for column in cpu_rivals.columns(*shape) if column.chosen]
         assert sorted(kinds) == ["FP8", "INT4", "INT8", "bf16"]
     amx = torch.cpu._is_amx_tile_supported()
-    assert cpu_rivals.chosen_kernel(256, 512, torch.bfloat16) == f"bf16 {'SGL' if amx else 'oneDNN'}"
-    assert cpu_rivals.chosen_kernel(2048, 4096, torch.bfloat16) == "bf16 oneDNN"
+    assert cpu_rivals.chosen_kernel(256, 512, torch.bfloat16, amx) == f"bf16 {'SGL' if amx else 'oneDNN'}"
+    assert cpu_rivals.chosen_kernel(256, 512, torch.bfloat16, False) == "bf16 oneDNN"
+    assert cpu_rivals.chosen_kernel(2048, 4096, torch.bfloat16, amx) == "bf16 oneDNN"
+    without = {column.name: column.why_not for column in cpu_rivals.columns(256, 512, tiles=False)}
+    assert without["bf16 oneDNN"] is None
+    assert {without[f"{kind} SGL"] for kind in ("bf16", "INT8")} == {"needs AMX"}
 
 
 @needs_kernels
@@ -162,6 +167,22 @@ def test_results_of_one_cpu_leave_the_others_alone(
         assert list(column) == ["1", "5"]
     page = (tmp_path / "page.md").read_text()
     assert page.index("**this CPU**") < page.index("**other CPU**") < page.index("**old CPU**")
+
+
+@needs_kernels
+def test_as_on_a_cpu_with_fewer_instructions(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither our kernels nor vLLM's use better ones, and the results have a name of their own."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # what the command sets is undone behind the test
+    found = run("this CPU", "--layers", "tiny down", "--up-to", "avx2")
+    assert list(found) == ["this CPU, limited to avx2"]
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert set(cpu_linear.ONEDNN) == set(ISAS) - {"amx"}
+    monkeypatch.setattr(cpu_linear, "isas_of", lambda codec: ("avx2", "avx512", "avx512_bf16", "amx"))
+    assert [cpu_linear.best("fp8", name) for name in ("avx2", "avx512_vnni", "avx512_bf16")] == [
+        *("avx2", "avx512", "avx512_bf16"),
+    ]
 
 
 def record(**cells: dict[str, float]) -> dict[str, Any]:
