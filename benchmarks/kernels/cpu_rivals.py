@@ -72,7 +72,7 @@ def columns(n: int, k: int, tiles: bool | None = None) -> list[Column]:
     tiles = torch.cpu._is_amx_tile_supported() if tiles is None else tiles
     amx = absent or (None if tiles else "needs AMX")
     small_bf16 = amx or _multiples(n, k, 16, 32)
-    group = group_size(k)
+    group, wna16 = group_size(k), partial(int4_w4a16, tiles=tiles)
     every = [
         ("bf16 oneDNN", "bf16", 16, bf16_onednn, _missing(absent, "create_onednn_mm_handler")),
         ("bf16 SGL", "bf16", 16, bf16_sgl, _missing(small_bf16, "weight_packed_linear")),
@@ -80,17 +80,10 @@ def columns(n: int, k: int, tiles: bool | None = None) -> list[Column]:
         ("INT8 SGL", "INT8", 8, int8_sgl, _missing(small_bf16, "int8_scaled_mm_with_quant")),
         ("FP8 W8A16", "FP8", 8, fp8_w8a16, _missing(amx or _multiples(n, k, 32, 32), "fp8_scaled_mm_cpu")),
         ("INT4 W4A8", "INT4", 4, int4_w4a8, _missing(amx or _grouped(n, k), "int4_scaled_mm_cpu")),
-        (
-            "INT4 W4A16",
-            "INT4",
-            4,
-            partial(int4_w4a16, tiles=tiles),
-            _missing(absent or _grouped(n, k), "cpu_gemm_wna16"),
-        ),
+        ("INT4 W4A16", "INT4", 4, wna16, _missing(absent or _grouped(n, k), "cpu_gemm_wna16")),
     ]
-    picked = (
-        set() if absent else {chosen_kernel(n, k, dtype, tiles) for dtype in (torch.bfloat16, torch.int8)}
-    )
+    dtypes = () if absent else (torch.bfloat16, torch.int8)
+    picked = {chosen_kernel(n, k, dtype, tiles) for dtype in dtypes}
     picked |= {"FP8 W8A16", "INT4 W4A8" if not amx else "INT4 W4A16"}
     return [
         Column(
