@@ -154,7 +154,7 @@ void huge_pages_cpu(Tensor bytes, bool touched) {
 struct Buffer {
   static constexpr std::align_val_t kLine{64};
   char* const bytes;
-  explicit Buffer(size_t size) : bytes(new (kLine) char[size]()) {}
+  explicit Buffer(size_t size) : bytes(new (kLine) char[size]) {}
   Buffer(Buffer const&) = delete;
   ~Buffer() { ::operator delete[](bytes, kLine); }
 };
@@ -235,7 +235,7 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
   int64_t strips = 0;
   for (Rows const& rows : pieces) strips += rows.strips();
   int64_t const width = x.element_size(), pitch = (in / 64 + 2) * 64;  // no power of two: other sets of the cache
-  int64_t const room = up(std::min(tokens, kTogether));                // kernels may read tokens in sixteens
+  int64_t const room = up(std::min(tokens, kTogether));  // kernels read sixteens, and drop what is too much
   Buffer const quantized(room * pitch * run.x_bytes);
   std::unique_ptr<float[]> scales(new float[room]);
   auto const* const scale = static_cast<float const*>(weight_scale.data_ptr());
@@ -255,7 +255,7 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
         [&](int64_t from, int64_t to) {
           PlainArithmetic const plain;
           int64_t const together = std::min<int64_t>(run.tokens, count);
-          std::unique_ptr<float[]> const out(new float[run.count * together * kRows]);
+          Buffer const out(run.count * together * kRows * sizeof(float));
           std::unique_ptr<Strip[]> const strips_here(new Strip[run.count]);
           int64_t before = 0;
           for (Rows const& rows : pieces) {
@@ -265,10 +265,10 @@ Tensor linear_cpu(Tensor x, Tensor values, Tensor meta, Tensor dense, Tensor wei
               for (int s = 0; s < some; ++s) strips_here[s] = rows.strip(i + s);
               for (int64_t t = 0; t < count; t += together) {
                 int const here = int(std::min<int64_t>(together, count - t));
-                run.strips(strips_here.get(), some, quantized.bytes + t * pitch * run.x_bytes, pitch, here, out.get());
+                run.strips(strips_here.get(), some, quantized.bytes + t * pitch * run.x_bytes, pitch, here, out.bytes);
                 int64_t const row = rows.y + i * kRows;
                 int const height = int(std::min<int64_t>(some * kRows, rows.count - i * kRows));
-                run.finish(out.get(), here, height, scales.get() + t, scale + row,
+                run.finish(out.bytes, here, height, scales.get() + t, scale + row,
                            added ? added + row * width : nullptr, dtype, target + (t * n + row) * width, n);
               }
             }
