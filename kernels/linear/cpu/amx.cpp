@@ -20,12 +20,13 @@ struct Bf16Tiles {
     if constexpr (To == 3) _tile_dpbf16ps(3, 5, 7);
   }
 
-  // 32 columns of a strip as a tile [pair of columns][16 rows][2]; columns from s.in on are zeros.
-  uint8_t const* tile(Strip const& s, int64_t column, uint8_t* to) const {
+  // 32 columns of one of so many strips as a tile [pair of columns][16 rows][2]; columns from s.in on are zeros.
+  uint8_t const* tile(Strip const& s, int64_t column, uint8_t* to, int strips) const {
+    int64_t const ahead = ahead_of(s, column, W::kBits, strips);
     auto* pairs = reinterpret_cast<__m512i*>(to);
     for (int64_t c = column; c < column + kColumns; c += kStep, pairs += 8) {
       __m512i step[8] = {};
-      if (c < s.in) widen(s, c, step);
+      if (c < s.in) widen(s, c, step, ahead);
       for (int i = 0; i < 8; ++i) pairs[i] = step[i];
     }
     return to;

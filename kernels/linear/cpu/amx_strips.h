@@ -111,7 +111,7 @@ class Columns {
 
   void make(int64_t i) {
     for (int s = 0; s < Strips; ++s)
-      tiles_[i % kSteps][s] = codec_.tile(strips_[s], (first_ + i) * K::kColumns, own_[i % kSteps][s]);
+      tiles_[i % kSteps][s] = codec_.tile(strips_[s], (first_ + i) * K::kColumns, own_[i % kSteps][s], Strips);
     written(own_);
   }
 

@@ -36,16 +36,17 @@ struct Int8Tiles {
     if constexpr (To == 3) _tile_dpbssd(3, 5, 7);
   }
 
-  // 64 columns of a strip as a tile [16 groups of four][row][column]: where it lies, which is `to` if it has to be
-  // written. Columns from s.in on are zeros.
-  uint8_t const* tile(Strip const& s, int64_t column, uint8_t* to) const {
+  // 64 columns of one of so many strips as a tile [16 groups of four][row][column]: where it lies, which is `to` if it
+  // has to be written. Columns from s.in on are zeros.
+  uint8_t const* tile(Strip const& s, int64_t column, uint8_t* to, int strips) const {
+    int64_t const ahead = ahead_of(s, column, 8, strips);
     if (column + kColumns <= std::min(s.sparse, s.dense_from)) {
       __builtin_prefetch(s.meta + column / 8 * kRows + kAhead / 4);
       __builtin_prefetch(s.meta + column / 8 * kRows + kAhead / 4 + 64);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         __m512i groups[2];
-        sparse(s, column + 8 * i, groups);
+        sparse(s, column + 8 * i, groups, ahead);
         for (int g = 0; g < 2; ++g) _mm512_store_si512(to + (2 * i + g) * kFour, groups[g]);
       }
       return to;
@@ -53,13 +54,13 @@ struct Int8Tiles {
     uint8_t const* const dense = s.dense + (column - s.dense_from) / 4 * kFour;
     if (column >= std::max(s.sparse, s.dense_from) && column + kColumns <= s.in) {
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(dense + i * kFour + kAhead);
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(dense + i * kFour + ahead);
       return dense;
     }
     for (int i = 0; i < 8; ++i) {  // where both regions have columns, one of them holds zeros
       int64_t const c = column + 8 * i;
       __m512i groups[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-      if (c < s.sparse) sparse(s, c, groups);
+      if (c < s.sparse) sparse(s, c, groups, ahead);
       for (int g = 0; g < 2; ++g) {
         if (s.dense_from <= c && c < s.in)
           groups[g] = _mm512_or_si512(groups[g], _mm512_loadu_si512(dense + (2 * i + g) * kFour));
@@ -70,10 +71,10 @@ struct Int8Tiles {
   }
 
   // The weights of eight columns.
-  void sparse(Strip const& s, int64_t column, __m512i groups[2]) const {
+  void sparse(Strip const& s, int64_t column, __m512i groups[2], int64_t ahead) const {
     uint8_t const* const values = s.values + column / 8 * kFour;
     __m512i const kept = _mm512_loadu_si512(values), m = Avx512Vnni::metadata(s.meta + column / 8 * kRows);
-    __builtin_prefetch(values + kAhead);
+    __builtin_prefetch(values + ahead);
     groups[0] = _mm512_shuffle_epi8(kept, _mm512_or_si512(_mm512_permutexvar_epi32(m, table), row));
     groups[1] =
         _mm512_shuffle_epi8(kept, _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(m, 4), table), row_odd));

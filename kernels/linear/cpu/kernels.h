@@ -57,6 +57,15 @@ extern Functions const fp8_avx2, fp8_avx512, fp8_avx512_bf16, fp8_amx;
 
 namespace {
 constexpr int64_t bytes_of(int64_t weights, int64_t bits) { return weights * bits / 8; }
+
+// How far ahead of a column of a strip its weights are asked for. Where strips are read side by side, what lies behind
+// the end of one is read already, and what is read next lies behind them all.
+inline int64_t ahead_of(Strip const& s, int64_t column, int64_t bits, int strips) {
+  bool const sparse = column < s.sparse;
+  int64_t const at = bytes_of((sparse ? column / 2 : column - s.dense_from) * kRows, bits) + kAhead;
+  int64_t const size = bytes_of((sparse ? s.sparse / 2 : s.in - s.dense_from) * kRows, bits);
+  return __builtin_expect(at < size, true) ? kAhead : kAhead + (strips - 1) * size * (at / size);
+}
 }  // namespace
 
 }  // namespace spense::cpu

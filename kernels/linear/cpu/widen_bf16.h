@@ -34,23 +34,23 @@ struct StepWidener {
   __m512i scatter[2] = {_mm512_load_si512(widen_tables.scatter[0]), _mm512_load_si512(widen_tables.scatter[1])};
   __m512i place = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
 
-  void operator()(Strip const& s, int64_t c, __m512i pairs[8]) const {
+  void operator()(Strip const& s, int64_t c, __m512i pairs[8], int64_t ahead = kAhead) const {
     bool const in_sparse = c < s.sparse;
-    if (in_sparse) sparse(s.values + bytes_of(c / 2 * kRows, W::kBits), s.meta + c / 8 * kRows, pairs);
+    if (in_sparse) sparse(s.values + bytes_of(c / 2 * kRows, W::kBits), s.meta + c / 8 * kRows, pairs, ahead);
     if (c < s.dense_from) return;
     uint8_t const* const from = s.dense + bytes_of((c - s.dense_from) * kRows, W::kBits);
-    if (!in_sparse) return dense(from, pairs);
+    if (!in_sparse) return dense(from, pairs, ahead);
     __m512i both[8];  // where both regions have the step, one of them holds zeros
-    dense(from, both);
+    dense(from, both, ahead);
     for (int i = 0; i < 8; ++i) pairs[i] = _mm512_or_si512(pairs[i], both[i]);
   }
 
-  void sparse(uint8_t const* values, uint8_t const* meta, __m512i pairs[8]) const {
+  void sparse(uint8_t const* values, uint8_t const* meta, __m512i pairs[8], int64_t ahead) const {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i w[2];
       widen(values + bytes_of(half * 4 * kRows, W::kBits), w[0], w[1]);
-      __builtin_prefetch(values + bytes_of(half * 4 * kRows, W::kBits) + kAhead);
+      __builtin_prefetch(values + bytes_of(half * 4 * kRows, W::kBits) + ahead);
       __m512i nibbles = nibbles_of(meta + half * kRows);
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g, nibbles = _mm512_srli_epi32(nibbles, 4))
@@ -62,11 +62,11 @@ struct StepWidener {
     }
   }
 
-  void dense(uint8_t const* weights, __m512i pairs[8]) const {
+  void dense(uint8_t const* weights, __m512i pairs[8], int64_t ahead) const {
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
       uint8_t const* const group = weights + bytes_of(4 * g * kRows, W::kBits);
-      __builtin_prefetch(group + kAhead);
+      __builtin_prefetch(group + ahead);
       widen(group, pairs[2 * g], pairs[2 * g + 1]);
     }
   }
