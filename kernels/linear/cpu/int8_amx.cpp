@@ -97,6 +97,7 @@ void strips(Strip const* strips, int count, void const* x, int64_t pitch, int to
 
 }  // namespace
 
+// kTogether tokens in a call: all that were quantised together, so that both functions choose alike.
 constinit Functions const int8_amx = {8, 1, kStrips, kTogether, quantize_tiles, strips, finish_avx512<int32_t>};
 
 }  // namespace spense::cpu
