@@ -80,7 +80,7 @@ def ours(layer: str, isas: Sequence[str], limit: str | None = None) -> Iterator[
             continue
         spec = replace(layer_spec(*LAYERS[layer], ratio), codecs=Codecs.of(codec))
         for isa in isas or [""]:
-            picked = best(codec, limit) if limit and not isa else isa
+            picked = best(codec, limit) if limit else isa
             yield Column(
                 *(f"Spense {codec} {ratio:g}" + (f", {isa}" if isa else ""), spec.weight_bytes),
                 make=lambda seed, spec=spec, isa=picked: spense_call(spec, isa, seed),
@@ -191,10 +191,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="per figure")
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument(
+    instructions = parser.add_mutually_exclusive_group()
+    instructions.add_argument(
         "--isa", nargs="+", choices=ISAS, help="of our kernels (default: the operator's choice)"
     )
-    parser.add_argument("--up-to", choices=ONEDNN, help="no column uses better instructions than these")
+    instructions.add_argument("--up-to", choices=ONEDNN, help="no column uses better instructions than these")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--results", type=Path, default=RESULTS)

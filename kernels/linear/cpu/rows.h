@@ -125,11 +125,11 @@ void finish_rows(Sum const* out, int tokens, int rows, float const* x_scale, flo
     }
 }
 
-template <class Value, int Side = 1>
+template <class Value>
 void quantize(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t to, int64_t, void* values, int64_t pitch,
               float* scales) {
   with_type(dtype, x,
-            [&](auto const* p) { quantize_rows<Side>(p, in, from, to, static_cast<Value*>(values), pitch, scales); });
+            [&](auto const* p) { quantize_rows<1>(p, in, from, to, static_cast<Value*>(values), pitch, scales); });
 }
 
 // Unit: what sums are multiplied with first, a power of two.
