@@ -37,6 +37,7 @@ import torch
 from benchmarks.accuracy.frontier_cost import cost
 from benchmarks.accuracy.frontier_goals import SETTINGS, side_by_side
 from benchmarks.accuracy.frontier_report import (
+    REFUSED,
     write_documents,
     write_goals,
     write_quality,
@@ -53,7 +54,7 @@ from vllm_spense.evaluation.agreement import agreement
 from vllm_spense.evaluation.continuation import continuation, text_items
 from vllm_spense.evaluation.perplexity import mean_nll, text_windows
 from vllm_spense.pruning import PruneConfig, prune
-from vllm_spense.recovery import RecoveryConfig, recover
+from vllm_spense.recovery import RecoveryConfig, RecoveryError, recover
 from vllm_spense.text import Beginning, Bos, context_length, opening
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,8 +99,10 @@ class Row:
             shutil.rmtree(pruned, ignore_errors=True)
             out.rename(pruned)
             config = RecoveryConfig(calibration=str(calibration), **self.recovery)
-            recover(pruned, out, config, dense)
-            shutil.rmtree(pruned)
+            try:
+                recover(pruned, out, config, dense)
+            finally:
+                shutil.rmtree(pruned)
         return time.process_time() - started
 
     @property
@@ -203,6 +206,8 @@ TRIES = [
         ROWS[-1],
     ),
     Row("t-recovered", "recovered: 100 windows, distilled", {}, ROWS[-1], {}),
+    Row("t-recovered-3e-5", "… with a learning rate of 3e-5", {}, ROWS[-1], {"learning_rate": 3e-5}),
+    Row("t-recovered-1e-5", "… with a learning rate of 1e-5", {}, ROWS[-1], {"learning_rate": 1e-5}),
     Row("t-both", "… distilled and trained on their tokens", {}, ROWS[-1], {"objective": "both"}),
     Row(
         "t-control",
@@ -405,7 +410,8 @@ def current(results: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
 
 
 def measure(row: Row, seed: int, bench: Bench, arguments: argparse.Namespace) -> None:
-    """Prune once, then fill in the figures that are missing, saving after each."""
+    """Prune once, then fill in the figures that are missing, saving after each. A model that recovery refuses
+    is a finding, too: its reason is saved."""
     store = Store(arguments.results, f"{row.key}/{seed}", row.settings())
     directory = arguments.work / f"{row.key}-{seed}"
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -413,7 +419,9 @@ def measure(row: Row, seed: int, bench: Bench, arguments: argparse.Namespace) ->
         if not mine:
             print(f"{row.key}, seed {seed}: another process is at it")
             return
-        known = () if arguments.again else store.entry()
+        known = {} if arguments.again else store.entry()
+        if REFUSED in known:
+            return
         wanted = [metric for metric in arguments.metrics if f"{bench.split}/{metric}" not in known]
         if not wanted:
             return
@@ -423,7 +431,12 @@ def measure(row: Row, seed: int, bench: Bench, arguments: argparse.Namespace) ->
         else:
             if arguments.again or not directory.is_dir() or "cost" not in store.entry():
                 shutil.rmtree(directory, ignore_errors=True)
-                seconds = row.make(seed, bench.model, bench.text / "train.txt", directory)
+                try:
+                    seconds = row.make(seed, bench.model, bench.text / "train.txt", directory)
+                except RecoveryError as error:
+                    store.save(REFUSED, {"reason": str(error)})
+                    print(f"{row.key}, seed {seed}: {error}", flush=True)
+                    return
                 store.save("cost", asdict(cost(directory)) | {"prune_seconds": seconds})
             model = load_model(directory)
         for metric in wanted:
@@ -450,6 +463,7 @@ class Store:
         with lock(self.path.parent, wait=True):  # not the file itself, which each write replaces
             results = read(self.path)
             known = self._current(results) or {"settings": self.settings}
+            known.pop(REFUSED, None)
             made = provenance() | {"environment": environment()}
             results.setdefault("runs", {})[self.key] = known | {name: figures | {"made": made}}
             write(self.path, results)

@@ -95,6 +95,10 @@ TRY_COLUMNS = ("bytes", "loss", "fiction", "kl", "top1", "seconds")
 ABLATION_COLUMNS = ("sparsity", "bytes", "perplexity", "loss", "fiction", "kl", "top1", "seconds")
 
 
+REFUSED = "refused"
+"""What a run has instead of figures when recovery's guard wrote no model (``RecoveryError``)."""
+
+
 class Figures:
     """All figures of a results file on one split."""
 
@@ -104,7 +108,7 @@ class Figures:
             run = {
                 name.removeprefix(f"{split}/"): figures
                 for name, figures in entry.items()
-                if name == "cost" or name.startswith(f"{split}/")
+                if name in ("cost", REFUSED) or name.startswith(f"{split}/")
             }
             row, _, seed = key.rpartition("/")
             self.runs.setdefault(row, {})[int(seed)] = run
@@ -125,7 +129,7 @@ class Figures:
         return Figure.of(values) if values else None
 
     def table(self, rows: Sequence[Line], columns: Sequence[str] = FRONTIER_COLUMNS) -> str:
-        """Markdown; rows without any measurement are left out."""
+        """Markdown; a row without figures shows why recovery refused it, or is left out."""
         titles = [COLUMNS[column].title for column in columns]
         lines = []
         for row in rows:
@@ -133,6 +137,10 @@ class Figures:
                 found = [(self.get(row.key, column), COLUMNS[column].form) for column in columns]
                 cells = ["–" if figure is None else figure.text(form) for figure, form in found]
                 lines.append([row.label, *cells])
+            elif reasons := [
+                run[REFUSED]["reason"] for run in self.by_seed(row.key).values() if REFUSED in run
+            ]:
+                lines.append([f"{row.label}: {reasons[0].partition(':')[0]}", *["–"] * len(columns)])
         return table(["method", *titles], lines)
 
 

@@ -222,6 +222,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     assert len(bench.calls) == 5
 
 
+def test_a_model_that_recovery_refuses_is_a_row(tmp_path: Path) -> None:
+    """Far too high a learning rate: the reason is saved and shown, nothing is left or tried once more."""
+    dense = add_tokenizer(make_llama(tmp_path / "dense"))
+    write_text(tmp_path / "train.txt", 4000)
+    bench: Any = FakeBench(dense, tmp_path)
+    options = {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0.5, "weight_dtype": "bf16"}
+    recovery = {"learning_rate": 1.0, "steps": 4, "seq_len": 64}
+    row = Row("far", "far too fast", options, recovery=recovery)
+    arguments = Namespace(
+        results=tmp_path / "results.json",
+        work=tmp_path / "work",
+        metrics=["first"],
+        again=False,
+        keep=False,
+    )
+    measure(row, 0, bench, arguments)
+    results = read(arguments.results)
+    entry = results["runs"]["far/0"]
+    assert set(entry) == {"settings", "refused"}
+    assert [path.name for path in arguments.work.iterdir()] == ["far-0.lock"]
+    bench.model = Path("gone")  # not read a second time
+    measure(row, 0, bench, arguments)
+    shown = Figures(results, "valid").table([row, Row("missing", "missing", {})], ("loss", "kl"))
+    assert shown.splitlines()[2:] == [
+        f"| far too fast: {entry['refused']['reason'].partition(':')[0]} | – | – |"
+    ]
+    Store(arguments.results, "far/0", row.settings()).save("cost", {"weight_bytes": 1})
+    assert set(read(arguments.results)["runs"]["far/0"]) == {"settings", "cost"}, "it succeeded at last"
+
+
 def run_of(nll: float, accuracy: float, size: int = 80) -> dict[str, Any]:
     return {
         "settings": {},
