@@ -4,7 +4,12 @@
 
 namespace spense::cpu {
 
-constinit Functions const int8_avx512_vnni = {
-    8, 1, 2, kTokens, quantize_int8_avx512<Avx512Vnni::kOffset, 1>, int8_strips<Avx512Vnni>, finish_avx512<int32_t>};
+constinit Functions const int8_avx512_vnni = {8,
+                                              1,
+                                              kAbreast,
+                                              kTokens,
+                                              quantize_int8_avx512<Avx512Vnni::kOffset, 1>,
+                                              int8_strips<Avx512Vnni>,
+                                              finish_avx512<int32_t>};
 
 }  // namespace spense::cpu

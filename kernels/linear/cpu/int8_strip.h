@@ -230,16 +230,16 @@ void int8_strips(Strip const* strips, int count, void const* values, int64_t pit
   std::fill(sums, sums + count * here, 0);
   if (tokens <= V::kFew) {
     for (int s = 0; s < count; ++s) few<V>(strips[s], x, pitch, tokens, sums + s * here);
-  } else if (count == 2) {
-    many<V, 2>(strips, x, pitch, tokens, sums);
   } else {
-    many<V, 1>(strips, x, pitch, tokens, sums);
+    for (int s = 0; s < count; s += 2)
+      s + 1 < count ? many<V, 2>(strips + s, x, pitch, tokens, sums + s * here)
+                    : many<V, 1>(strips + s, x, pitch, tokens, sums + s * here);
   }
 }
 
 template <class V>
 constexpr Functions int8_functions() {
-  return {8, 1, 2, kTokens, quantize_int8<V::kOffset>, int8_strips<V>, finish<int32_t>};
+  return {8, 1, kAbreast, kTokens, quantize_int8<V::kOffset>, int8_strips<V>, finish<int32_t>};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ constexpr int kDepth = 1024;  // columns that are widened at a time, for many to
 constexpr int kAhead = 6144;  // bytes of weights that are asked for ahead: the CPU by itself does not go far enough
 constexpr int kUnit = 4;      // bytes of a row that lie together
 constexpr int kTokens = 192;  // tokens that share one widened strip
+constexpr int kAbreast = 4;   // strips of one call: so much of a row of y is written at a time, as rows are far apart
 constexpr int64_t kTogether = 512;  // tokens whose quantised values are kept at a time
 
 // One strip in the interleaved layout that `interleave` of vllm_spense.ops makes: the rows' bytes in turn, four at a

@@ -143,7 +143,7 @@ void strips(Strip const* strips, int count, void const* values, int64_t pitch, i
 
 template <class V, class W>
 constexpr Functions functions() {
-  return {W::kBits, sizeof(float), 1, kTokens, quantize<float>, strips<V, W>, finish};
+  return {W::kBits, sizeof(float), kAbreast, kTokens, quantize<float>, strips<V, W>, finish};
 }
 
 }  // namespace
