@@ -1,8 +1,7 @@
 """Tables of the CPU layer benchmark in docs/kernels.md, one per CPU, from the results alone.
 
 A cell is the median in microseconds and how many times as fast as vLLM's bf16 kernel that is. What could not
-run is a dash, and its reason stands below. Entries of before the columns took turns have their own table, as
-measured: their columns are bare GEMMs of torch, which say nothing about vLLM's kernels.
+run is a dash, and its reason stands below.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ def report(results: dict[str, Any], document: Path = DOCUMENT) -> None:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Every CPU's, those in the older form last."""
-    current = [_current(cpu, entry["records"]) for cpu, entry in results.items() if "records" in entry]
-    return "\n\n".join([*current, *(_older(cpu, e) for cpu, e in results.items() if "layers" in e)])
+    """Every CPU's."""
+    return "\n\n".join(_table(cpu, entry["records"]) for cpu, entry in results.items())
 
 
-def _current(cpu: str, records: dict[str, Any]) -> str:
+def _table(cpu: str, records: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for record in records.values() for name in record["columns"]))
     lines = [
         [layer, m, *(_cell(record, name, m) for name in names)]
@@ -87,18 +85,3 @@ def _made(records: dict[str, Any]) -> list[str]:
 def _reasons(records: dict[str, Any]) -> str:
     found = {name: reason for record in records.values() for name, reason in record["missing"].items()}
     return "; ".join(f"{name}: {reason}" for name, reason in found.items())
-
-
-def _older(cpu: str, entry: dict[str, Any]) -> str:
-    names = list(next(iter(entry["layers"].values())))
-    lines = [
-        [layer, m, *(f"{found[name][m]:,.0f}" for name in names)]
-        for layer, found in entry["layers"].items()
-        for m in found[names[0]]
-    ]
-    made = entry["made"]
-    head = (
-        f"**{cpu}**; torch {made['versions']['torch']}, {made['date'][:10]}, an older measurement: µs, one "
-        "column after the other, bare torch GEMMs in place of vLLM's kernels."
-    )
-    return f"{head}\n\n{table(['layer', 'M', *names], lines)}"
