@@ -341,7 +341,8 @@ def test_a_locale_without_utf_8(root: Path, tmp_path: Path) -> None:
     words = (root / "text.txt").read_text()
     text.write_text("\n\n".join([words, *["w1 w2 é… w3 " * 60] * 20]), "utf-8")
     few = ("--seq-len", 64, "--max-tokens", 128)
-    more = ("--dense", dense, "--calibration", text, "--steps", 1, "--seq-len", 32)
+    # a rate that changes nothing: whether a step helps a random model depends on the CPU
+    more = ("--dense", dense, "--calibration", text, "--steps", 1, "--seq-len", 32, "--learning-rate", 1e-9)
     done = ascii_run(
         in_turn(
             ("prune", dense, "-o", out, "--calibration", text, *SIZES),

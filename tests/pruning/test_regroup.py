@@ -102,7 +102,7 @@ def test_regrouping_a_layer(kind: str, weight_dtype: str, sparse: int) -> None:
         rows = Layout("output", wide, hidden, sparse)
         weights = {name: prune_magnitude(linear.weight + 1, rows) for name, linear in inner.items()}
         config = options(regroup=6, weight_dtype=weight_dtype)
-        encoded = {name: encode(weight, rows, config) for name, weight in weights.items()}
+        encoded = {name: encode(weight, rows, config.codecs) for name, weight in weights.items()}
         result = PrunedLayer(encoded, dict.fromkeys(names, rows))
         result.layouts["down"] = Layout("input", hidden, wide, sparse)
         earlier = torch.randperm(wide)
@@ -113,7 +113,7 @@ def test_regrouping_a_layer(kind: str, weight_dtype: str, sparse: int) -> None:
     assert torch.equal(mlp.down.weight, down[:, order])
     assert torch.equal(order[sparse:], torch.arange(sparse, wide)), "dense indices stay"
     for name in names:
-        expected = encode(weights[name][order], rows, config)
+        expected = encode(weights[name][order], rows, config.codecs)
         assert result.tensors[name].keys() == expected.keys()
         for short, tensor in expected.items():
             assert torch.equal(result.tensors[name][short].view(torch.uint8), tensor.view(torch.uint8)), short
@@ -134,8 +134,8 @@ def test_rows_of_every_codec_can_be_reordered(name: str, sparse: int) -> None:
     layout = Layout("output", 40, 16, sparse)
     weight = prune_magnitude(random_weight(40, 16), layout)
     order = torch.cat([torch.randperm(sparse), sparse + torch.randperm(40 - sparse)])
-    expected = encode(weight[order], layout, config)
-    found = reorder_rows(encode(weight, layout, config), layout, order)
+    expected = encode(weight[order], layout, config.codecs)
+    found = reorder_rows(encode(weight, layout, config.codecs), layout, order)
     assert found.keys() == expected.keys()
     for short, tensor in expected.items():
         assert torch.equal(found[short].view(torch.uint8), tensor.view(torch.uint8)), short

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import unpacked
 from vllm_spense.format import (
     CheckpointError,
     Codecs,
     Layout,
+    LinearFormat,
     ModuleSpec,
     codecs,
 )
@@ -114,8 +114,7 @@ def load(layer: Any, name: str, codec: str, bias: bool, skip: str = "") -> torch
         for short, tensor in tensors.items():
             if f"{module}.{short}" != skip:
                 parameters[short].weight_loader(parameters[short], tensor, *shard)
-        weight = unpacked(tensors, LAYOUTS[module], codec).float()
-        weight = weight * tensors["weight_scale"][:, None] if "weight_scale" in tensors else weight
+        weight = LinearFormat(LAYOUTS[module], Codecs.of(codec)).decode(tensors)
         vector = tensors["bias"].float() if bias else torch.zeros(len(weight))
         rows.append(torch.cat([weight, vector[:, None]], dim=1))
     return torch.cat(rows)

@@ -54,7 +54,12 @@ WEIGHT_DTYPES: Any = Literal[codec_names()]
     first=("preset", "method", "selection", "dense_ratio", "targets", "attention_dense_ratio"),
     skip=("damping", "block_size", "alignment"),
     left_open=PRESET_FIELDS,
-    types={"calibration": list[str], "weight_dtype": WEIGHT_DTYPES},
+    types={
+        "calibration": list[str],
+        "weight_dtype": WEIGHT_DTYPES,
+        "sparse_dtype": WEIGHT_DTYPES | None,
+        "dense_dtype": WEIGHT_DTYPES | None,
+    },
 )
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name", show_default=False)],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
-from vllm_spense.format.codecs import FP8, Codec, RowCodec, Stored, codec
+from vllm_spense.format.codecs import FP8, Codec, FourBit, RowCodec, Stored, codec
 from vllm_spense.format.codecs.base import Tensors, first
 from vllm_spense.format.layout import Axis, Layout
 from vllm_spense.format.sparse24 import legal_meta_bytes
@@ -87,18 +87,39 @@ class LinearFormat:
         held = (stored for name, stored in self.held().items() if name != "bias")
         return sum(prod(stored.shape) * stored.dtypes[0].itemsize for stored in held)
 
-    def encode(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Tensors:
+    def encode(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        roundings: Sequence[Rounding] = (),
+    ) -> Tensors:
         """The tensors that files hold of ``weight [N, K]``, whose 2:4 region already obeys 2:4.
 
+        ``roundings``: the scales are those of :meth:`roundings`, with which the weight was rounded.
         ``ValueError`` for NaN, infinity, another shape and a region that does not obey it.
         """
         if tuple(weight.shape) != (self.layout.out_features, self.layout.in_features):
             raise ValueError(f"weight {tuple(weight.shape)} does not fit {self.layout}")
+        grids = {rounding.region: rounding.grid for rounding in roundings}
         tensors: Tensors = {}
         for part in self._parts():
-            encoded = part.codec.encode(part.of(weight), part.layout)
+            if isinstance(part.codec, FourBit):
+                encoded = part.codec.encode(part.of(weight), part.layout, grids.get(part.region))
+            else:
+                encoded = part.codec.encode(part.of(weight), part.layout)
             tensors |= {part.name(name): tensor for name, tensor in encoded.items()}
         return tensors if bias is None else tensors | {"bias": bias.contiguous()}
+
+    def roundings(self, weight: torch.Tensor) -> list[Rounding]:
+        """How coarse codecs round ``weight [N, K]``, whose 2:4 region obeys 2:4: none for fine ones, whose
+        rounding is not worth making up for."""
+        found = []
+        for part in self._parts():
+            if isinstance(part.codec, FourBit):
+                grid = part.codec.grid(part.of(weight), part.layout)
+                units = part.codec.units(grid, part.layout)
+                found.append(Rounding(part.codec, part.region, grid, units, part.where, part.dim))
+        return found
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[N, K]`` fp32: the values that kernels compute with, zeros written out."""
@@ -168,6 +189,34 @@ class LinearFormat:
             self.codecs.dense, Layout("output", rows, columns, 0), "dense", slice(border, None), dim
         )
         return [sparse, dense]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the weights of a layer, or of one ``region`` of it, are rounded: to what of their ``units``.
+
+    ``grid``: the codec's scales; ``where`` along ``dim`` is the region.
+    """
+
+    codec: FourBit
+    region: str | None
+    grid: Tensors
+    units: torch.Tensor
+    where: slice
+    dim: int
+
+    def column(self, number: int, values: torch.Tensor) -> torch.Tensor:
+        """``values [N]`` of column ``number`` of the layer, those of the region rounded."""
+        if self.dim:
+            start, stop, _ = self.where.indices(number + 1)
+            return self._rounded(number - start, values) if start <= number < stop else values
+        values = values.clone()
+        values[self.where] = self._rounded(number, values[self.where])
+        return values
+
+    def _rounded(self, column: int, values: torch.Tensor) -> torch.Tensor:
+        units = self.units[:, column]
+        return self.codec.rounded(values / units) * units
 
 
 @dataclass(frozen=True)

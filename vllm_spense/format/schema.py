@@ -200,22 +200,34 @@ AnyCheckpointConfig = SpenseCheckpointConfig | SpenseCheckpointConfig2
 def checkpoint_config(
     codec: Codec,
     *,
+    own: Mapping[str, Codecs] | None = None,
     tensor_parallel_sizes: list[int],
     modules: dict[str, ModuleSpec],
     ignore: list[str],
     provenance: dict[str, Any],
 ) -> AnyCheckpointConfig:
-    """The configuration of a checkpoint with one codec, in the oldest version that can say it."""
+    """The configuration of a checkpoint in ``codec``, in the oldest version that can say it.
+
+    ``own``: the codecs of modules, where others may be needed.
+    """
+    others = {name: codecs for name, codecs in (own or {}).items() if codecs != Codecs(codec, codec)}
     rest: dict[str, Any] = {
         "tensor_parallel_sizes": tensor_parallel_sizes,
         "ignore": ignore,
-        "modules": {name: spec.model_dump() for name, spec in modules.items()},
+        "modules": {
+            name: spec.model_dump() | ({"codec": _spelled(others[name])} if name in others else {})
+            for name, spec in modules.items()
+        },
         "provenance": provenance,
     }
     for weight_dtype, known in _VERSION_1.items():
-        if known is codec:
+        if known is codec and not others:
             return SpenseCheckpointConfig(weight_dtype=weight_dtype, activation_scheme=_scheme(codec), **rest)
     return SpenseCheckpointConfig2(codec=codec.name, **rest)
+
+
+def _spelled(codecs: Codecs) -> str | dict[str, str]:
+    return codecs.name if codecs.single else {"sparse": codecs.sparse.name, "dense": codecs.dense.name}
 
 
 def _check_modules(modules: Mapping[str, ModuleSpec], ignore: list[str]) -> None:

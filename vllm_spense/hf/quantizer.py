@@ -31,6 +31,7 @@ from vllm_spense.format import (
     LinearFormat,
 )
 from vllm_spense.format.errors import REPRUNE
+from vllm_spense.format.layout import META_GROUP
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.models.families import FUSED
 
@@ -226,22 +227,24 @@ class Decompress(ConversionOps):
                 f"transformers {transformers.__version__} rounds scales to {scale.dtype} when it reads them",
                 fix="load what `spense export` makes, or use another version of transformers",
             )
-        return LinearFormat(_layout(tensors, in_features), self.codecs).decode(tensors)
+        return LinearFormat(_layout(tensors, self.codecs, in_features), self.codecs).decode(tensors)
 
 
-def _layout(tensors: dict[str, torch.Tensor], in_features: int) -> Layout:
+def _layout(tensors: dict[str, torch.Tensor], codecs: Codecs, in_features: int) -> Layout:
     """What the shapes say: they have been checked. ``in_features`` decides where both splits would fit."""
-    values, dense = tensors.get("sparse_values"), tensors.get("dense_weight")
+    meta, dense = tensors.get("sparse_meta"), tensors.get("dense_weight")
+    sparse_columns = 0 if meta is None else META_GROUP * meta.shape[1]
     if dense is None:
-        assert values is not None
-        return Layout("output", values.shape[0], 2 * values.shape[1], values.shape[0])
-    if values is None:
-        return Layout("output", dense.shape[0], dense.shape[1], 0)
-    same_columns = 2 * values.shape[1] == dense.shape[1]
-    if same_columns and (values.shape[0] != dense.shape[0] or dense.shape[1] == in_features):
-        return Layout("output", values.shape[0] + dense.shape[0], dense.shape[1], values.shape[0])
-    sparse = 2 * values.shape[1]
-    return Layout("input", dense.shape[0], sparse + dense.shape[1], sparse)
+        assert meta is not None
+        return Layout("output", meta.shape[0], sparse_columns, meta.shape[0])
+    columns = dense.shape[1] * dense.element_size() * 8 // codecs.dense.bits
+    if (columns - 1) in (in_features, in_features - sparse_columns):  # half of the last byte is filled up
+        columns -= 1
+    if meta is None:
+        return Layout("output", dense.shape[0], columns, 0)
+    if sparse_columns == columns and (meta.shape[0] != dense.shape[0] or columns == in_features):
+        return Layout("output", meta.shape[0] + dense.shape[0], columns, meta.shape[0])
+    return Layout("input", dense.shape[0], sparse_columns + columns, sparse_columns)
 
 
 def _expected(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -72,7 +72,10 @@ def _dense_tensors(checkpoint: Checkpoint, module: str, format: ExportFormat) ->
     linear, tensors = checkpoint.linear(module), checkpoint.module_tensors(module)
     check_values(tensors, linear.codecs, module=module, file=checkpoint.directory)
     if format == "spense-dense":
-        dense = linear.spelled_out(tensors)
+        try:
+            dense = linear.spelled_out(tensors)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}. Export as bfloat16") from None
     elif format in W8A8:
         spelled = linear.spelled_out(tensors)
         dense = {"weight": spelled["dense_weight"], "weight_scale": spelled["weight_scale"][:, None]}

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from vllm_spense.format import Codecs
 from vllm_spense.format.codecs import codec
 from vllm_spense.format.manifest import replace_text
 from vllm_spense.models.parts import layer_name
@@ -52,9 +53,11 @@ def model_card(
     """Markdown text: what the model is; how it was made, is served, and is measured."""
     attention = config.attention_ratio < 1
     heads = f"| dense key/value heads | {config.attention_ratio:.0%}, rounded |\n" if attention else ""
-    stored = codec(config.weight_dtype)
+    stored, pruned = codec(config.weight_dtype), config.codecs
     weights = f"{stored.title} ({stored.details})" if stored.details else stored.title
-    back_ends = _BACK_ENDS.get(stored.name, f"{stored.title} {_NO_BACK_END}")
+    if pruned != Codecs(stored, stored):
+        weights = f"2:4 regions {pruned.sparse.title}, dense regions {pruned.dense.title}; all else {weights}"
+    back_ends = _BACK_ENDS.get(pruned.name, f"{pruned.title} {_NO_BACK_END}")
     selected = _SELECTIONS[config.selection]
     if config.allocation != "uniform":
         selected += f", under one budget of {config.allocation} for all layers"

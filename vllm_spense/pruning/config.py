@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from vllm_spense.format.codecs import codec
+from vllm_spense.format.codecs import FourBit, codec
+from vllm_spense.format.linear import Codecs
 from vllm_spense.text.bos import Bos
 
 Method = Literal["obs", "wanda", "magnitude"]
@@ -129,6 +130,10 @@ class PruneConfig(BaseModel):
     text_column: str | None = Field(default=None, description=TEXT_COLUMN)
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="Of the choice of windows")
     weight_dtype: WeightDtype = Field(default="fp8", description="Stored weights")
+    sparse_dtype: WeightDtype | None = Field(default=None, description="Those of 2:4 regions, if others")
+    dense_dtype: WeightDtype | None = Field(
+        default=None, description="Those of the dense regions of what is pruned, if others"
+    )
     damping: float = Field(
         default=0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal that is added to it"
     )
@@ -194,7 +199,7 @@ class PruneConfig(BaseModel):
         Retired ones (:data:`RETIRED`) keep their place.
         """
         aside = {"calibration", "strict", "overwrite", "cache_activations", "resume", "restart"}
-        younger = {"bos": "auto", "text_column": None}
+        younger = {"bos": "auto", "text_column": None, "sparse_dtype": None, "dense_dtype": None}
         aside |= set() if self.needs_pilot else {"pilot_samples"}
         aside |= {name for name, usual in younger.items() if getattr(self, name) == usual}
         record: dict[str, Any] = {}
@@ -206,8 +211,22 @@ class PruneConfig(BaseModel):
     @property
     def needs_calibration(self) -> bool:
         """Whether input statistics decide anything at this method, selection and dense ratio."""
-        solves = self.method != "magnitude" and min(self.dense_ratio, self.attention_ratio) < 1
+        prunes = min(self.dense_ratio, self.attention_ratio) < 1
+        solves = self.method != "magnitude" and (prunes or self.compensates)
         return self.scores_indices or self.scores_heads or self.needs_gradient or solves
+
+    @property
+    def codecs(self) -> Codecs:
+        """How the regions of what is pruned are stored; all else is stored in ``weight_dtype``."""
+        sparse, dense = self.sparse_dtype or self.weight_dtype, self.dense_dtype or self.weight_dtype
+        return Codecs(codec(sparse), codec(dense))
+
+    @property
+    def compensates(self) -> bool:
+        """Whether weights make up for each other's rounding: OBS's do, where it is coarse."""
+        return self.method == "obs" and any(
+            isinstance(region, FourBit) for region in (self.codecs.sparse, self.codecs.dense)
+        )
 
     @property
     def attention_ratio(self) -> float:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from vllm_spense.format import CheckpointError, Codecs, Layout, LinearFormat
 from vllm_spense.format.codecs import codec
+from vllm_spense.format.linear import Rounding
 from vllm_spense.models.parts import DecoderLayer, Mlp, check_weights
 from vllm_spense.pruning.activations import (
     LayerInputs,
@@ -100,10 +101,11 @@ class LayerPruner:
         layer, attention = targets.layer, targets.attention
         result = PrunedLayer({}, targets.layouts)
         check_weights(layer)
-        if codec(self.config.weight_dtype).everywhere:
+        weight_dtype = self.config.weight_dtype
+        if codec(weight_dtype).everywhere:
             for name, linear in layer.dense.items():
                 if attention is None or name not in attention.linears:
-                    self._store(result, name, linear, linear.weight.float())
+                    self._store(result, name, linear, linear.weight.float(), Codecs.of(weight_dtype))
         if attention is not None:
             self._prune_attention(index, layer, attention, result)
         if layer.mlp is not None:
@@ -308,31 +310,46 @@ class LayerPruner:
         weight: torch.Tensor,
     ) -> None:
         """Store what became of the ``original``, and what that lost."""
-        self._store(result, name, linear, weight)
+        codecs = self.config.codecs
+        weight, roundings = solver.round(weight, LinearFormat(result.layouts[name], codecs))
+        self._store(result, name, linear, weight, codecs, roundings)
         with stage("output error"):
             result.losses[name] = output_error(linear.weight - original, original, solver.h)
         if solver.raised_damping is not None:
             result.damping[solver.name] = solver.raised_damping
 
     @stage("round and pack")
-    def _store(self, result: PrunedLayer, name: str, linear: nn.Linear, weight: torch.Tensor) -> None:
+    def _store(
+        self,
+        result: PrunedLayer,
+        name: str,
+        linear: nn.Linear,
+        weight: torch.Tensor,
+        codecs: Codecs,
+        roundings: Sequence[Rounding] = (),
+    ) -> None:
         """Encode ``weight``, once and for all, and put the values that it stands for into ``linear``."""
         layout = result.layouts[name]
-        result.tensors[name] = encode(weight, layout, self.config)
-        linear.weight.copy_(decode(result.tensors[name], layout, self.config))
+        result.tensors[name] = encode(weight, layout, codecs, roundings)
+        linear.weight.copy_(decode(result.tensors[name], layout, codecs))
 
 
 # -- the stored form -----------------------------------------------------------------------------
 
 
-def encode(weight: torch.Tensor, layout: Layout, config: PruneConfig) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors of ``weight [N, K]`` fp32 by short name, without a bias, on its device."""
-    return LinearFormat(layout, Codecs.of(config.weight_dtype)).encode(weight)
+def encode(
+    weight: torch.Tensor, layout: Layout, codecs: Codecs, roundings: Sequence[Rounding] = ()
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors of ``weight [N, K]`` fp32 by short name, without a bias, on its device.
+
+    ``roundings``: with which it was rounded (:meth:`~vllm_spense.pruning.solvers.solver.Solver.round`).
+    """
+    return LinearFormat(layout, codecs).encode(weight, roundings=roundings)
 
 
-def decode(tensors: Mapping[str, torch.Tensor], layout: Layout, config: PruneConfig) -> torch.Tensor:
+def decode(tensors: Mapping[str, torch.Tensor], layout: Layout, codecs: Codecs) -> torch.Tensor:
     """The values ``[N, K]`` fp32 that :func:`encode` stored, zeros written out."""
-    return LinearFormat(layout, Codecs.of(config.weight_dtype)).decode(tensors)
+    return LinearFormat(layout, codecs).decode(tensors)
 
 
 def reorder_rows(

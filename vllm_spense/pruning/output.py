@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_spense.format import CheckpointWriter, Codecs, LinearFormat, ModuleSpec
+from vllm_spense.format import CheckpointWriter, LinearFormat, ModuleSpec
 from vllm_spense.format.codecs import codec
 from vllm_spense.format.files import storable
 from vllm_spense.format.schema import checkpoint_config
@@ -18,13 +18,14 @@ from vllm_spense.format.side_files import side_files
 from vllm_spense.models.parts import DecoderLayer
 from vllm_spense.pruning.card import CARD_NAME, model_card
 from vllm_spense.pruning.choice.pilot import Verdict
+from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.pruning.layer import PrunedLayer
 from vllm_spense.pruning.resume import LayerRecord
 from vllm_spense.pruning.run import Run
 from vllm_spense.pruning.source import SourceModel
 from vllm_spense.pruning.stages import stage
-from vllm_spense.pruning.targets import linears_of
+from vllm_spense.pruning.targets import LayerTargets, linears_of
 from vllm_spense.text import TextRecord
 
 REST_SHARD_BYTES = 1 << 30
@@ -63,13 +64,13 @@ def pack_layer(
 
 @torch.no_grad()
 def restore_layer(
-    layer: DecoderLayer, modules: dict[str, ModuleSpec], shard: Path, weight_dtype: str
+    targets: LayerTargets, modules: dict[str, ModuleSpec], shard: Path, config: PruneConfig
 ) -> None:
     """Put the packed linears of a finished layer back into it, as the pruner left them."""
-    linears = linears_of(layer)
+    linears = linears_of(targets.layer)
     with safe_open(shard, framework="pt") as stream:
         for module, spec in modules.items():
-            linear = LinearFormat(spec.layout(), Codecs.of(weight_dtype), spec.bias)
+            linear = LinearFormat(spec.layout(), targets.codecs(module, config), spec.bias)
             tensors = {short: stream.get_tensor(f"{module}.{short}") for short in linear.held()}
             linears[module].weight.copy_(linear.decode(tensors))
             if spec.bias:
@@ -122,6 +123,7 @@ def describe(
         provenance["allocation"] = verdict.record()
     quantization = checkpoint_config(
         codec(config.weight_dtype),
+        own={name: config.codecs for targets in run.targets for name in targets.pruned},
         tensor_parallel_sizes=written.tensor_parallel_sizes,
         ignore=_ignored(source, modules),
         modules=modules,
@@ -142,8 +144,10 @@ def facts(run: Run, records: list[LayerRecord]) -> Written:
     weights = sum(layout.out_features * layout.in_features for layout in layouts)
     zeros = sum(layout.sparse_shape[0] * layout.sparse_shape[1] // 2 for layout in layouts)
     heads = [n for a in attentions for n in (a.groups - a.dense, a.dense)]
-    codecs = Codecs.of(run.config.weight_dtype)
-    linears = [LinearFormat(spec.layout(), codecs) for spec in modules.values()]
+    owners = {name: targets for targets in run.targets for name in targets.layouts}
+    linears = [
+        LinearFormat(spec.layout(), owners[name].codecs(name, run.config)) for name, spec in modules.items()
+    ]
     sizes = tensor_parallel_sizes(linears, heads, run.config.max_tp)
     return Written(zeros / weights if weights else 0.0, sizes)
 

@@ -218,8 +218,7 @@ class _LayerLoop:
         if self._inputs is None:
             return
         with self._run.source.resident(targets.layer.module):
-            shard, stored = self._run.work.shard(index), self._run.config.weight_dtype
-            restore_layer(targets.layer, record.modules, shard, stored)
+            restore_layer(targets, record.modules, self._run.work.shard(index), self._run.config)
             self._inputs.advance(index, targets.layer.module)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from vllm_spense.devices import GPUS, Rates
-from vllm_spense.format import Codecs, Layout, LinearFormat
+from vllm_spense.format import Layout, LinearFormat
 from vllm_spense.format.layout import GROUP
 from vllm_spense.models.families import ATTENTION_OUT
 from vllm_spense.models.parts import DecoderLayer, Mlp, decoder
@@ -263,7 +263,7 @@ class _Sizes:
         layer, layouts = targets.layer, targets.layouts
         weights = _numel(layer) * self.dtype.itemsize
         wide = [layout.out_features * layout.in_features * 4 for layout in layouts.values()]
-        resident = weights + sum(map(self._packed, layouts.values()))
+        resident = weights + self._packed(targets)
         hidden, mlp = self.model.hidden_size, layer.mlp
         seq = self.config.seq_len if self.calibrated else 0
         widest = max([hidden, *(linear.out_features for linear in layer.outside.values())])
@@ -291,12 +291,14 @@ class _Sizes:
         total = _numel(targets.layer) * self.stored.itemsize
         for layout in targets.layouts.values():
             total -= layout.out_features * layout.in_features * self.stored.itemsize
-            total += self._packed(layout)
-        return total
+        return total + self._packed(targets)
 
-    def _packed(self, layout: Layout) -> int:
-        """Bytes of a linear as it is stored."""
-        return LinearFormat(layout, Codecs.of(self.config.weight_dtype)).nbytes()
+    def _packed(self, targets: LayerTargets) -> int:
+        """Bytes of a layer's linears as they are stored."""
+        return sum(
+            LinearFormat(layout, targets.codecs(name, self.config)).nbytes()
+            for name, layout in targets.layouts.items()
+        )
 
     def _attention(self, layer: DecoderLayer, tokens: float, seq: int) -> float:
         """FLOP of QKᵀ and PV, half of each is masked. Heads need not be alike in all layers (Gemma 4).

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from vllm_spense.format import Layout
+from vllm_spense.format import Codecs, Layout
 from vllm_spense.format.codecs import codec
 from vllm_spense.models.parts import DecoderLayer, Mlp
 from vllm_spense.pruning.choice.attention import Attention, target
@@ -23,6 +23,17 @@ class LayerTargets:
     layer: DecoderLayer
     attention: Attention | None
     layouts: dict[str, Layout]
+
+    @property
+    def pruned(self) -> frozenset[str]:
+        """Names of the linears with a region to choose; the others are only stored."""
+        mlp = self.layer.mlp
+        names = set() if mlp is None else {*mlp.inner, mlp.down_name}
+        return frozenset(names if self.attention is None else names | set(self.attention.linears))
+
+    def codecs(self, name: str, config: PruneConfig) -> Codecs:
+        """How one of the linears is stored."""
+        return config.codecs if name in self.pruned else Codecs.of(config.weight_dtype)
 
     def with_dense(self, dense: int) -> LayerTargets:
         """The same with ``dense`` dense indices in the MLP; ``ValueError`` where no layout fits."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from vllm_spense.format.codecs.base import Codec, RowCodec, Stored
 from vllm_spense.format.codecs.bf16 import Bf16
+from vllm_spense.format.codecs.four_bit import FourBit, Fp4, Nf4
 from vllm_spense.format.codecs.fp8 import Fp8
 from vllm_spense.format.codecs.int8 import Int8
 
 __all__ = [
     "BF16",
+    "FP4",
     "FP8",
     "INT8",
+    "NF4",
     "Codec",
+    "FourBit",
     "RowCodec",
     "Stored",
     "codec",
@@ -52,3 +56,5 @@ def tensor_names() -> frozenset[str]:
 FP8 = register(Fp8())
 BF16 = register(Bf16())
 INT8 = register(Int8())
+NF4 = register(Nf4())
+FP4 = register(Fp4())

@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
-from vllm_spense.format import Layout
+from vllm_spense.format import Layout, LinearFormat
 from vllm_spense.format.layout import GROUP
+from vllm_spense.format.linear import Rounding
 from vllm_spense.pruning.config import PruneConfig
 from vllm_spense.pruning.solvers.obs import (
     Factor,
@@ -19,6 +20,7 @@ from vllm_spense.pruning.solvers.obs import (
     prune_wanda,
 )
 from vllm_spense.pruning.solvers.refit import refine
+from vllm_spense.pruning.solvers.rounding import round_columns
 from vllm_spense.pruning.solvers.rows import solve_by_rows, solver_devices
 from vllm_spense.pruning.stages import stage
 from vllm_spense.pruning.warnings import warn
@@ -60,6 +62,34 @@ class Solver:
         if not torch.isfinite(pruned).all():
             raise SolverError(f"{self.name}: the pruned weight holds NaN or infinity")
         return pruned
+
+    def round(self, weight: torch.Tensor, linear: LinearFormat) -> tuple[torch.Tensor, list[Rounding]]:
+        """A pruned ``weight [N, K]`` as a coarse codec stores it, and that codec's roundings.
+
+        OBS lets the columns to come make up for each one's rounding. Otherwise, and for fine codecs: the
+        weight as it is, and none.
+        """
+        roundings = [] if self.config.method != "obs" or self.h is None else linear.roundings(weight)
+        if not roundings or self.h is None:
+            return weight, []
+        columns = torch.arange(weight.shape[1], device=weight.device)
+        cols = linear.layout.sparse_shape[1] if linear.layout.sparse else len(columns)
+        order = self._column_order(self.h, cols)
+        order = columns if order is None else order
+        upper = self._factored(self.h[order][:, order]).upper
+        numbers = order.tolist()
+
+        def stored(column: int, values: torch.Tensor) -> torch.Tensor:
+            for rounding in roundings:
+                values = rounding.column(numbers[column], values)
+            return values
+
+        kept = torch.ones_like(weight, dtype=torch.bool)
+        rows, cols = linear.layout.sparse_shape
+        kept[:rows, :cols] = weight[:rows, :cols] != 0
+        with stage("round and pack", weight.shape[1]):
+            rounded = round_columns(weight[:, order], kept[:, order], upper, stored, self.config.block_size)
+        return rounded[:, order.argsort()], roundings
 
     def _prune(self, weight: torch.Tensor, layout: Layout) -> torch.Tensor:
         config, h = self.config, self.h
