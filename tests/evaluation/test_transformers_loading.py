@@ -27,6 +27,7 @@ KINDS = {
     "phi3": "fp8",  # fused on disk
     "glm4": "bf16",  # of two fused linears it has one
     "qwen2_moe": "fp8",  # routed experts, stacked in transformers
+    "qwen3": "nf4",
     "opt": "fp8",  # no GLU, a decoder inside the model
 }
 NEEDLE = "model.layers.1.mlp.down_proj"
