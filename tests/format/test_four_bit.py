@@ -130,3 +130,18 @@ def test_bytes_per_weight() -> None:
     assert dense.nbytes() / (1024 * 4096) == pytest.approx(0.5 + 1 / 64, abs=0.001)
     sparse = LinearFormat(Layout("output", 1024, 4096, 1024), Codecs.of("nf4"))
     assert sparse.nbytes() / (1024 * 4096) == pytest.approx(0.25 + 0.125 + 1 / 128, abs=0.001)
+
+
+@both
+def test_another_default_dtype_changes_nothing(codec: FourBit) -> None:
+    """vLLM loads models with the model's dtype as torch's default."""
+    layout = Layout("output", 4, 128, 2)
+    tensors = codec.encode(weight_of(layout), layout)
+    decoded = codec.decode(tensors, layout)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = codec.encode(weight_of(layout).float(), layout)
+        assert torch.equal(codec.decode(tensors, layout), decoded)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again["weight_scale"].dtype == torch.float32

@@ -48,7 +48,7 @@ class FourBit(Codec):
     def __init__(self) -> None:
         ranked = sorted(set(self.table))
         self._codes = torch.tensor([self.table.index(value) for value in ranked], dtype=torch.uint8)
-        values = torch.tensor(ranked)
+        values = torch.tensor(ranked, dtype=torch.float32)
         self._borders = (values[1:] + values[:-1]) / 2
         self._zero = self.table.index(0.0)
 
@@ -144,7 +144,7 @@ class FourBit(Codec):
         return torch.cat(parts, layout.split_dim)
 
     def _looked_up(self, codes: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.table, device=codes.device)[codes.int()]
+        return torch.tensor(self.table, dtype=torch.float32, device=codes.device)[codes.int()]
 
     @staticmethod
     def _wide(absmax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
