@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_spense.format.codecs import RowCodec, codec_names, register
+from vllm_spense.format.codecs import RowCodec, codec, codec_names, register
 
 
 class ToyInt8(RowCodec):
@@ -30,3 +30,6 @@ class ToyInt8(RowCodec):
 
 if ToyInt8.name not in codec_names():
     register(ToyInt8())
+
+CUT_ANYWHERE = [name for name in codec_names() if codec(name).granule == 1]
+"""Codecs whose rows can be parted at any value: small layers have no whole blocks of the others."""

@@ -105,7 +105,7 @@ def test_the_committed_results_are_the_documents() -> None:
     raw = json.loads(cpu_results.RESULTS.read_text())
     assert "made" not in raw, "the file has one entry per CPU"
     entries = raw["AMD EPYC (Turin), avx512_bf16, 2 cores"]["models"]
-    assert rate(entries["Llama-3.2-1B/0.5"], "0.5", "decode, 1 sequence") == pytest.approx(24.2, abs=0.05)
+    assert rate(entries["Llama-3.2-1B/0.5"], "0.5", "decode, 1 sequence") == pytest.approx(24.196, abs=0.01)
     assert cpu_report.full_tables(raw) in (cpu.ROOT / "docs" / "performance.md").read_text()
     assert cpu_report.short_table(raw) in (cpu.ROOT / "README.md").read_text()
 

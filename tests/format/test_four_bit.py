@@ -1,4 +1,4 @@
-"""NF4 and FP4: against the slow definition, and what bitsandbytes says of the same codes."""
+"""NF4 and FP4 against the slow definition."""
 
 from __future__ import annotations
 
@@ -115,6 +115,17 @@ def test_rows_of_zeros_and_of_denormals(codec: FourBit) -> None:
     assert torch.isfinite(decoded).all()
     assert decoded[2, 7] == -3.0
     assert decoded[2].count_nonzero() == 1
+
+
+@both
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_infinite_is_rounded_with_given_scales(codec: FourBit, bad: float) -> None:
+    layout = Layout("output", 3, 64, 0)
+    weight = weight_of(layout)
+    grid = codec.grid(weight, layout)
+    weight[1, 7] = bad
+    with pytest.raises(ValueError, match="weight holds NaN or infinity"):
+        codec.encode(weight, layout, grid)
 
 
 @both

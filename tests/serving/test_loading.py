@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests.layers import packed_part
+from tests.toy_codec import CUT_ANYWHERE
 from vllm_spense.format import FP8_DTYPE, CheckpointError, Codecs, Layout, LinearFormat, ModuleSpec
-from vllm_spense.format.codecs import codec as find_codec
-from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.layout import Axis
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.format.validate import check_values
@@ -20,8 +19,6 @@ from vllm_spense.ops.linear.reference import decoded
 from vllm_spense.serving.loading import Loaded, LoadPlan, check_heads, make_loader, make_plan
 
 SIZES = (1, 2, 4, 8)
-FINE = [name for name in codec_names() if find_codec(name).granule == 1]
-"""Codecs that can be cut anywhere, as these small layers are; of blocks see tests/format/test_linear.py."""
 HIDDEN, HEAD_DIM = 48, 8
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
 """fp32 sums of at most 176 products in another order."""
@@ -176,7 +173,7 @@ def full_reference(layer: Fused, x: torch.Tensor) -> list[torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("codec", FINE)
+@pytest.mark.parametrize("codec", CUT_ANYWHERE)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_rank_holds_its_part_of_the_matrix(kind: str, size: int, codec: str) -> None:
@@ -462,7 +459,7 @@ def test_extents_that_do_not_fit_the_model(specs: dict, arguments: dict, message
     assert "Fix: " in str(caught.value)
 
 
-@pytest.mark.parametrize("codec", FINE)
+@pytest.mark.parametrize("codec", CUT_ANYWHERE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_contents_are_valid(kind: str, codec: str) -> None:
     plan = KINDS[kind](codec=codec).plan(1, 2)

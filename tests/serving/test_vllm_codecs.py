@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import make_llama
+from tests.toy_codec import CUT_ANYWHERE
 from tests.vllm_runs import Pool, Run
 from vllm_spense.format import Checkpoint, codecs
 from vllm_spense.format.codecs import codec_names
@@ -19,8 +20,6 @@ from vllm_spense.verification import verify
 
 pytestmark = pytest.mark.vllm
 every_codec = pytest.mark.parametrize("codec", codec_names())
-TWINS = [name for name in codec_names() if codecs.codec(name).granule == 1]
-"""Codecs that can spell out any layer: 96 columns of the 2:4 region are no whole number of 4-bit blocks."""
 EAGER = {"enforce_eager": True}
 
 
@@ -32,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for codec in codec_names():
         config = PruneConfig(preset="magnitude", dense_ratio=0.5, weight_dtype=codec, alignment=16)
         prune(root / "dense", root / codec, config)
-        if codec in TWINS:
+        if codec in CUT_ANYWHERE:
             export(root / codec, root / f"{codec}-twin", format="spense-dense")
         export(root / codec, root / f"{codec}-bf16", format="bfloat16")
     make_llama(root / "wide", hidden=160, inter=224)  # vLLM's INT8 kernel for AMX needs multiples of 32
@@ -45,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     pool = Pool(tmp_path_factory.mktemp("runs"))
     names = ["dense", *(f"{c}{kind}" for c in codec_names() for kind in ("", "-bf16"))]
-    names += [f"{codec}-twin" for codec in TWINS]
+    names += [f"{codec}-twin" for codec in CUT_ANYWHERE]
     for name in (*names, "wide", "wide-int8", "wide-stock"):
         pool.add(
             "wide" if "wide" in name else "codecs",
@@ -65,7 +64,7 @@ def test_what_was_pruned_is_sound(root: Path, codec: str) -> None:
     assert {checkpoint.linear(name).codecs.name for name in checkpoint.require_spense().modules} == {codec}
 
 
-@pytest.mark.parametrize("codec", TWINS)
+@pytest.mark.parametrize("codec", CUT_ANYWHERE)
 def test_it_answers_as_its_dense_twin_does(runs: Pool, codec: str) -> None:
     assert runs[codec].outputs == runs[f"{codec}-twin"].outputs
 

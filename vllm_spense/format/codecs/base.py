@@ -168,7 +168,7 @@ class RowCodec(Codec):
 
     def illegal(self, name: str, tensor: torch.Tensor) -> tuple[int, str] | None:
         if name == "weight_scale":
-            return first(~(torch.isfinite(tensor) & (tensor > 0)), "a scale that is not finite and positive")
+            return illegal_scale(tensor)
         found = self.illegal_values(tensor)
         return None if found is None else first(*found)
 
@@ -177,6 +177,11 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor
     """fp32 ``[N, K]``: the stored weight times its row's scale (None: weight is unscaled)."""
     wide = weight.float()
     return wide if scale is None else wide * scale[:, None]
+
+
+def illegal_scale(scale: torch.Tensor) -> tuple[int, str] | None:
+    """:meth:`Codec.illegal` of a tensor of scales."""
+    return first(~(torch.isfinite(scale) & (scale > 0)), "a scale that is not finite and positive")
 
 
 def first(bad: torch.Tensor, what: str) -> tuple[int, str] | None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from vllm_spense.format.codecs.base import REGIONS, Codec, Stored, Tensors, first
+from vllm_spense.format.codecs.base import REGIONS, Codec, Stored, Tensors, first, illegal_scale
 from vllm_spense.format.layout import META_GROUP, Layout
 from vllm_spense.format.sparse24 import compress, decompress
 
@@ -71,7 +71,7 @@ class FourBit(Codec):
     # -- weights to codes ------------------------------------------------------------------------
 
     def grid(self, weight: torch.Tensor, layout: Layout) -> Tensors:
-        """The scales that :meth:`encode` gives ``weight [N, K]``: each region's absmax, ``weight_scale``.
+        """The scales that :meth:`encode` gives a finite ``weight [N, K]``: absmax, ``weight_scale``.
 
         Every block's absmax is that one of :data:`TOPS` times its largest magnitude which gives the least
         squared error, rounded down to a step, so that the largest of the row is exact.
@@ -90,6 +90,8 @@ class FourBit(Codec):
         self, weight: torch.Tensor, layout: Layout, grid: Mapping[str, torch.Tensor] | None = None
     ) -> Tensors:
         """``grid``: scales to keep, for weights that were rounded with them (:meth:`grid`)."""
+        if not torch.isfinite(weight).all():
+            raise ValueError("weight holds NaN or infinity")
         tensors = dict(self.grid(weight, layout) if grid is None else grid)
         multiples = _by_rows(self.rounded, weight.float() / self.units(tensors, layout))
         values, meta = _kept(multiples, layout)  # what became zero has no place of its own in a group
@@ -178,7 +180,7 @@ class FourBit(Codec):
 
     def illegal(self, name: str, tensor: torch.Tensor) -> tuple[int, str] | None:
         if name == "weight_scale":
-            return first(~(torch.isfinite(tensor) & (tensor > 0)), "a scale that is not finite and positive")
+            return illegal_scale(tensor)
         if name.endswith("_absmax") and tensor.dtype == torch.float32:
             return first(
                 ~(torch.isfinite(tensor) & (tensor >= 0)), "an absmax that is negative or not finite"
@@ -215,8 +217,6 @@ def _stored_shapes(layout: Layout) -> dict[str, tuple[int, int]]:
 
 def _kept(weight: torch.Tensor, layout: Layout) -> tuple[Tensors, Tensors]:
     """Each region's values as they are stored, and the metadata of the 2:4 region."""
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight holds NaN or infinity")
     sparse, dense = weight.float().split([layout.sparse, layout.dense], layout.split_dim)
     values: Tensors = {}
     meta: Tensors = {}

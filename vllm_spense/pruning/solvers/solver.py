@@ -69,14 +69,16 @@ class Solver:
         OBS lets the columns to come make up for each one's rounding. Otherwise, and for fine codecs: the
         weight as it is, and none.
         """
-        roundings = [] if self.config.method != "obs" or self.h is None else linear.roundings(weight)
-        if not roundings or self.h is None:
+        if self.config.method != "obs" or self.h is None:
+            return weight, []
+        roundings = linear.roundings(weight)
+        if not roundings:
             return weight, []
         columns = torch.arange(weight.shape[1], device=weight.device)
-        cols = linear.layout.sparse_shape[1] if linear.layout.sparse else len(columns)
+        cols = linear.layout.sparse_shape[1] if linear.layout.sparse else len(columns) // GROUP * GROUP
         order = self._column_order(self.h, cols)
         order = columns if order is None else order
-        upper = self._factored(self.h[order][:, order]).upper
+        upper = (self._factor or self._factored(self.h[order][:, order])).upper
         numbers = order.tolist()
 
         def stored(column: int, values: torch.Tensor) -> torch.Tensor:
