@@ -219,6 +219,25 @@ TRIES = [
 ]
 """One option of the default changed at a time; on both models, validation split, with ``--tries``."""
 
+FORMATS = [
+    *(
+        Row(
+            f"format-{codec}-{ratio}",
+            f"{title}, {'dense' if ratio == 1 else '2:4' if not ratio else f'dense ratio {ratio}'}",
+            GUIDED | dtypes | {"dense_ratio": ratio},
+        )
+        for codec, title, dtypes, ratios in (
+            ("bf16", "bf16", {}, (0.0,)),  # the others are rows of the main table
+            ("fp8", "FP8", {"weight_dtype": "fp8"}, (1.0, 0.5, 0.25, 0.0)),
+            ("int8", "INT8", {"weight_dtype": "int8"}, (1.0, 0.5, 0.25, 0.0)),
+            ("nf4", "NF4", {"weight_dtype": "nf4"}, (1.0, 0.5, 0.25, 0.0)),
+            ("nf4+fp8", "2:4 in NF4, rest FP8", {"sparse_dtype": "nf4", "dense_dtype": "fp8"}, (0.5, 0.25)),
+        )
+        for ratio in ratios
+    ),
+]
+"""How values are stored against how many are: `guided` in every codec at every size, with ``--formats``."""
+
 WITHOUT_BOS = {"bos": "never"}
 """Windows as they were before they started with BOS; evaluated with BOS all the same."""
 
@@ -249,7 +268,7 @@ class Subject:
 
     def known(self) -> dict[str, Row]:
         """All rows that can be measured on it, by key."""
-        return {row.key: row for row in [*ROWS, BASE, *ABLATIONS, *TRIES, *self.rows]}
+        return {row.key: row for row in [*ROWS, BASE, *ABLATIONS, *TRIES, *FORMATS, *self.rows]}
 
 
 SUBJECTS = {

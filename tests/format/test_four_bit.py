@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -156,3 +158,39 @@ def test_another_default_dtype_changes_nothing(codec: FourBit) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert again["weight_scale"].dtype == torch.float32
+
+
+@both
+def test_ranks_cut_blocks(codec: FourBit) -> None:
+    """A part that begins within a block has smaller blocks, with the same bits; fp32 absmax, too."""
+    layout = Layout("input", 5, 288 * 2, 0)
+    linear = LinearFormat(layout, Codecs(codec, codec))
+    tensors = linear.encode(weight_of(layout))
+    for absmax in (tensors["dense_absmax"], tensors["dense_absmax"].float() + 1):
+        stored = tensors | {"dense_absmax": absmax}
+        local = linear.shard("input", 2)
+        assert local.codecs.dense is codec.variant(32)
+        parts = [
+            local.decode({n: local.loaded(n, linear.cut(n, t, "input", rank, 2)) for n, t in stored.items()})
+            for rank in range(2)
+        ]
+        assert torch.equal(torch.cat(parts, 1), linear.decode(tensors))
+    assert linear.shard("input", 1).codecs.dense is codec
+    with pytest.raises(ValueError, match="a rank would have 9 dense values per row"):
+        linear.shard("input", 64)
+
+
+def test_variants_are_one_each_and_travel_between_processes() -> None:
+    table = (*NF4.table[:15], 1.25)
+    other = NF4.variant(32, table)
+    assert other is NF4.variant(32, table) is pickle.loads(pickle.dumps(other))
+    assert other is not NF4.variant(32)
+    assert NF4.variant() is NF4 is pickle.loads(pickle.dumps(NF4))
+    assert other.decode(
+        {
+            "dense_weight": torch.tensor([[0xF7]], dtype=torch.uint8),
+            "dense_absmax": torch.tensor([[3.0]]),
+            "weight_scale": torch.tensor([2.0]),
+        },
+        Layout("output", 1, 2, 0),
+    ).tolist() == [[7.5, 0.0]]

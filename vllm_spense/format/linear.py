@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 import torch
 
@@ -145,23 +145,34 @@ class LinearFormat:
         """Rank ``rank``'s part of a stored tensor (a view wherever one slice is enough)."""
         if name == "bias":
             return self.layout.cut_rows(tensor, axis, rank, size)
-        part = next(p for p in self._parts() if name in map(p.name, filter(p.owns, p.codec.names)))
+        part = self._owner(name)
         return part.codec.cut(part.layout, part.short(name), tensor, axis, rank, size)
+
+    def loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A stored tensor, or a part of one, as a server keeps it until all have arrived."""
+        if name == "bias":
+            return tensor
+        part = self._owner(name)
+        return part.codec.loaded(part.short(name), tensor)
 
     def shard(self, axis: Axis, size: int) -> LinearFormat:
         """The layer of one of ``size`` ranks; ``ValueError`` when a region cannot be cut evenly."""
         local = replace(self, layout=self.layout.shard(axis, size))
-        if axis == "input" and size > 1:
-            for what, region, columns in (
-                ("2:4", self.codecs.sparse, local.layout.sparse_shape[1] // 2 if self.layout.sparse else 0),
-                ("dense", self.codecs.dense, local.layout.dense_shape[1] if self.layout.dense else 0),
-            ):
-                if columns % region.granule:
-                    raise ValueError(
-                        f"a rank would have {columns} {what} values per row, "
-                        f"and codec {region.name} parts them by {region.granule}"
-                    )
-        return local
+        if axis == "output" or size == 1:
+            return local
+        codecs, layout = self.codecs, local.layout
+        sparse = layout.sparse_shape[1] // 2 if layout.sparse else 0
+        dense = layout.dense_shape[1] if layout.dense else 0
+        for what, region, columns in (("2:4", codecs.sparse, sparse), ("dense", codecs.dense, dense)):
+            if columns % region.granule:
+                raise ValueError(
+                    f"a rank would have {columns} {what} values per row, "
+                    f"and codec {region.name} parts them by {region.granule}"
+                )
+        if codecs.single is not None:
+            both = codecs.single.parted(gcd(sparse, dense))
+            return replace(local, codecs=Codecs(both, both))
+        return replace(local, codecs=Codecs(codecs.sparse.parted(sparse), codecs.dense.parted(dense)))
 
     def shardable(self, axis: Axis, size: int) -> bool:
         """Whether :meth:`shard` would succeed."""
@@ -174,6 +185,9 @@ class LinearFormat:
     def illegal(self, name: str, tensor: torch.Tensor) -> tuple[int, str] | None:
         """Flat index of the first value that no kernel may see, and what it is; None: all are legal."""
         return illegal_value(name, tensor, self.codecs)
+
+    def _owner(self, name: str) -> _Part:
+        return next(p for p in self._parts() if name in map(p.name, filter(p.owns, p.codec.names)))
 
     def _parts(self) -> list[_Part]:
         if self.codecs.single is not None or not (self.layout.sparse and self.layout.dense):

@@ -54,13 +54,18 @@ class ModuleSlice:
         return self.linear.tensors()
 
     @cached_property
+    def mine(self) -> LinearFormat:
+        """This rank's part of the module."""
+        return self.linear.shard(self.axis, self.parts)
+
+    @cached_property
     def held(self) -> dict[str, Stored]:
         """This rank's part of them."""
-        return self.linear.shard(self.axis, self.parts).tensors()
+        return self.mine.tensors()
 
     @property
     def local(self) -> Layout:
-        return self.linear.layout.shard(self.axis, self.parts)
+        return self.mine.layout
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class LoadPlan:
         return tuple(name for name in self.modules[0].stored if name != "bias")
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.modules[0].stored[name].dtypes[0]
+        return self.modules[0].stored[name].dtypes[-1]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the fused parameter: the modules' local tensors stacked along the output axis."""
@@ -88,7 +93,7 @@ class LoadPlan:
         return (sum(s[0] for s in shapes), *shapes[0][1:])
 
     def spec(self) -> LinearSpec:
-        return LinearSpec.of([m.local for m in self.modules], self.codecs)
+        return LinearSpec.of([m.local for m in self.modules], self.modules[0].mine.codecs)
 
     def expected(self) -> Loaded:
         """(tensor, module index) of everything that must be loaded before the layer may run."""
@@ -149,7 +154,7 @@ class LoadPlan:
         self._check_source(module, name, source)
         part = module.linear.cut(name, source, module.axis, module.rank, module.parts)
         start = sum(m.held[name].shape[0] for m in self.modules[:index])
-        target.narrow(0, start, part.shape[0]).copy_(part)
+        target.narrow(0, start, part.shape[0]).copy_(module.linear.loaded(name, part))
 
     def _check_source(self, module: ModuleSlice, name: str, source: torch.Tensor) -> None:
         stored = module.stored.get(name)

@@ -25,7 +25,8 @@ REGIONS = ("sparse_values", "sparse_meta", "dense_weight")
 @dataclass(frozen=True)
 class Stored:
     """One tensor of a layer in a file: its shape (a size of 0: its region is empty), and legal dtypes, of
-    which the first is written. ``rows``: it holds something per row of the layer instead of a region's part.
+    which the first is written and the last loaded. ``rows``: it holds something per row of the layer instead
+    of a region's part.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +56,7 @@ class Codec(ABC):
     dtype: ClassVar[torch.dtype]
     bits: ClassVar[int]
     companions: ClassVar[tuple[str, ...]] = ()
-    granule: ClassVar[int] = 1
+    granule: int = 1
     activation_dtype: ClassVar[torch.dtype | None] = None
     everywhere: ClassVar[bool] = True
 
@@ -94,6 +95,14 @@ class Codec(ABC):
     @abstractmethod
     def illegal(self, name: str, tensor: torch.Tensor) -> tuple[int, str] | None:
         """Flat index of the first value of a tensor (not the metadata) that is illegal, and what it is."""
+
+    def parted(self, values: int) -> Codec:
+        """What ranks hold whose rows have so many stored values, or multiples of them."""
+        return self
+
+    def loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A stored tensor in the last of its legal dtypes, which a server keeps."""
+        return tensor
 
     def cut(
         self, layout: Layout, name: str, tensor: torch.Tensor, axis: Axis, rank: int, size: int

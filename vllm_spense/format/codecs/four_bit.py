@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from functools import cache
+from math import gcd
 
 import torch
 from torch.nn import functional
 
 from vllm_spense.format.codecs.base import REGIONS, Codec, Stored, Tensors, first, illegal_scale
-from vllm_spense.format.layout import META_GROUP, Layout
+from vllm_spense.format.layout import META_GROUP, Axis, Layout
 from vllm_spense.format.sparse24 import compress, decompress
 
 BLOCK = 64
 """Stored values along a row that share an absmax: in a 2:4 region, what is kept of 128 columns."""
+_BYTE = 2
+"""Codes in a byte."""
 STEPS = 256
 """An absmax is one of so many equal steps up to the row's largest: a power of two, so that it is exact."""
 TOPS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -32,25 +35,55 @@ VALUES = {"sparse": "sparse_values", "dense": "dense_weight"}
 class FourBit(Codec):
     """Codes of a ``table`` of 16, two per byte, the first in the high half, as bitsandbytes packs them.
 
-    Of each region ``…_absmax [rows, values per row / 64]``, the last block of a row may be shorter: fp32, or
-    uint8, where ``a`` stands for ``a + 1``; both in units of ``weight_scale [N]`` fp32. A weight is
+    Of each region ``…_absmax [rows, values per row / block]``, the last block of a row may be shorter: fp32,
+    or uint8, where ``a`` stands for ``a + 1``; both in units of ``weight_scale [N]`` fp32. A weight is
     ``table[code] · (absmax · weight_scale)``, rounded to fp32 after each product.
+
+    Files of ours have the registered codecs' table and blocks of :data:`BLOCK`. Ranks whose parts begin
+    within a block, and other makers' files, need another :meth:`variant`, which config.json cannot name.
     """
 
     dtype = torch.uint8
     bits = 4
     companions = ("weight_scale",)
-    granule = BLOCK
+    granule = _BYTE
     details = f"a scale per {BLOCK} weights"
     everywhere = False
-    table: ClassVar[tuple[float, ...]]
+    table: tuple[float, ...]
+    block = BLOCK
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = BLOCK, table: tuple[float, ...] | None = None) -> None:
+        self.block = block
+        self.table = self.table if table is None else table
         ranked = sorted(set(self.table))
         self._codes = torch.tensor([self.table.index(value) for value in ranked], dtype=torch.uint8)
         values = torch.tensor(ranked, dtype=torch.float32)
         self._borders = (values[1:] + values[:-1]) / 2
         self._zero = self.table.index(0.0)
+
+    def __reduce__(self) -> tuple:
+        return _variant, (type(self), self.block, self.table)
+
+    @classmethod
+    def variant(cls, block: int = BLOCK, table: tuple[float, ...] | None = None) -> FourBit:
+        """The codec with other blocks or another table of 16 with a zero; the registered one for its own."""
+        return _variant(cls, block, cls.table if table is None else table)
+
+    def parted(self, values: int) -> FourBit:
+        """Blocks that a rank's part begins within are cut into smaller ones with the same absmax."""
+        return _variant(type(self), gcd(values, self.block), self.table)
+
+    def cut(
+        self, layout: Layout, name: str, tensor: torch.Tensor, axis: Axis, rank: int, size: int
+    ) -> torch.Tensor:
+        if axis == "input" and size > 1 and name.endswith("_absmax"):
+            local = {
+                region: n for region, (rows, n) in _stored_shapes(layout.shard(axis, size)).items() if rows
+            }
+            block = self.parted(gcd(*local.values())).block
+            blocks = size * local[name.removesuffix("_absmax")] // block
+            tensor = tensor.repeat_interleave(self.block // block, 1)[:, :blocks]
+        return super().cut(layout, name, tensor, axis, rank, size)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,7 +98,7 @@ class FourBit(Codec):
         }
         for region, (rows, values) in _stored_shapes(layout).items():
             found[VALUES[region]] = Stored((rows, -(-values // 2)), (torch.uint8,))
-            found[f"{region}_absmax"] = Stored((rows, -(-values // BLOCK)), (torch.uint8, torch.float32))
+            found[f"{region}_absmax"] = Stored((rows, -(-values // self.block)), (torch.uint8, torch.float32))
         return found
 
     # -- weights to codes ------------------------------------------------------------------------
@@ -106,7 +139,7 @@ class FourBit(Codec):
                 absmax = self._wide(grid[f"{region}_absmax"], scales[region])
                 # in a 2:4 region a block is what is kept of twice as many columns
                 absmax = absmax.repeat_interleave(2, 1) if region == "sparse" else absmax
-                parts.append(_repeated(absmax, shape[1]))
+                parts.append(_repeated(absmax, self.block, shape[1]))
         return torch.cat(parts, layout.split_dim)
 
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
@@ -116,7 +149,7 @@ class FourBit(Codec):
     def _absmax(self, values: torch.Tensor) -> torch.Tensor:
         """The best absmax of every block of ``values [rows, n]`` fp32: ``[rows, blocks]``."""
         rows, count = values.shape
-        padded = functional.pad(values, (0, -count % BLOCK)).view(rows, -1, BLOCK)
+        padded = functional.pad(values, (0, -count % self.block)).view(rows, -1, self.block)
         largest = padded.abs().amax(2)
         best, least = largest.clone(), torch.full_like(largest, torch.inf)
         for top in TOPS:
@@ -141,24 +174,29 @@ class FourBit(Codec):
             if VALUES[region] not in tensors:
                 continue
             absmax = self._wide(tensors[f"{region}_absmax"], scales[region])
-            values = self._looked_up(_unpacked(tensors[VALUES[region]], count)) * _repeated(absmax, count)
+            values = self._looked_up(_unpacked(tensors[VALUES[region]], count)) * _repeated(
+                absmax, self.block, count
+            )
             parts.append(values if region == "dense" else decompress(values, tensors["sparse_meta"]))
         return torch.cat(parts, layout.split_dim)
 
     def _looked_up(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.tensor(self.table, dtype=torch.float32, device=codes.device)[codes.int()]
 
+    def loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return _steps(tensor) if name.endswith("_absmax") else tensor
+
     @staticmethod
     def _wide(absmax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """fp32 ``[rows, blocks]`` of what is stored."""
-        return (absmax.float() + 1 if absmax.dtype == torch.uint8 else absmax) * scale[:, None]
+        return _steps(absmax) * scale[:, None]
 
     def spelled_out(self, tensors: Mapping[str, torch.Tensor], layout: Layout) -> Tensors:
         """``ValueError`` where a block of the dense layer would lie in both regions."""
-        if layout.split == "input" and layout.sparse % BLOCK and layout.dense:
+        if layout.split == "input" and layout.sparse % self.block and layout.dense:
             raise ValueError(
-                f"{layout.sparse} columns of the 2:4 region are no multiple of {BLOCK}: a dense layer has no "
-                "block with the scales of two"
+                f"{layout.sparse} columns of the 2:4 region are no multiple of {self.block}: a dense layer "
+                "has no block with the scales of two"
             )
         codes, absmax = [], []
         for region, (_, count) in _stored_shapes(layout).items():
@@ -167,11 +205,11 @@ class FourBit(Codec):
             here, scales = _unpacked(tensors[VALUES[region]], count), tensors[f"{region}_absmax"]
             if region == "sparse":  # 0 stands where a zero is written out
                 here = decompress(here ^ self._zero, tensors["sparse_meta"]) ^ self._zero
-                scales = scales.repeat_interleave(2, 1)[:, : -(-here.shape[1] // BLOCK)]
+                scales = scales.repeat_interleave(2, 1)[:, : -(-here.shape[1] // self.block)]
             codes.append(here)
             absmax.append(scales)
         if len({part.dtype for part in absmax}) > 1:
-            absmax = [part.float() + 1 if part.dtype == torch.uint8 else part for part in absmax]
+            absmax = [_steps(part) for part in absmax]
         return {
             "dense_weight": _packed(torch.cat(codes, layout.split_dim), self._zero),
             "dense_absmax": torch.cat(absmax, layout.split_dim),
@@ -207,6 +245,11 @@ class Fp4(FourBit):
     name = "fp4"
     title = "FP4"
     table = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+
+def _steps(absmax: torch.Tensor) -> torch.Tensor:
+    """fp32, in units of the row's scale."""
+    return absmax.float() + 1 if absmax.dtype == torch.uint8 else absmax
 
 
 def _stored_shapes(layout: Layout) -> dict[str, tuple[int, int]]:
@@ -250,9 +293,9 @@ def _parted(scale: torch.Tensor, layout: Layout) -> Tensors:
     return dict(zip(("sparse", "dense"), scale.split([layout.sparse, layout.dense]), strict=True))
 
 
-def _repeated(absmax: torch.Tensor, count: int) -> torch.Tensor:
+def _repeated(absmax: torch.Tensor, block: int, count: int) -> torch.Tensor:
     """``[rows, count]``: what every value is multiplied with."""
-    return absmax.repeat_interleave(BLOCK, 1)[:, :count]
+    return absmax.repeat_interleave(block, 1)[:, :count]
 
 
 def _by_rows(run: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
@@ -269,3 +312,13 @@ def _packed(codes: torch.Tensor, zero: int) -> torch.Tensor:
 def _unpacked(packed: torch.Tensor, count: int) -> torch.Tensor:
     """Inverse of :func:`_packed`."""
     return torch.stack((packed >> 4, packed & 15), 2).flatten(1)[:, :count]
+
+
+@cache
+def _variant(kind: type[FourBit], block: int, table: tuple[float, ...]) -> FourBit:
+    from vllm_spense.format.codecs import codec
+
+    registered = codec(kind.name)
+    assert isinstance(registered, FourBit)
+    same = (block, table) == (registered.block, registered.table)
+    return registered if same else kind(block, table)

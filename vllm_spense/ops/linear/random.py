@@ -14,7 +14,7 @@ def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, see
 
     All-zero data would make kernels look faster than they are.
     """
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
         generator = torch.Generator(device=tensor.device).manual_seed(seed)
         if tensor.dtype == torch.uint8:
             nibbles = torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8, device=tensor.device)
@@ -23,8 +23,8 @@ def fill_random(tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, see
                 for _ in range(2)
             ]
             tensor.copy_(picks[0] | picks[1] << 4)
-        elif tensor.ndim == 1:
-            tensor.fill_(1e-4)
+        elif tensor.ndim == 1 or name.endswith("_absmax"):
+            tensor.fill_(1e-4 if tensor.ndim == 1 else 100)
         else:
             noise = torch.empty(tuple(tensor.shape), dtype=torch.bfloat16, device=tensor.device)
             noise.normal_(0.0, 64.0 if tensor.element_size() == 1 else 0.02, generator=generator)
