@@ -99,11 +99,11 @@ def test_fp32_scales_are_taken_as_they_are(codec: FourBit) -> None:
     assert torch.equal(codec.decode(spelled, dense), codec.decode(tensors, layout))
     mixed = tensors | {"dense_absmax": wide["dense_absmax"]}
     assert torch.equal(codec.decode(codec.spelled_out(mixed, layout), dense), codec.decode(tensors, layout))
-    for bad in (-1.0, float("nan"), float("inf")):
+    for bad in (float("nan"), float("inf")):
         wide["dense_absmax"][3, 0] = bad
         assert codec.illegal("dense_absmax", wide["dense_absmax"]) == (
             3,
-            "an absmax that is negative or not finite",
+            "an absmax that is not finite",
         )
 
 

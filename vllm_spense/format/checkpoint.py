@@ -64,10 +64,11 @@ class Checkpoint:
             )
         self.config: dict[str, Any] = read_json(self.directory / CONFIG_NAME)
         raw = self.config.get("quantization_config")
-        self.quantization: AnyCheckpointConfig | None = (
-            None if raw is None else parse_config(raw, self.directory / CONFIG_NAME)
-        )
+        self.quantization: AnyCheckpointConfig | None = None if raw is None else self._parse(raw)
         self.tensors: dict[str, TensorInfo] = self._read_headers()
+
+    def _parse(self, raw: object) -> AnyCheckpointConfig | None:
+        return parse_config(raw, self.directory / CONFIG_NAME)
 
     def require_spense(self) -> AnyCheckpointConfig:
         """The Spense configuration, or an error that says how to get one."""

@@ -19,7 +19,7 @@ def check_directory(directory: Path) -> None:
     A directory without weights passes: ``--load-format dummy`` needs none. Raises :class:`CheckpointError`.
     """
     if not any(directory.glob("*.safetensors")):
-        _refuse_pickles(directory)
+        refuse_pickles(directory)
         return
     _refuse_sharded_state(directory)
     manifest = directory / MANIFEST_NAME
@@ -37,7 +37,8 @@ def check_directory(directory: Path) -> None:
     _verified.add(key)
 
 
-def _refuse_pickles(directory: Path) -> None:
+def refuse_pickles(directory: Path) -> None:
+    """:class:`CheckpointError` for a directory with pickled weights."""
     pickled = [p for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
     if pickled:
         raise CheckpointError(

@@ -20,7 +20,10 @@ __all__ = [
     "init_fp8_linear_kernel",
     "init_logger",
     "load_format",
+    "quantization_methods",
+    "renamed",
     "request_amx",
+    "safetensors_headers",
 ]
 
 _LATE = {
@@ -47,6 +50,30 @@ def __getattr__(name: str) -> Any:
             found = globals()[name] = getattr(import_module(module), name)
             return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def quantization_methods() -> list[str]:
+    """Names of all methods that this vLLM knows, those of plugins among them."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    return list(QUANTIZATION_METHODS)
+
+
+def safetensors_headers(model: str, revision: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype (as safetensors spells it) and shape of every tensor of a directory or a repository, by name."""
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    found = get_safetensors_params_metadata(model, revision=revision)
+    return {
+        name: (str(info["dtype"]), tuple(info["shape"])) for name, info in found.items() if "dtype" in info
+    }
+
+
+def renamed(suffixes: dict[str, str]) -> Any:
+    """vLLM's mapper that gives tensors of a checkpoint other endings while they are loaded."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper(orig_to_new_suffix=suffixes)
 
 
 def load_format() -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_spense.format.bitsandbytes import METHOD
 from vllm_spense.format.errors import REPRUNE, CheckpointError
-from vllm_spense.format.schema import AnyCheckpointConfig, ModuleSpec, parse_config
+from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.models.families import FUSED, MLP_SPLITS, stays_as_stored
 from vllm_spense.serving import compat
 from vllm_spense.serving.checks import check_directory
@@ -32,30 +33,18 @@ DECODER_PREFIX = "model."
 """What vLLM puts before the names of a decoder's layers, and embedding models leave out in their files."""
 
 
-class SpenseConfig(compat.QuantizationConfig):
-    """Spense checkpoint served by vLLM, or, without a checkpoint configuration, load-time mode.
+class PluginConfig(compat.QuantizationConfig):
+    """What our configurations share: the names of the file's modules, and which of them form a layer.
 
     Picklable: vLLM sends it to its engine and worker processes.
     """
 
-    def __init__(self, checkpoint: AnyCheckpointConfig | None = None) -> None:
-        super().__init__()
-        self.checkpoint = checkpoint
-        self.summary = LoadSummary()
-        self.modules: dict[str, ModuleSpec] = {} if checkpoint is None else dict(checkpoint.modules)
-        self.model_type = ""
-        self.values_are_keys = False
-        if checkpoint is None:
-            logger.warning(
-                "Spense load-time mode: the model is not pruned by calibration. MLP weights are cut to "
-                "2:4 by magnitude (dense ratio %.2f) and all linear layers are rounded to FP8. This "
-                "shows speed, NOT quality; run `spense prune` for a checkpoint that keeps its accuracy.",
-                ONLINE_DENSE_RATIO,
-            )
+    modules: dict[str, Any]
 
-    def __repr__(self) -> str:
-        kind = "load-time" if self.checkpoint is None else f"{len(self.modules)} modules"
-        return f"SpenseConfig({kind})"
+    def __init__(self) -> None:
+        super().__init__()
+        self.summary = LoadSummary()
+        self.modules = {}
 
     @classmethod
     def get_name(cls) -> Any:
@@ -73,9 +62,67 @@ class SpenseConfig(compat.QuantizationConfig):
     def get_config_filenames() -> list[str]:
         return []  # none: a model without quantization_config means load-time mode
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def shard_names(self, prefix: str) -> list[str]:
+        """Checkpoint names of the layers that vLLM fuses under ``prefix``.
+
+        Embedding models are often stored without the prefix that vLLM's names have. Models that are fused on
+        disk (Phi-3) map a layer to itself; a Spense checkpoint holds its parts.
+        """
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        if not any(name.startswith(DECODER_PREFIX) for name in self.modules):
+            prefix = prefix.removeprefix(DECODER_PREFIX)
+        parent, _, last = prefix.rpartition(".")
+
+        def full(parts: Sequence[str]) -> list[str]:
+            return [f"{parent}.{part}" if parent else part for part in parts]
+
+        names = full(self.packed_modules_mapping.get(last, [last]))
+        parts = full(FUSED.get(last, ()))
+        separate = names == [prefix] and prefix not in self.modules and any(p in self.modules for p in parts)
+        return parts if separate else names
+
+
+class SpenseConfig(PluginConfig):
+    """Spense checkpoint served by vLLM, or, without a checkpoint configuration, load-time mode."""
+
+    def __init__(self, checkpoint: AnyCheckpointConfig | None = None) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.modules = {} if checkpoint is None else dict(checkpoint.modules)
+        self.model_type = ""
+        self.values_are_keys = False
+        if checkpoint is None:
+            logger.warning(
+                "Spense load-time mode: the model is not pruned by calibration. MLP weights are cut to "
+                "2:4 by magnitude (dense ratio %.2f) and all linear layers are rounded to FP8. This "
+                "shows speed, NOT quality; run `spense prune` for a checkpoint that keeps its accuracy.",
+                ONLINE_DENSE_RATIO,
+            )
+
+    def __repr__(self) -> str:
+        kind = "load-time" if self.checkpoint is None else f"{len(self.modules)} modules"
+        return f"SpenseConfig({kind})"
+
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SpenseConfig:
-        return cls(parse_config(config))
+    def from_config(cls, config: dict[str, Any]) -> PluginConfig:
+        from vllm_spense.serving.bitsandbytes import BitsAndBytesConfig
+
+        return (
+            BitsAndBytesConfig(config) if config.get("quant_method") == METHOD else cls(parse_config(config))
+        )
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """bitsandbytes' checkpoints are ours where they are given to us, or where nobody else takes them."""
+        if hf_quant_cfg.get("quant_method") != METHOD:
+            return None
+        ours = user_quant == "spense" or (user_quant is None and METHOD not in compat.quantization_methods())
+        return "spense" if ours else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
@@ -88,9 +135,6 @@ class SpenseConfig(compat.QuantizationConfig):
         directory = Path(model_name)
         if self.checkpoint is not None and directory.is_dir():
             check_directory(directory)
-
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> compat.QuantizeMethodBase | None:
         """Linear layers get a Spense or an unquantized method; everything else vLLM's default (None)."""
@@ -141,22 +185,3 @@ class SpenseConfig(compat.QuantizationConfig):
             )
         sizes = checkpoint.tensor_parallel_sizes
         return SpenseLinearMethod(prefix, specs, codecs.pop(), sizes, self.summary)
-
-    def shard_names(self, prefix: str) -> list[str]:
-        """Checkpoint names of the layers that vLLM fuses under ``prefix``.
-
-        Embedding models are often stored without the prefix that vLLM's names have. Models that are fused on
-        disk (Phi-3) map a layer to itself; a Spense checkpoint holds its parts.
-        """
-        prefix = prefix.removeprefix(DRAFT_PREFIX)
-        if not any(name.startswith(DECODER_PREFIX) for name in self.modules):
-            prefix = prefix.removeprefix(DECODER_PREFIX)
-        parent, _, last = prefix.rpartition(".")
-
-        def full(parts: Sequence[str]) -> list[str]:
-            return [f"{parent}.{part}" if parent else part for part in parts]
-
-        names = full(self.packed_modules_mapping.get(last, [last]))
-        parts = full(FUSED.get(last, ()))
-        separate = names == [prefix] and prefix not in self.modules and any(p in self.modules for p in parts)
-        return parts if separate else names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from vllm_spense.format.codecs.base import Codec, RowCodec, Stored
 from vllm_spense.format.codecs.bf16 import Bf16
 from vllm_spense.format.codecs.four_bit import FourBit, Fp4, Nf4
@@ -24,10 +26,11 @@ __all__ = [
     "tensor_names",
 ]
 
+AnyCodec = TypeVar("AnyCodec", bound=Codec)
 _CODECS: dict[str, Codec] = {}
 
 
-def register(new: Codec) -> Codec:
+def register(new: AnyCodec) -> AnyCodec:
     """Make a codec known by its name; ``ValueError`` if another one has it."""
     if _CODECS.setdefault(new.name, new) is not new:
         raise ValueError(f"there is a codec {new.name!r} already")
