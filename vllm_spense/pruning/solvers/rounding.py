@@ -45,9 +45,9 @@ def settle_columns(
 ) -> torch.Tensor:
     """``stored [N, K]``, rounded already, with a smaller error against ``target [N, K]``; a new tensor.
 
-    Coordinate descent on tr((stored - target) h (stored - target)ᵀ), ``h [K, K]``: every value in turn becomes
-    the one nearest to what is best for it while all others stay (CDQuant, arXiv 2406.17542), so no step makes
-    the error larger. ``kept``, ``rounded``: as in :func:`round_columns`.
+    Coordinate descent on tr((stored - target) h (stored - target)ᵀ), ``h [K, K]``: every value in turn
+    becomes the one nearest to what is best for it while all others stay (CDQuant, arXiv 2406.17542), so no
+    step makes the error larger. ``kept``, ``rounded``: as in :func:`round_columns`.
     """
     w = stored.clone()
     diagonal = h.diagonal()
@@ -58,8 +58,8 @@ def settle_columns(
         gradient = (h[start:stop] @ (w - target).t()).contiguous()
         for j in range(stop - start):
             best = block[j] - gradient[j] / diagonal[start + j]
-            change = rounded(start + j, best) * kept[:, start + j] - block[j]
-            gradient.addr_(inner[j], change)
-            block[j] += change
+            settled = rounded(start + j, best) * kept[:, start + j]
+            gradient.addr_(inner[j], settled - block[j])
+            block[j] = settled
         w[:, start:stop] = block.t()
     return w
