@@ -1,7 +1,7 @@
 """Dense, Spense and 4-bit directories as transformers models, for measuring quality on any machine.
 
-Spense and 4-bit layers compute on their decompressed matrix with the project's own operators, so the numbers are
-those of the format's definition and need no vLLM.
+Spense and 4-bit layers compute on their decompressed matrix with the project's own operators, so the
+numbers are those of the format's definition and need no vLLM.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def check_source(path: str | Path, *, four_bit: bool = False) -> dict[str, Any]:
     """config.json of the model directory ``path``, once nothing in it is known to be unusable.
 
     Weights may be missing altogether: a plan needs none. A Spense directory passes; with ``four_bit`` so does
-    one of bitsandbytes, for who reads it with :func:`~vllm_spense.format.bitsandbytes.open_checkpoint`. Raises
+    one of bitsandbytes, which :func:`~vllm_spense.format.bitsandbytes.open_checkpoint` reads. Raises
     :class:`CheckpointError`, one line with the cure, for files and empty directories, other formats (GGUF,
     pickles, adapters, pipelines), quantised models, pointers and unfinished downloads.
     """
