@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_spense.format.bitsandbytes import is_bitsandbytes
+from vllm_spense.format.bitsandbytes import check_settings, is_bitsandbytes
 from vllm_spense.format.broken_files import DOWNLOAD, EMPTY, Diagnosis, diagnose
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
 from vllm_spense.format.errors import CheckpointError
@@ -66,8 +66,9 @@ def check_source(path: str | Path, *, four_bit: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"model_type {state}", file=directory / CONFIG_NAME, fix="get an intact config.json"
         )
-    method = quantisation_of(config, directory)
-    if method and not (four_bit and is_bitsandbytes(config)):
+    if four_bit and is_bitsandbytes(config):
+        check_settings(config["quantization_config"], directory / CONFIG_NAME)
+    elif method := quantisation_of(config, directory):
         problem = f"the model is already quantised ({method})"
         raise CheckpointError(problem, file=directory / CONFIG_NAME, fix=ORIGINAL)
     for name in _TEXTS:
