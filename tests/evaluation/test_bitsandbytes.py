@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.bitsandbytes_models import dequantised_model, quantise_model, run_by_bitsandbytes
 from tests.tiny import VOCAB, make_llama
-from tests.tiny_bitsandbytes import decoded_by_bitsandbytes, make_bitsandbytes, run_by_bitsandbytes
 from tests.tiny_families import make_family
 from tests.tiny_text import add_tokenizer, write_text
 from vllm_spense import evaluate, export
@@ -20,6 +20,9 @@ from vllm_spense.text import Beginning
 
 TINY, TRAINED = 1e-2, 2e-3
 """Nats per token: bitsandbytes rounds weights to bf16 before it multiplies; random ones react strongly."""
+
+
+FP32: dict[str, Any] = {"bnb_4bit_compute_dtype": torch.float32}
 
 
 def windows() -> torch.Tensor:
@@ -40,17 +43,17 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    "settings",
     [
-        ("nf4", {}),
-        ("fp4", {"nested": False}),
-        ("nf4", {"storage": torch.bfloat16}),
-        ("nf4", {"skip": ["lm_head", "model.layers.1.mlp"]}),
+        {"bnb_4bit_use_double_quant": True},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_quant_storage": torch.bfloat16},
+        {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]},
     ],
-    ids=["nested", "plain fp4", "other storage", "some modules"],
+    ids=["nested", "fp4", "other storage", "some modules"],
 )
-def test_loss(kind: str, options: dict[str, Any], even: Path, tmp_path: Path) -> None:
-    packed = make_bitsandbytes(even, tmp_path / "packed", kind, **options)
+def test_loss(settings: dict[str, Any], even: Path, tmp_path: Path) -> None:
+    packed = quantise_model(even, tmp_path / "packed", **FP32, **settings)
     theirs, found = run_by_bitsandbytes(packed), load_model(packed)
     assert loss(found, windows()) == pytest.approx(loss(theirs, windows()), abs=TINY)
     with torch.no_grad():
@@ -61,10 +64,10 @@ def test_loss(kind: str, options: dict[str, Any], even: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "opt"])
 def test_the_model_is_the_one_with_decoded_weights(family: str, tmp_path: Path) -> None:
     """Rows that end within a block, and linears that are fused on disk."""
-    packed = make_bitsandbytes(make_family(family, tmp_path / "dense"), tmp_path / "packed")
+    packed = quantise_model(make_family(family, tmp_path / "dense"), tmp_path / "packed")
     found, dense = load_model(packed), load_model(tmp_path / "dense")
     state = dense.state_dict()
-    for module, weight in decoded_by_bitsandbytes(packed).items():
+    for module, weight in dequantised_model(packed).items():
         state[f"{module}.weight"].copy_(weight)
         assert torch.equal(found.get_submodule(module).weight.bfloat16(), weight)
     ids = windows()[:1, :16]
@@ -77,7 +80,7 @@ def test_the_model_is_the_one_with_decoded_weights(family: str, tmp_path: Path) 
 
 
 def test_evaluate_and_try_out(even: Path, tmp_path: Path) -> None:
-    packed = make_bitsandbytes(even, tmp_path / "packed")
+    packed = quantise_model(even, tmp_path / "packed")
     options: dict[str, Any] = {"seq_len": 16, "max_tokens": 64}
     found = evaluate(packed, even.parent / "text.txt", reference=even, **options)
     assert found.agreement is not None
@@ -93,7 +96,7 @@ def test_evaluate_and_try_out(even: Path, tmp_path: Path) -> None:
 @pytest.mark.model
 def test_loss_of_a_trained_model(assets: Path, tmp_path: Path) -> None:
     source = assets / "SmolLM2-135M-Instruct"
-    packed = make_bitsandbytes(source, tmp_path / "packed")
+    packed = quantise_model(source, tmp_path / "packed", **FP32, bnb_4bit_use_double_quant=True)
     tokenizer = load_tokenizer(packed)
     ids = text_windows(tokenizer, Beginning(assets / "wikipedia" / "test.txt", tokenizer), 256, 768)
     expected = loss(run_by_bitsandbytes(packed), ids)

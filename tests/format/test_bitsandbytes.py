@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_bitsandbytes import decoded_by_bitsandbytes, make_bitsandbytes, write_layer
+from tests.bitsandbytes_models import dequantised, dequantised_model, quantise_model, quantised, write_layer
 from tests.tiny_families import make_family
 from vllm_spense.format import Checkpoint
 from vllm_spense.format.bitsandbytes import BitsAndBytesCheckpoint, QuantState, open_checkpoint
@@ -42,9 +42,10 @@ def read_layer(directory: Path) -> torch.Tensor:
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_bit(kind: str, nested: bool, block: int, shape: tuple[int, int], tmp_path: Path) -> None:
-    expected = write_layer(tmp_path / "d", weight_of(shape), kind, nested=nested, block=block)
+    tensors = quantised(weight_of(shape), kind, nested, block)
+    expected = dequantised(tensors)
     assert expected.dtype == torch.bfloat16
-    assert same_bits(read_layer(tmp_path / "d").bfloat16(), expected)
+    assert same_bits(read_layer(write_layer(tmp_path / "d", tensors)).bfloat16(), expected)
 
 
 @kinds
@@ -53,49 +54,48 @@ def test_every_bit(kind: str, nested: bool, block: int, shape: tuple[int, int], 
 def test_every_bit_of_models_in_other_dtypes(
     kind: str, dtype: torch.dtype, nested: bool, tmp_path: Path
 ) -> None:
-    expected = write_layer(tmp_path / "d", weight_of((48, 80), dtype), kind, nested=nested)
-    assert same_bits(read_layer(tmp_path / "d").to(dtype), expected)
+    tensors = quantised(weight_of((48, 80), dtype), kind, nested)
+    found = read_layer(write_layer(tmp_path / "d", tensors))
+    assert same_bits(found.to(dtype), dequantised(tensors))
 
 
 @absmax
 @pytest.mark.parametrize("storage", [torch.int8, torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_bytes_in_other_dtypes(storage: torch.dtype, nested: bool, tmp_path: Path) -> None:
     """``bnb_4bit_quant_storage``: FSDP shards tensors of one dtype."""
-    expected = write_layer(tmp_path / "d", weight_of((48, 80)), "nf4", nested=nested, storage=storage)
-    assert load_file(tmp_path / "d" / "model.safetensors")["layer.weight"].dtype == storage
-    assert same_bits(read_layer(tmp_path / "d").bfloat16(), expected)
+    tensors = quantised(weight_of((48, 80)), "nf4", nested, storage=storage)
+    assert tensors["weight"].dtype == storage
+    found = read_layer(write_layer(tmp_path / "d", tensors))
+    assert same_bits(found.bfloat16(), dequantised(tensors))
 
 
-def test_blocks_run_over_row_ends(tmp_path: Path) -> None:
+def test_blocks_run_over_row_ends() -> None:
     """What the other tests hold the files against is the slow definition, and near the weight."""
     weight = weight_of((48, 80), torch.float32)
-    expected = write_layer(tmp_path / "d", weight, "nf4", nested=False)
-    tensors = load_file(tmp_path / "d" / "model.safetensors")
-    codes = tensors["layer.weight"].view(-1)
+    tensors = quantised(weight, "nf4", nested=False)
+    expected = dequantised(tensors)
+    codes = tensors["weight"].view(-1)
     codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)
-    scales = tensors["layer.weight.absmax"].repeat_interleave(64)
-    slow = tensors["layer.weight.quant_map"][codes.int()] * scales
+    scales = tensors["weight.absmax"].repeat_interleave(64)
+    slow = tensors["weight.quant_map"][codes.int()] * scales
     assert same_bits(slow.view(48, 80), expected)
     assert (expected - weight).abs().mean() < 0.1
 
 
 def test_the_usual_tables_are_ours(tmp_path: Path) -> None:
     for kind, codec in (("nf4", NF4), ("fp4", FP4)):
-        write_layer(tmp_path / kind, weight_of((48, 128)), kind, nested=False)
+        write_layer(tmp_path / kind, quantised(weight_of((48, 128)), kind))
         assert open_checkpoint(tmp_path / kind).linear("layer").codecs.single is codec
 
 
 @kinds
 def test_a_table_of_its_own(kind: str, tmp_path: Path) -> None:
     """Each code stands for what the file says, by the slow definition."""
-    write_layer(tmp_path / "d", weight_of((48, 80), torch.float32), kind, nested=False)
-    path = tmp_path / "d" / "model.safetensors"
-    tensors = load_file(path)
+    tensors = quantised(weight_of((48, 80), torch.float32), kind, nested=False)
     table = torch.linspace(-0.9375, 0.9375, 16)
     table[3] = 0
-    save_file(tensors | {"layer.weight.quant_map": table}, path)
-    found = read_layer(tmp_path / "d").view(-1)
-    codes, scales = tensors["layer.weight"].view(-1).tolist(), tensors["layer.weight.absmax"].tolist()
+    found = read_layer(write_layer(tmp_path / "d", tensors | {"weight.quant_map": table})).view(-1)
+    codes, scales = tensors["weight"].view(-1).tolist(), tensors["weight.absmax"].tolist()
     for place in range(0, len(found), 7):
         code = codes[place // 2] >> 4 if place % 2 == 0 else codes[place // 2] & 15
         assert float(found[place]) == float(table[code] * torch.tensor(scales[place // 64]))
@@ -116,8 +116,10 @@ def test_blocks_that_are_kept(block: int, columns: int, kept: int) -> None:
 @absmax
 def test_a_model(kind: str, nested: bool, tiny_llama: Path, tmp_path: Path) -> None:
     """With biases, and K of 144 and 208: multiples of 16 and not of 64."""
-    out = make_bitsandbytes(tiny_llama, tmp_path / "out", kind, nested=nested)
-    checkpoint, expected = open_checkpoint(out), decoded_by_bitsandbytes(out)
+    out = quantise_model(
+        tiny_llama, tmp_path / "out", bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested
+    )
+    checkpoint, expected = open_checkpoint(out), dequantised_model(out)
     check_checkpoint(checkpoint)
     assert isinstance(checkpoint, BitsAndBytesCheckpoint)
     assert set(checkpoint.require_spense().modules) == set(expected)
@@ -135,7 +137,7 @@ def test_a_model(kind: str, nested: bool, tiny_llama: Path, tmp_path: Path) -> N
 
 def test_modules_that_stay_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
     skip = ["lm_head", "model.layers.1.mlp"]
-    out = make_bitsandbytes(tiny_llama, tmp_path / "out", skip=skip)
+    out = quantise_model(tiny_llama, tmp_path / "out", llm_int8_skip_modules=skip)
     checkpoint = open_checkpoint(out)
     check_checkpoint(checkpoint)
     modules = checkpoint.require_spense().modules
@@ -147,10 +149,10 @@ def test_modules_that_stay_as_they_are(tiny_llama: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "opt"])
 def test_families(family: str, tmp_path: Path) -> None:
     """Tied embeddings, linears that are fused on disk, no GLU."""
-    out = make_bitsandbytes(make_family(family, tmp_path / "dense"), tmp_path / "out", "fp4")
+    out = quantise_model(make_family(family, tmp_path / "dense"), tmp_path / "out", bnb_4bit_quant_type="fp4")
     checkpoint = open_checkpoint(out)
     check_checkpoint(checkpoint)
-    for module, weight in decoded_by_bitsandbytes(out).items():
+    for module, weight in dequantised_model(out).items():
         assert same_bits(checkpoint.module_weight(module).bfloat16(), weight), module
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bitsandbytes_models import dequantised_model, quantise_model, quantised, write_layer
 from tests.tiny import make_llama
-from tests.tiny_bitsandbytes import decoded_by_bitsandbytes, make_bitsandbytes, write_layer
 from tests.tiny_families import make_family
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.bitsandbytes import open_checkpoint
@@ -31,12 +31,12 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dense_weights_are_the_bits_of_bitsandbytes(family: str, nested: bool, tmp_path: Path) -> None:
     """Rows that end within a block, biases, tied embeddings, fused linears."""
     source = make_family(family, tmp_path / "dense")
-    packed = make_bitsandbytes(source, tmp_path / "packed", nested=nested)
+    packed = quantise_model(source, tmp_path / "packed", bnb_4bit_use_double_quant=nested)
     state = load_file(export(packed, tmp_path / "bf16") / "model.safetensors")
     wide = load_file(export(packed, tmp_path / "fp32", format="float32") / "model.safetensors")
     dense = load_file(source / "model.safetensors")
     assert set(state) == set(wide) == set(dense)
-    expected = {f"{name}.weight": weight for name, weight in decoded_by_bitsandbytes(packed).items()}
+    expected = {f"{name}.weight": weight for name, weight in dequantised_model(packed).items()}
     assert expected
     for name, weight in dense.items():
         found = expected.get(name, weight)
@@ -54,7 +54,9 @@ def test_dense_weights_are_the_bits_of_bitsandbytes(family: str, nested: bool, t
 def test_a_spense_checkpoint_with_the_same_values(
     kind: str, nested: bool, even: Path, tmp_path: Path
 ) -> None:
-    packed = make_bitsandbytes(even, tmp_path / "packed", kind, nested=nested)
+    packed = quantise_model(
+        even, tmp_path / "packed", bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested
+    )
     out = export(packed, tmp_path / "out", format="spense-dense")
     assert verify(out).hashes_checked
     one, other = open_checkpoint(packed), Checkpoint(out)
@@ -81,19 +83,18 @@ def test_blocks_that_a_spense_checkpoint_lacks(tiny_bitsandbytes: Path, tmp_path
 
 
 def test_larger_blocks_are_cut(tmp_path: Path) -> None:
-    write_layer(tmp_path / "packed", torch.randn(48, 192), "nf4", nested=True, block=128)
-    out = export(tmp_path / "packed", tmp_path / "out", format="spense-dense")
-    one, other = open_checkpoint(tmp_path / "packed"), Checkpoint(out)
+    packed = write_layer(tmp_path / "packed", quantised(torch.randn(48, 192), blocksize=128))
+    out = export(packed, tmp_path / "out", format="spense-dense")
+    one, other = open_checkpoint(packed), Checkpoint(out)
     assert torch.equal(one.module_weight("layer"), other.module_weight("layer"))
 
 
 def test_a_table_that_a_spense_checkpoint_lacks(tmp_path: Path) -> None:
-    write_layer(tmp_path / "packed", torch.randn(48, 128), "nf4", nested=False)
-    path = tmp_path / "packed" / "model.safetensors"
-    save_file(load_file(path) | {"layer.weight.quant_map": torch.linspace(-1, 0, 16)}, path)
+    tensors = quantised(torch.randn(48, 128)) | {"weight.quant_map": torch.linspace(-1, 0, 16)}
+    packed = write_layer(tmp_path / "packed", tensors)
     with pytest.raises(ValueError, match=r"layer has a table of its own, .*: export it as bfloat16"):
-        export(tmp_path / "packed", tmp_path / "out", format="spense-dense")
-    export(tmp_path / "packed", tmp_path / "out")
+        export(packed, tmp_path / "out", format="spense-dense")
+    export(packed, tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
