@@ -6,7 +6,6 @@ kernels on the codes round otherwise: they are held to a bound, as transformers 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,8 @@ from tests.serving.test_vllm_modes import PP2
 from tests.tiny import make_llama
 from tests.vllm_runs import ENVIRONMENT, Pool, Run, token_prompts
 from vllm_spense.cli.server import serve
-from vllm_spense.format.bitsandbytes import open_checkpoint
+from vllm_spense.models.export import export
+from vllm_spense.pruning import PruneConfig, prune
 
 pytestmark = pytest.mark.vllm
 EAGER = {"enforce_eager": True}
@@ -40,21 +40,6 @@ BOUND = 0.06
 """Mean difference of first tokens' logprobs: bf16 weights that are rounded, or scaled, in another order."""
 
 
-def written_out(source: Path, out: Path) -> Path:
-    """The values of a bitsandbytes checkpoint as an ordinary bf16 model."""
-    checkpoint = open_checkpoint(source)
-    state = {name: checkpoint.load(name) for name in checkpoint.plain_tensors()}
-    for module in checkpoint.require_spense().modules:
-        state[f"{module}.weight"] = checkpoint.module_weight(module).bfloat16()
-        if checkpoint.linear(module).bias:
-            state[f"{module}.bias"] = checkpoint.load(f"{module}.bias")
-    out.mkdir()
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with biases: at two ranks down's 192 columns are cut within blocks."""
@@ -63,8 +48,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_llama(root / "other", hidden=128, inter=192, seed=1)
     for name, settings in MODELS.items():
         quantise_model(root / "dense", root / name, **settings)
-        written_out(root / name, root / f"{name}-bf16")
+        export(root / name, root / f"{name}-bf16", format="bfloat16")
     quantise_model(root / "other", root / "nf4-other", **MODELS["nf4"])
+    config = PruneConfig(preset="magnitude", dense_ratio=0.5, weight_dtype="nf4", alignment=16)
+    prune(root / "dense", root / "spense", config)
+    export(root / "spense", root / "spense-bf16", format="bfloat16")
     make_lora(root / "lora", hidden=128, inter=192)
     for name, change in DAMAGE.items():
         damaged(root, name, change)
@@ -89,6 +77,9 @@ def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
         add(group, f"dummy{suffix}", "nf4", EAGER | {"load_format": "dummy"})
     for name in MODELS:
         add("stock", f"{name}-bf16", f"{name}-bf16", EAGER)
+    add("stock", "spense-bf16", "spense-bf16", EAGER)
+    add("kernels", "spense", "spense", EAGER)
+    add("tp2", "spense-tp2", "spense", TP2)
     add("stock", "lora-bf16", "nf4-bf16", lora, lora=str(models / "lora"))
     add("stock", "dense", "dense", EAGER)
     add("kernels", "named", "nf4", EAGER | {"quantization": "spense"})
@@ -133,6 +124,12 @@ def test_the_kernels_stay_near(runs: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", ["nf4-tp2", "nf4-tp4", "compile", "pp2"])
 def test_many_ways_to_run_it(runs: Pool, name: str) -> None:
     assert distance(runs[name], runs["nf4"]) < BOUND
+
+
+@pytest.mark.parametrize("name", ["spense", "spense-tp2"])
+def test_spense_in_4_bits_cut_within_blocks(runs: Pool, name: str) -> None:
+    """Both regions of down have 48 columns on each of two ranks: 24 kept values, and blocks of 8."""
+    assert distance(runs[name], runs["spense-bf16"]) < BOUND
 
 
 def test_naming_the_method_changes_nothing(runs: Pool) -> None:
