@@ -5,7 +5,7 @@ scales of the rows multiplied into those of the blocks, which is the definition'
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,15 +48,19 @@ class FourBitLayer(NamedTuple):
     ) -> FourBitLayer:
         """From what :func:`prepared` gives."""
         sparse, dense = owners(spec)
-        return cls(
-            *(tensors[name] for name in NAMES),
-            bias,
-            list(spec.sparse_sizes),
-            list(spec.dense_sizes),
-            spec.split == "output",
-            [_block(sparse), _block(dense)],
-            _table(sparse).index(0.0),
-        )
+        weights = [tensors[name] for name in NAMES]
+        sizes = list(spec.sparse_sizes), list(spec.dense_sizes)
+        blocks = [_block(sparse), _block(dense)]
+        return cls.unflat(weights, bias, *sizes, spec.split == "output", blocks, _table(sparse).index(0.0))
+
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments of ``SCHEMA``."""
+        return list(self[: len(NAMES)]), *self[len(NAMES) :]
+
+    @classmethod
+    def unflat(cls, weights: list[torch.Tensor], *rest: Any) -> FourBitLayer:
+        """Inverse of :meth:`flat`."""
+        return cls._make((*weights, *rest))
 
     @property
     def out_features(self) -> int:
@@ -67,6 +71,11 @@ class FourBitLayer(NamedTuple):
 
 NAMES = ("sparse_values", "sparse_meta", "sparse_absmax", PACKED, "dense_absmax", "tables")
 """Tensors of a prepared layer."""
+SCHEMA = (
+    "Tensor[] weights, Tensor? bias, SymInt[] sparse_sizes, SymInt[] dense_sizes, bool output_split, "
+    "SymInt[] blocks, SymInt zero"
+)
+"""What :meth:`FourBitLayer.flat` gives, in the language of operator schemas."""
 
 
 def owners(spec: LinearSpec) -> tuple[Codec, Codec]:

@@ -6,6 +6,7 @@ Triton itself is imported by the first call, so that this module can be imported
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.library import custom_op
@@ -17,36 +18,21 @@ from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.ops.linear.triton import why_no_triton
 
 
-@custom_op("spense::triton_linear_4bit", mutates_args=(), device_types=("cpu", "cuda"))
-def _triton_linear(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    sparse_sizes: list[int],
-    dense_sizes: list[int],
-    output_split: bool,
-    blocks: list[int],
-    zero: int,
-) -> torch.Tensor:
+@custom_op(
+    "spense::triton_linear_4bit",
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    schema=f"(Tensor x, {four_bit.SCHEMA}) -> Tensor",
+)
+def _triton_linear(x: torch.Tensor, *layer: Any) -> torch.Tensor:
     from vllm_spense.ops.linear.four_bit_triton_kernel import multiply
 
-    layer = FourBitLayer(*weights, bias, sparse_sizes, dense_sizes, output_split, blocks, zero)
-    return multiply(x, layer)
+    return multiply(x, FourBitLayer.unflat(*layer))
 
 
 @_triton_linear.register_fake
-def _(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    sparse_sizes: list[int],
-    dense_sizes: list[int],
-    output_split: bool,
-    blocks: list[int],
-    zero: int,
-) -> torch.Tensor:
-    layer = FourBitLayer(*weights, bias, sparse_sizes, dense_sizes, output_split, blocks, zero)
-    return x.new_empty((x.shape[0], layer.out_features))
+def _(x: torch.Tensor, *layer: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], FourBitLayer.unflat(*layer).out_features))
 
 
 def triton_linear(x: torch.Tensor, layer: FourBitLayer) -> torch.Tensor:
@@ -54,7 +40,7 @@ def triton_linear(x: torch.Tensor, layer: FourBitLayer) -> torch.Tensor:
 
     On CPUs it runs only in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is first imported).
     """
-    return _triton_linear(x, list(layer[: len(four_bit.NAMES)]), *layer[len(four_bit.NAMES) :])
+    return _triton_linear(x, *layer.flat())
 
 
 class FourBitTritonBackend:

@@ -282,12 +282,11 @@ def _kernel(
     stored = (start + clamped).to(tl.int64)[:, None]
     inside = (rows < size)[:, None]
     acc = tl.zeros([ROWS, TOKENS] if WEIGHT_LEFT else [TOKENS, ROWS], tl.float32)
+    dtype: tl.constexpr = y.dtype.element_ty if x is None else x.dtype.element_ty
     if x is None:
-        dtype: tl.constexpr = y.dtype.element_ty
         x_row = None
         y_row = y + (place + clamped).to(tl.int64)[:, None] * in_features
     else:
-        dtype: tl.constexpr = x.dtype.element_ty
         token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         x_row = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * in_features
         y_row = None
