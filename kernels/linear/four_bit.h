@@ -1,0 +1,33 @@
+// Dense layers in 4 bits, in the checkpoint's layout: the product for few tokens, and the matrix for many (sm_80 and
+// later). No torch.
+//
+//   W[n, k] = table[code[n, k]] * absmax[n, k / block]
+#pragma once
+#include <cuda_runtime_api.h>
+#include <cstdint>
+#include "common/dtype.h"
+#include "common/status.h"
+
+namespace spense {
+
+struct FourBitArgs {
+  int tokens, out_features, in_features;  // M, N, K; K % 32 == 0
+  int block_shift;                        // a block has 1 << block_shift values, at least 16
+  int absmax_pitch;                       // blocks of a row
+  uint8_t const* codes;                   // [N, K / 2], the first of a byte in its high half; 16-byte aligned
+  float const* absmax;                    // [N, absmax_pitch]
+  float const* table;                     // [16]
+  void const* x;                          // [M, K], bf16 or fp16, 16-byte aligned
+  void const* bias;                       // [N] in the dtype of y, or null
+  void* y;                                // [M, N] in the dtype of x; of the matrix [N, K], 16-byte aligned
+  int dtype;                              // Dtype of y
+};
+
+// y = x W^T (+ bias), each weight rounded once to the dtype of x, sums in fp32; a Status. `shuffle`: codes are looked
+// up in registers of the warp, else in shared memory.
+int linear_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream);
+
+// y = W, rounded once.
+int dequantize_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream);
+
+}  // namespace spense
