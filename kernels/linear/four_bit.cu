@@ -20,18 +20,26 @@ int launch(Kernel kernel, FourBitArgs const& args, int64_t blocks, int shared_fl
   return kOk;
 }
 
-template <class T, int kTiles>
-int multiply(FourBitArgs const& args, bool shuffle, cudaStream_t stream) {
+template <class T>
+Kernel product(bool few, bool shuffle) {
   using namespace four_bit;
-  int64_t const row_tiles = (args.out_features + kRows - 1) / kRows;
-  int64_t const token_tiles = (args.tokens + 8 * kTiles - 1) / (8 * kTiles);
-  Kernel const kernel = shuffle ? linear_kernel<T, kTiles, true> : linear_kernel<T, kTiles, false>;
-  return launch(kernel, args, row_tiles * token_tiles, kEntries + kWarps * 8 * kTiles * kPitch, stream);
+  if (few) return shuffle ? linear_kernel<T, 1, true> : linear_kernel<T, 1, false>;
+  return shuffle ? linear_kernel<T, 2, true> : linear_kernel<T, 2, false>;
 }
 
 template <class T>
-Kernel dequantize(bool shuffle) {
+Kernel matrix(bool shuffle) {
   return shuffle ? four_bit::dequantize_kernel<T, true> : four_bit::dequantize_kernel<T, false>;
+}
+
+Kernel product(int dtype, bool few, bool shuffle) {
+  return dtype == kBfloat16 ? product<__nv_bfloat16>(few, shuffle) : product<__half>(few, shuffle);
+}
+
+Kernel matrix(int dtype, bool shuffle) {
+  return dtype == kBfloat16  ? matrix<__nv_bfloat16>(shuffle)
+         : dtype == kFloat16 ? matrix<__half>(shuffle)
+                             : matrix<float>(shuffle);
 }
 
 bool legal(FourBitArgs const& args) {
@@ -41,24 +49,37 @@ bool legal(FourBitArgs const& args) {
 }  // namespace
 
 int linear_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream) {
-  if (!legal(args)) return kBadConfig;
+  using namespace four_bit;
+  if (!legal(args) || args.dtype == kFloat32) return kBadConfig;
   if (args.tokens == 0 || args.out_features == 0) return kOk;
   bool const few = args.tokens <= 8;
-  if (args.dtype == kBfloat16)
-    return (few ? multiply<__nv_bfloat16, 1> : multiply<__nv_bfloat16, 2>)(args, shuffle, stream);
-  if (args.dtype == kFloat16) return (few ? multiply<__half, 1> : multiply<__half, 2>)(args, shuffle, stream);
-  return kBadConfig;
+  int const tokens = few ? 8 : 16;
+  int64_t const row_tiles = (args.out_features + kRows - 1) / kRows;
+  int64_t const token_tiles = (args.tokens + tokens - 1) / tokens;
+  return launch(product(args.dtype, few, shuffle), args, row_tiles * token_tiles, kEntries + kWarps * tokens * kPitch,
+                stream);
 }
 
 int dequantize_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream) {
+  using namespace four_bit;
   if (!legal(args)) return kBadConfig;
   int64_t const words = int64_t(args.in_features) / 8 * args.out_features;
   if (words == 0) return kOk;
-  if (words >= (1ll << 32) - four_bit::kThreads) return kUnsupported;
-  Kernel const kernel = args.dtype == kBfloat16  ? dequantize<__nv_bfloat16>(shuffle)
-                        : args.dtype == kFloat16 ? dequantize<__half>(shuffle)
-                                                 : dequantize<float>(shuffle);
-  return launch(kernel, args, (words + four_bit::kThreads - 1) / four_bit::kThreads, four_bit::kEntries, stream);
+  if (words >= (1ll << 32) - kThreads) return kUnsupported;
+  return launch(matrix(args.dtype, shuffle), args, (words + kThreads - 1) / kThreads, kEntries, stream);
+}
+
+int load_four_bit() {
+  for (int dtype : {kBfloat16, kFloat16, kFloat32})
+    for (bool shuffle : {false, true})
+      for (Kernel kernel : {matrix(dtype, shuffle), product(dtype, true, shuffle), product(dtype, false, shuffle)}) {
+        cudaFuncAttributes found;
+        if (cudaError_t const error = cudaFuncGetAttributes(&found, kernel); error != cudaSuccess) {
+          (void)cudaGetLastError();
+          return kCudaError + int(error);
+        }
+      }
+  return kOk;
 }
 
 }  // namespace spense

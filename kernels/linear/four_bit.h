@@ -30,4 +30,7 @@ int linear_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream);
 // y = W, rounded once.
 int dequantize_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream);
 
+// Loads every instance on the current device, so that a first launch under graph capture has nothing left to do.
+int load_four_bit();
+
 }  // namespace spense

@@ -77,15 +77,19 @@ void dequantize_four_bit(Tensor codes, Tensor absmax, Tensor table, int64_t bloc
   check_status(spense::dequantize_four_bit(args, shuffle, stream_of(codes)), "dequantize_four_bit");
 }
 
+void load_four_bit() { check_status(spense::load_four_bit(), "load_four_bit"); }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
   m.def(
       "linear_four_bit(Tensor x, Tensor codes, Tensor absmax, Tensor table, Tensor? bias, int block, bool shuffle, "
       "Tensor(a!) y) -> ()");
   m.def("dequantize_four_bit(Tensor codes, Tensor absmax, Tensor table, int block, bool shuffle, Tensor(a!) y) -> ()");
+  m.def("load_four_bit() -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) {
   m.impl("linear_four_bit", TORCH_BOX(&linear_four_bit));
   m.impl("dequantize_four_bit", TORCH_BOX(&dequantize_four_bit));
 }
+STABLE_TORCH_LIBRARY_IMPL(spense, CompositeExplicitAutograd, m) { m.impl("load_four_bit", TORCH_BOX(&load_four_bit)); }
 
 }  // namespace

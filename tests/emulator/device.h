@@ -45,6 +45,7 @@ uint8_t* at_cluster(Thread&, uint32_t address, uint32_t bytes, bool store, char 
 uint32_t map_to_cta(Thread&, uint32_t address, uint32_t rank);
 uint32_t atomic_max(Thread&, uint64_t address, int value);
 uint32_t shuffle(Thread&, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
+void multiply_in_warp(Thread&, bool bf16, float* sums, uint32_t const* left, uint32_t const* right);
 void sync_warp(Thread&, uint32_t mask);
 void sync_threads(Thread&, uint32_t barrier, uint32_t threads);
 void arrive_cluster(Thread&);

@@ -304,6 +304,8 @@ class Instruction:
         return None
 
     def matrix(self) -> str | None:
+        if self.op.startswith("mma.sync.aligned.m16n8k16.row.col.f32"):
+            return self.multiply_in_warp()
         if self.op.startswith("wgmma.commit"):
             return "commit_wgmma(T);"
         if self.op.startswith("wgmma.wait"):
@@ -328,6 +330,16 @@ class Instruction:
         shape = f"{columns}, {str(sparse).lower()}"
         values = f"{self.read(1, 'u64')}, {self.read(2, 'u64')}, {metadata}, {scale}"
         return f"{{ float* d[] = {{{pointers}}}; start_wgmma(T, {shape}, d, {values}); }}"
+
+    def multiply_in_warp(self) -> str:
+        """``mma.sync d, a, b, c`` with sums in fp32."""
+        bf16 = str("bf16" in self.parts).lower()
+        to, left, right, sums = (split_operands(text.strip("{}")) for text in self.operands)
+        values = [", ".join(self.value(name, "u32") for name in names) for names in (left, right)]
+        start = ", ".join(self.value(name, "f32") for name in sums)
+        arrays = f"float d[4] = {{{start}}}; uint32_t const a[4] = {{{values[0]}}}, b[2] = {{{values[1]}}};"
+        results = " ".join(self.assign(name, f"d[{i}]", "f32") for i, name in enumerate(to))
+        return f"{{ {arrays} multiply_in_warp(T, {bf16}, d, a, b); {results} }}"
 
     def move(self) -> str | None:
         base = self.parts[0]
@@ -380,6 +392,10 @@ class Instruction:
         return f"{{ uint8_t* p = {pointer}; {' '.join(code)} }}"
 
     def convert(self) -> str:
+        if self.parts[2] in ("bf16x2", "f16x2"):  # the first operand in the high half
+            assert self.parts[1::2] == ["rn", "f32"]
+            high, low = (f"uint32_t(to_{self.parts[2][:-2]}({self.read(i, 'f32')}))" for i in (1, 2))
+            return self.result(f"{high} << 16 | {low}", "u32")
         to, of = (part for part in self.parts if re.fullmatch(r"bf16|[busf]\d+", part))
         if to == "f32":
             return self.result(f"from_{of}({self.read(1, 'u16')})", "f32")
@@ -438,6 +454,8 @@ class Instruction:
             return self.result(f"{self.read(1, kind)} * {self.read(2, kind)} + {self.read(3, kind)}", kind)
         if self.op == "mul.wide.s32":
             return self.result(f"uint64_t(int64_t({self.typed(1)}) * int64_t({self.typed(2)}))", "u64")
+        if self.op == "mul.wide.u32":
+            return self.result(f"uint64_t({self.read(1, 'u32')}) * {self.read(2, 'u32')}", "u64")
         if self.op == "mul.hi.s32":
             product = f"int64_t({self.typed(1)}) * int64_t({self.typed(2)})"
             return self.result(f"uint32_t(({product}) >> 32)", "u32")
@@ -461,14 +479,18 @@ def strings(ptx: str) -> str:
 
 
 def translate(ptx: str) -> dict[str, str]:
-    """C++ of every kernel of a PTX module, by name."""
+    """C++ of every kernel of a PTX module by name: :func:`kernel_name`, or as it is mangled."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     kernels = {}
     for found in re.finditer(r"\.visible \.entry (\w+)\((.*?)\)\s*(?:\.\w+[^\n{]*\n)*\s*\{", ptx, re.S):
         parameters = re.findall(r"(\w+_param_\d)\[", found[2])
-        assert len(parameters) == 4, "three tensor maps and KernelParams"
-        groups, tokens, multicast, promote, paired = map(int, re.findall(r"L[ib](\d+)E", found[1]))
-        name = kernel_name(groups, tokens, bool(multicast), promote, bool(paired))
+        name = found[1]
+        if "linear_kernelINS0_5Shape" in name:
+            assert len(parameters) == 4, "three tensor maps and KernelParams"
+            groups, tokens, multicast, promote, paired = map(int, re.findall(r"L[ib](\d+)E", name))
+            name = kernel_name(groups, tokens, bool(multicast), promote, bool(paired))
+        else:
+            assert len(parameters) == 1, "whatever fits one struct"
         body = ptx[found.end() : closing_brace(ptx, found.end())]
         kernels[name] = Kernel(name, parameters).translate(body)
     return kernels

@@ -1,7 +1,8 @@
-"""The back end for dense 4-bit layers on GPUs, those of bitsandbytes' checkpoints above all: compiled kernels."""
+"""The back end for dense 4-bit layers on GPUs, which bitsandbytes' checkpoints have: compiled kernels."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -74,8 +75,19 @@ def dequantised(
     return weight
 
 
+@functools.cache
+def _why_not_on(index: int) -> str | None:
+    """Loads the kernels, so that no first launch under graph capture has to; what the driver says if it fails."""
+    try:
+        with torch.cuda.device(index):
+            torch.ops.spense.load_four_bit()
+    except RuntimeError as error:
+        return f"the CUDA kernels do not run under this driver: {str(error).splitlines()[0]}"
+    return None
+
+
 class FourBitCudaBackend:
-    """Codes as they are in the checkpoint. ``shuffle``: the way they are looked up; no GPU has compared them."""
+    """Codes as they are in the checkpoint. ``shuffle``: how they are looked up; no GPU has compared that."""
 
     name = "cuda-4bit"
 
@@ -98,7 +110,7 @@ class FourBitCudaBackend:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST:
             return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
-        return extension.why_not_loaded()
+        return extension.why_not_loaded() or _why_not_on(device.index or 0)
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         ready = four_bit.prepared(spec, tensors)
