@@ -77,7 +77,7 @@ def dequantised(
 
 @functools.cache
 def _why_not_on(index: int) -> str | None:
-    """Loads the kernels, so that no launch under graph capture has to; what the driver says where it cannot."""
+    """Loads the kernels, so that no launch in a graph capture has to; what the driver says if it cannot."""
     try:
         with torch.cuda.device(index):
             torch.ops.spense.load_four_bit()
