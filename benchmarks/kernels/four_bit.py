@@ -26,7 +26,7 @@ from benchmarks.kernels.shapes import MODELS, Model
 from vllm_spense.format.linear import Codecs
 from vllm_spense.ops import LinearSpec
 from vllm_spense.ops.backend import Backend
-from vllm_spense.ops.linear.four_bit import FourBitLayer
+from vllm_spense.ops.linear.four_bit import FourBitLayer, prepared
 from vllm_spense.ops.linear.four_bit_cuda import FourBitCudaBackend, dequantised
 from vllm_spense.ops.linear.four_bit_triton import FourBitTritonBackend
 from vllm_spense.ops.linear.random import random_layer
@@ -70,17 +70,14 @@ class Layer:
             raise ValueError(f"wrong result: relative error {error:.2e}")
         return [partial(backend.apply, spec, each, x, None) for each in ready]
 
-    def matrix(self, shuffle: bool) -> Calls:
-        ready = [FourBitCudaBackend().prepare(self.spec, copy) for copy in self.copies]
-        weights = [(each["weight_packed"], each["absmax"], each["table"]) for each in ready]
-        return [partial(dequantised, *each, 64, torch.bfloat16, shuffle) for each in weights]
+    def matrices(self, write: Callable[[FourBitLayer, int, torch.dtype], object]) -> Calls:
+        layers = [FourBitLayer.of(self.spec, prepared(self.spec, copy)) for copy in self.copies]
+        return [partial(write, layer, self.spec.in_features, torch.bfloat16) for layer in layers]
 
-    def triton_matrix(self) -> Calls:
+    def triton_matrices(self) -> Calls:
         from vllm_spense.ops.linear.four_bit_triton_kernel import dequantise
 
-        backend = FourBitTritonBackend()
-        layers = [FourBitLayer.of(self.spec, backend.prepare(self.spec, copy)) for copy in self.copies]
-        return [partial(dequantise, layer, self.spec.in_features, torch.bfloat16) for layer in layers]
+        return self.matrices(dequantise)
 
     def bitsandbytes(self, tokens: int) -> Calls:
         import bitsandbytes
@@ -110,8 +107,11 @@ def measure(layer: Layer, tokens: int) -> dict[str, Any]:
         if importlib.util.find_spec("bitsandbytes"):
             parts["bitsandbytes"] = partial(layer.bitsandbytes, tokens)
     else:
-        parts = {"cuda, shuffle": partial(layer.matrix, True), "cuda, shared": partial(layer.matrix, False)}
-        parts["triton"] = layer.triton_matrix
+        parts = {
+            "cuda, shuffle": partial(layer.matrices, dequantised),
+            "cuda, shared": partial(layer.matrices, partial(dequantised, shuffle=False)),
+            "triton": layer.triton_matrices,
+        }
     found: dict[str, Any] = {}
     for name, make in parts.items():
         try:

@@ -1,4 +1,4 @@
-// Instances of the kernels for dense layers in 4 bits, and their launch.
+// Instances of the kernels for layers in 4 bits, and their launch.
 #include "linear/four_bit.cuh"
 
 namespace spense {
@@ -20,30 +20,36 @@ int launch(Kernel kernel, FourBitArgs const& args, int64_t blocks, int shared_fl
   return kOk;
 }
 
-template <class T>
-Kernel product(bool few, bool shuffle) {
+template <class T, int kTiles>
+Kernel product_of(bool shuffle, bool sparse) {
   using namespace four_bit;
-  if (few) return shuffle ? linear_kernel<T, 1, true> : linear_kernel<T, 1, false>;
-  return shuffle ? linear_kernel<T, 2, true> : linear_kernel<T, 2, false>;
+  if (sparse) return shuffle ? linear_kernel<T, kTiles, true, true> : linear_kernel<T, kTiles, false, true>;
+  return shuffle ? linear_kernel<T, kTiles, true, false> : linear_kernel<T, kTiles, false, false>;
+}
+
+Kernel product(int dtype, bool few, bool shuffle, bool sparse) {
+  if (dtype == kBfloat16) return (few ? product_of<__nv_bfloat16, 1> : product_of<__nv_bfloat16, 2>)(shuffle, sparse);
+  return (few ? product_of<__half, 1> : product_of<__half, 2>)(shuffle, sparse);
 }
 
 template <class T>
-Kernel matrix(bool shuffle) {
-  return shuffle ? four_bit::dequantize_kernel<T, true> : four_bit::dequantize_kernel<T, false>;
+Kernel matrix_of(bool shuffle, bool two_of_four) {
+  using namespace four_bit;
+  if (two_of_four) return shuffle ? dequantize_kernel<T, true, true> : dequantize_kernel<T, false, true>;
+  return shuffle ? dequantize_kernel<T, true, false> : dequantize_kernel<T, false, false>;
 }
 
-Kernel product(int dtype, bool few, bool shuffle) {
-  return dtype == kBfloat16 ? product<__nv_bfloat16>(few, shuffle) : product<__half>(few, shuffle);
+Kernel matrix(int dtype, bool shuffle, bool two_of_four) {
+  if (dtype == kBfloat16) return matrix_of<__nv_bfloat16>(shuffle, two_of_four);
+  return (dtype == kFloat16 ? matrix_of<__half> : matrix_of<float>)(shuffle, two_of_four);
 }
 
-Kernel matrix(int dtype, bool shuffle) {
-  return dtype == kBfloat16  ? matrix<__nv_bfloat16>(shuffle)
-         : dtype == kFloat16 ? matrix<__half>(shuffle)
-                             : matrix<float>(shuffle);
-}
+int64_t values(FourBitMatrix const& m) { return int64_t(m.rows) * m.columns; }
 
 bool legal(FourBitArgs const& args) {
-  return args.in_features > 0 && args.in_features % four_bit::kChunk == 0 && args.block_shift >= 4;
+  for (FourBitMatrix const* m : {&args.sparse_weight, &args.dense_weight})
+    if (values(*m) && (m->columns % four_bit::kChunk || m->block_shift < 4)) return false;
+  return args.shards >= 1 && args.shards <= kMaxShards && args.in_features % four_bit::kChunk == 0;
 }
 
 }  // namespace
@@ -52,33 +58,45 @@ int linear_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream) 
   using namespace four_bit;
   if (!legal(args) || args.dtype == kFloat32) return kBadConfig;
   if (args.tokens == 0 || args.out_features == 0) return kOk;
-  bool const few = args.tokens <= 8;
+  bool const few = args.tokens <= 8, sparse = values(args.sparse_weight) > 0;
   int const tokens = few ? 8 : 16;
-  int64_t const row_tiles = (args.out_features + kRows - 1) / kRows;
+  int64_t row_tiles = tiles(args.out_features);
+  if (sparse && args.output_split) {
+    row_tiles = 0;
+    for (int i = 0; i < args.shards; ++i) row_tiles += tiles(args.sparse[i]) + tiles(args.dense[i]);
+  }
   int64_t const token_tiles = (args.tokens + tokens - 1) / tokens;
-  return launch(product(args.dtype, few, shuffle), args, row_tiles * token_tiles, kEntries + kWarps * tokens * kPitch,
-                stream);
+  return launch(product(args.dtype, few, shuffle, sparse), args, row_tiles * token_tiles,
+                2 * kEntries + kWarps * tokens * kPitch, stream);
 }
 
 int dequantize_four_bit(FourBitArgs const& args, bool shuffle, cudaStream_t stream) {
   using namespace four_bit;
   if (!legal(args)) return kBadConfig;
-  int64_t const words = int64_t(args.in_features) / 8 * args.out_features;
-  if (words == 0) return kOk;
-  if (words >= (1ll << 32) - kThreads) return kUnsupported;
-  return launch(matrix(args.dtype, shuffle), args, (words + kThreads - 1) / kThreads, kEntries, stream);
+  for (bool two_of_four : {true, false}) {
+    int64_t const words = values(two_of_four ? args.sparse_weight : args.dense_weight) / 8;
+    if (words == 0) continue;
+    if (words >= (1ll << 32) - kThreads) return kUnsupported;
+    Kernel const kernel = matrix(args.dtype, shuffle, two_of_four);
+    if (int const status = launch(kernel, args, (words + kThreads - 1) / kThreads, kEntries, stream)) return status;
+  }
+  return kOk;
 }
 
 int load_four_bit() {
+  auto const load = [](Kernel kernel) {
+    cudaFuncAttributes found;
+    cudaError_t const error = cudaFuncGetAttributes(&found, kernel);
+    if (error == cudaSuccess) return int(kOk);
+    (void)cudaGetLastError();
+    return kCudaError + int(error);
+  };
   for (int dtype : {kBfloat16, kFloat16, kFloat32})
     for (bool shuffle : {false, true})
-      for (Kernel kernel : {matrix(dtype, shuffle), product(dtype, true, shuffle), product(dtype, false, shuffle)}) {
-        cudaFuncAttributes found;
-        if (cudaError_t const error = cudaFuncGetAttributes(&found, kernel); error != cudaSuccess) {
-          (void)cudaGetLastError();
-          return kCudaError + int(error);
-        }
-      }
+      for (bool sparse : {false, true})
+        for (Kernel kernel : {matrix(dtype, shuffle, sparse), product(dtype, true, shuffle, sparse),
+                              product(dtype, false, shuffle, sparse)})
+          if (int const status = load(kernel)) return status;
   return kOk;
 }
 

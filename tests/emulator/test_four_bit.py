@@ -22,15 +22,23 @@ CASES = [
     case
     for shuffle in (True, False)
     for case in (
-        Case(1, 16, 128, shuffle=shuffle),
-        Case(3, 20, 320, dtype="fp16", bias=True, shuffle=shuffle),  # ragged rows, warps without columns
-        Case(8, 33, 96, 32, bias=True, shuffle=shuffle),
-        Case(9, 17, 160, 16, dtype="fp16", shuffle=shuffle),
-        Case(21, 40, 1184, bias=True, shuffle=shuffle),  # two tiles of tokens; a second step, of one warp
-        Case(2, 16, 2048, 256, shuffle=shuffle),
-        Case(0, 3, 96, shuffle=shuffle),
-        Case(0, 37, 160, 16, dtype="fp16", shuffle=shuffle),
-        Case(0, 5, 1056, 32, dtype="fp32", shuffle=shuffle),
+        Case(1, (0,), (16,), 128, shuffle=shuffle),
+        Case(3, (0, 0), (13, 7), 320, dtype="fp16", bias=True, shuffle=shuffle),  # warps without columns
+        Case(9, (0,), (17,), 160, block=16, dtype="fp16", shuffle=shuffle),
+        Case(21, (0,), (40,), 1184, bias=True, shuffle=shuffle),  # tiles of tokens; one warp steps twice
+        Case(2, (0,), (16,), 2048, block=256, shuffle=shuffle),
+        Case(1, (16,), (0,), 128, shuffle=shuffle),
+        Case(5, (33,), (20,), 96, block=16, bias=True, shuffle=shuffle),
+        Case(17, (20, 5, 0, 16), (3, 16, 7, 0), 352, block=32, dtype="fp16", bias=True, shuffle=shuffle),
+        Case(2, (1184,), (96,), 18, "input", bias=True, shuffle=shuffle),
+        Case(3, (96,), (32,), 33, "input", block=16, dtype="fp16", shuffle=shuffle),
+        Case(4, (64,), (0,), 16, "input", shuffle=shuffle),
+        Case(0, (0,), (3,), 96, shuffle=shuffle),
+        Case(0, (0,), (37,), 160, block=16, dtype="fp16", shuffle=shuffle),
+        Case(0, (0,), (5,), 1056, block=32, dtype="fp32", shuffle=shuffle),
+        Case(0, (20, 5, 0, 16), (3, 16, 7, 0), 160, block=32, shuffle=shuffle),
+        Case(0, (96,), (64,), 21, "input", block=16, dtype="fp16", shuffle=shuffle),
+        Case(0, (9,), (0,), 96, dtype="fp32", shuffle=shuffle),
     )
 ]
 
@@ -40,9 +48,11 @@ def test_the_kernels_compute_the_layer(emulator: FourBitEmulator, case: Case) ->
     assert failure_of(emulator, case) == ""
 
 
-@pytest.mark.parametrize(("columns", "shift", "dtype"), [(48, 6, 0), (64, 3, 0), (64, 6, 2), (0, 6, 0)])
+@pytest.mark.parametrize(("columns", "shift", "dtype"), [(48, 6, 0), (64, 3, 0), (64, 6, 2)])
 def test_what_no_kernel_computes_is_refused(
     emulator: FourBitEmulator, columns: int, shift: int, dtype: int
 ) -> None:
-    args = FourBitArgs(tokens=1, out_features=16, in_features=columns, block_shift=shift, dtype=dtype)
+    args = FourBitArgs(tokens=1, out_features=16, in_features=columns, output_split=1, shards=1, dtype=dtype)
+    args.dense[0], args.dense_weight.rows, args.dense_weight.columns = 16, 16, columns
+    args.dense_weight.block_shift = shift
     assert emulator.host.record(ctypes.byref(args), False, True) == 1

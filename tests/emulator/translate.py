@@ -364,7 +364,10 @@ class Instruction:
         width = int(self.bits) // 8
         registers = split_operands(self.operands[1 if store else 0].strip("{}"))
         kind = "f32" if self.type == "f32" else self.unsigned
-        c_type = "float" if kind == "f32" else UNSIGNED[kind]
+        c_type = "float" if kind == "f32" else UNSIGNED.get(kind, "uint8_t")
+        if kind == "u8":  # registers are wider
+            assert self.type == "u8", self.type
+            kind = "u32"
         where = 0 if store else 1
         if found := re.match(r"\[(param[01]|retval0)\+0\]$", self.operands[where]):
             return f"{found[1]} = {self.value(registers[0], 'u64')};" if store else self.result("0u", "u32")
@@ -427,6 +430,9 @@ class Instruction:
             return self.result(f"shift_left({self.read(1, kind)}, {self.read(2, 'u32')})", kind)
         if base == "shr":
             return self.result(f"shift_right({self.typed(1)}, {self.read(2, 'u32')})", kind)
+        if base == "prmt":
+            assert self.op == "prmt.b32", "a mode"
+            return self.result(f"permute({', '.join(self.read(i, 'u32') for i in range(1, 4))})", "u32")
         if base == "bfi":
             return self.result(f"insert_bits({', '.join(self.read(i, 'u32') for i in range(1, 5))})", "u32")
         return self.float_arithmetic() if kind == "f32" else self.integer_arithmetic(kind)
@@ -454,8 +460,9 @@ class Instruction:
             return self.result(f"{self.read(1, kind)} * {self.read(2, kind)} + {self.read(3, kind)}", kind)
         if self.op == "mul.wide.s32":
             return self.result(f"uint64_t(int64_t({self.typed(1)}) * int64_t({self.typed(2)}))", "u64")
-        if self.op == "mul.wide.u32":
-            return self.result(f"uint64_t({self.read(1, 'u32')}) * {self.read(2, 'u32')}", "u64")
+        if self.op in ("mul.wide.u16", "mul.wide.u32"):
+            wide = f"u{2 * int(self.bits)}"
+            return self.result(f"{UNSIGNED[wide]}({self.read(1, kind)}) * {self.read(2, kind)}", wide)
         if self.op == "mul.hi.s32":
             product = f"int64_t({self.typed(1)}) * int64_t({self.typed(2)})"
             return self.result(f"uint32_t(({product}) >> 32)", "u32")

@@ -28,7 +28,9 @@ LAYERS = {
     "ragged": LinearSpec("output", 333, 1184, (0, 0, 0), (111, 200, 22), Codecs(FP4, FP4)),
     "16": LinearSpec("output", 130, 96, (0,), (130,), Codecs(NF4.variant(16), NF4.variant(16))),
     "gate_up": LinearSpec("output", 1200, 1024, (400, 200), (400, 200), Codecs(NF4, NF4)),
-    "columns": LinearSpec("input", 512, 2048, (1120,), (928,), Codecs(NF4, NF4)),
+    "rows": LinearSpec("output", 333, 352, (20, 5, 0, 100), (31, 16, 161, 0), Codecs(NF4, NF4)),
+    "columns": LinearSpec("input", 512, 2048, (1120,), (928,), Codecs(FP4.variant(32), NF4)),
+    "narrow": LinearSpec("input", 130, 144, (8,), (136,), Codecs(NF4, NF4)),
     "mixed": LinearSpec("output", 700, 520, (300,), (400,), Codecs(NF4, FP8)),
 }
 BACK_ENDS: list[Backend[LinearSpec]] = [
@@ -78,9 +80,9 @@ def test_matrices_are_the_definitions(cuda: torch.device, spec: LinearSpec, dtyp
     backend = FourBitCudaBackend()
     if backend.why_not(spec, cuda) is None:
         ready = backend.prepare(spec, tensors)
-        weights, block = (ready["weight_packed"], ready["absmax"], ready["table"]), layer.blocks[1]
+        layer = FourBitLayer.of(spec, ready)
         for shuffle in (True, False):
-            assert torch.equal(dequantised(*weights, block, dtype, shuffle), expected)
+            assert torch.equal(dequantised(layer, spec.in_features, dtype, shuffle), expected)
 
 
 @pytest.mark.parametrize("tokens", [3, 100])
@@ -102,21 +104,26 @@ def test_in_a_graph(cuda: torch.device, backend: Backend[LinearSpec], tokens: in
 
 
 def test_calls_that_make_no_sense_are_refused(cuda: torch.device) -> None:
-    spec = LAYERS["ragged"]
+    spec = LAYERS["gate_up"]
     tensors = {name: tensor.to(cuda) for name, tensor in four_bit_tensors(spec).items()}
     backend = legal(FourBitCudaBackend(), spec, cuda)
-    ready = backend.prepare(spec, tensors)
-    codes, absmax, table = ready["weight_packed"], ready["absmax"], ready["table"]
-    x = torch.zeros(2, 1184, dtype=torch.bfloat16, device=cuda)
-    for given, message in (
-        ((x[:, :32].contiguous(), codes, absmax, table, None, 64), "x must be"),
-        ((x, codes[:, :8].contiguous(), absmax, table, None, 64), "multiple of 32"),
-        ((x, codes, absmax, table, None, 32), "absmax must be"),
-        ((x, codes, absmax, table[:8], None, 64), "table must be"),
-        ((x, codes, absmax, table.cpu(), None, 64), "table must be"),
-        ((x, codes, absmax, table, x[0, :3], 64), "bias must be"),
-        ((x, codes, absmax, table, None, 48), "power of two"),
-        ((x, codes.view(torch.int8), absmax, table, None, 64), "wrong dtype"),
+    layer = FourBitLayer.of(spec, backend.prepare(spec, tensors))
+    x = torch.zeros(2, 1024, dtype=torch.bfloat16, device=cuda)
+    cuda_linear(x, layer)
+    for given, change, message in (
+        (x[:, :32].contiguous(), {}, "must be"),
+        (x[:, :40].contiguous(), {}, "multiple of 32"),
+        (x, {"dense_weight": layer.dense_weight[:, :8].contiguous()}, "dense_weight must be"),
+        (x, {"sparse_values": layer.sparse_values[:, :8].contiguous()}, "sparse_values must be"),
+        (x, {"sparse_meta": layer.sparse_meta[:, :8].contiguous()}, "sparse_meta must be"),
+        (x, {"sparse_meta": layer.sparse_meta.t()}, "contiguous"),
+        (x, {"blocks": [64, 32]}, "absmax must be"),
+        (x, {"blocks": [64, 48]}, "power of two"),
+        (x, {"tables": layer.tables[0]}, "tables must be"),
+        (x, {"tables": layer.tables.cpu()}, "device of the weights"),
+        (x, {"bias": x[0, :3]}, "bias must be"),
+        (x, {"dense_weight": layer.dense_weight.view(torch.int8)}, "wrong dtype"),
+        (x, {"dense_sizes": [400, 201]}, "dense_weight must be"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            cuda_linear(*given)
+            cuda_linear(given, layer._replace(**change))

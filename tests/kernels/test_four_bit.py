@@ -11,10 +11,12 @@ import torch
 from tests.kernels.sass import LIBRARY, functions, tool
 
 ARCHITECTURES = ("sm_80", "sm_90")
-PRODUCT = r"linear_kernelI(13__nv_bfloat16|6__half)Li([12])ELb([01])EEEv"
-MATRIX = r"dequantize_kernelI(13__nv_bfloat16|6__half|f)Lb([01])EEEv"
-CODES_OF_PRODUCT, CODES_OF_MATRIX = 64, 8
-"""What a thread looks up: in a step, and in all."""
+PRODUCT = r"linear_kernelI(13__nv_bfloat16|6__half)Li([12])ELb([01])ELb([01])EEEv"
+MATRIX = r"dequantize_kernelI(13__nv_bfloat16|6__half|f)Lb([01])ELb([01])EEEv"
+CODES = {"0": 64, "1": 64 + 32}
+"""What a thread of the product looks up in a step, without and with a 2:4 region."""
+CODES_OF_MATRIX = {"0": 8, "1": 4}
+"""Of the dense and of the 2:4 region's matrix: all that a thread looks up."""
 
 
 def kernels(architecture: str, pattern: str) -> dict[tuple[str, ...], str]:
@@ -29,31 +31,31 @@ def count(sass: str, opcode: str) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_instance_is_compiled_without_local_memory(architecture: str) -> None:
     products, matrices = kernels(architecture, PRODUCT), kernels(architecture, MATRIX)
-    assert (len(products), len(matrices)) == (8, 6)
+    assert (len(products), len(matrices)) == (16, 12)
     for sass in (*products.values(), *matrices.values()):
         assert not re.search(r"\b(STL|LDL)\b", sass)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_product_runs_on_tensor_cores(architecture: str) -> None:
-    for (kind, tiles, _), sass in kernels(architecture, PRODUCT).items():
+    for (kind, tiles, *_), sass in kernels(architecture, PRODUCT).items():
         assert count(sass, "HMMA.16816.F32" + (".BF16" if "bfloat" in kind else "")) >= 8 * int(tiles)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_codes_are_looked_up_as_asked(architecture: str) -> None:
     """The product's sums go through shared memory, too, those of eight warps."""
-    for (_, tiles, shuffle), sass in kernels(architecture, PRODUCT).items():
+    for (_, tiles, shuffle, sparse), sass in kernels(architecture, PRODUCT).items():
         shuffles, loads = count(sass, "SHFL"), count(sass, "LDS")
         if shuffle == "1":
-            assert shuffles >= CODES_OF_PRODUCT
-            assert loads < CODES_OF_PRODUCT
+            assert shuffles >= CODES[sparse]
+            assert loads < CODES["0"]
         else:
             assert shuffles == 0
-            assert loads >= CODES_OF_PRODUCT + 8 * int(tiles)
-    for (_, shuffle), sass in kernels(architecture, MATRIX).items():
-        expected = (CODES_OF_MATRIX, 0) if shuffle == "1" else (0, CODES_OF_MATRIX)
-        assert (count(sass, "SHFL"), count(sass, "LDS")) == expected
+            assert loads >= CODES[sparse] + 8 * int(tiles)
+    for (_, shuffle, sparse), sass in kernels(architecture, MATRIX).items():
+        codes = CODES_OF_MATRIX[sparse]
+        assert (count(sass, "SHFL"), count(sass, "LDS")) == ((codes, 0) if shuffle == "1" else (0, codes))
 
 
 def test_there_is_code_for_later_gpus() -> None:

@@ -11,8 +11,8 @@ from vllm_spense.format.codecs import FP8, codec
 from vllm_spense.format.codecs.four_bit import FourBit
 from vllm_spense.ops import LinearSpec, extension
 from vllm_spense.ops.linear import four_bit_cuda, select
+from vllm_spense.ops.linear.four_bit import FourBitLayer
 from vllm_spense.ops.linear.four_bit_cuda import FourBitCudaBackend, cuda_linear
-from vllm_spense.ops.linear.reference import decoded
 
 CUDA = torch.device("cuda", 0)
 NF4 = codec("nf4")
@@ -35,13 +35,16 @@ def test_what_it_takes(a_gpu: pytest.MonkeyPatch) -> None:
     backend = FourBitCudaBackend()
     assert backend.why_not(FUSED, CUDA) is None
     assert backend.why_not(LinearSpec("input", 24, 96, (0,), (96,), UNIFORM), CUDA) is None
+    assert backend.why_not(LinearSpec("input", 24, 96, (32,), (64,), UNIFORM), CUDA) is None
+    assert backend.why_not(LinearSpec("output", 24, 96, (8, 1), (8, 7), UNIFORM), CUDA) is None
     assert "not on cpu" in str(backend.why_not(FUSED, torch.device("cpu")))
     small, other = NF4.variant(8), NF4.variant(96)
     for spec, reason in (
-        (LinearSpec("output", 16, 64, (8,), (8,), UNIFORM), "a 2:4 region"),
         (LinearSpec("output", 16, 64, (0,), (16,)), "in 4 bits, not FP8"),
-        (LinearSpec("output", 16, 64, (0,), (16,), Codecs(NF4, FP8)), "in 4 bits, not FP8"),
+        (LinearSpec("output", 16, 64, (8,), (8,), Codecs(NF4, FP8)), "in 4 bits, not NF4 + FP8"),
         (LinearSpec("output", 16, 48, (0,), (16,), UNIFORM), "multiple of 32"),
+        (LinearSpec("input", 16, 64, (8,), (56,), UNIFORM), "8 columns of a region"),
+        (LinearSpec("output", 40, 64, (0,) * 5, (8,) * 5, UNIFORM), "5 fused shards"),
         (LinearSpec("output", 16, 64, (0,), (16,), Codecs(small, small)), "smaller than 16"),
         (LinearSpec("output", 16, 96, (0,), (16,), Codecs(other, other)), "no power of two"),
     ):
@@ -50,33 +53,16 @@ def test_what_it_takes(a_gpu: pytest.MonkeyPatch) -> None:
     assert "7.5 is below 8.0" in str(backend.why_not(FUSED, CUDA))
 
 
-def test_it_comes_first_for_dense_layers(a_gpu: pytest.MonkeyPatch) -> None:
+def test_it_comes_before_triton(a_gpu: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     assert select.select_backend(FUSED, CUDA).name == "cuda-4bit"
-    hybrid = LinearSpec("output", 16, 64, (8,), (8,), UNIFORM)
-    assert select.select_backend(hybrid, CUDA).name == "triton-4bit"
-
-
-@pytest.mark.parametrize("codecs", [UNIFORM, Codecs.of("fp4"), Codecs(NF4.variant(32), NF4.variant(32))])
-def test_what_the_kernels_get_is_the_layer(codecs: Codecs) -> None:
-    """Codes, absmax and table, by the kernels' own formula."""
-    spec = LinearSpec(FUSED.split, 120, 160, FUSED.sparse_sizes, FUSED.dense_sizes, codecs)
-    tensors = four_bit_tensors(spec)
-    expected = decoded(spec, tensors)
-    ready = FourBitCudaBackend().prepare(spec, tensors)
-    packed = ready["weight_packed"]
-    codes = torch.stack((packed >> 4, packed & 15), 2).flatten(1).long()
-    absmax = ready["absmax"].repeat_interleave(codecs.dense.block, 1)[:, :160]
-    assert torch.equal(ready["table"][codes] * absmax, expected)
-    assert {name: tuple(tensor.shape) for name, tensor in ready.items()} == {
-        "weight_packed": (120, 80),
-        "absmax": (120, -(-160 // codecs.dense.block)),
-        "table": (16,),
-    }
+    mixed = LinearSpec("output", 16, 64, (8,), (8,), Codecs(NF4, FP8))
+    assert select.select_backend(mixed, CUDA).name == "triton-4bit"
 
 
 def test_the_operator_has_a_shape_for_compilers() -> None:
-    ready = FourBitCudaBackend().prepare(FUSED, four_bit_tensors(FUSED))
-    layer = [ready[name].to("meta") for name in ("weight_packed", "absmax", "table")]
-    y = cuda_linear(torch.empty(5, 160, dtype=torch.bfloat16, device="meta"), *layer, None, 64)
+    spec = LinearSpec("output", 120, 160, (32, 8, 0), (32, 16, 32), UNIFORM)
+    ready = FourBitCudaBackend().prepare(spec, four_bit_tensors(spec))
+    layer = FourBitLayer.of(spec, {name: tensor.to("meta") for name, tensor in ready.items()})
+    y = cuda_linear(torch.empty(5, 160, dtype=torch.bfloat16, device="meta"), layer)
     assert (y.shape, y.dtype) == ((5, 120), torch.bfloat16)
