@@ -76,6 +76,13 @@ struct Chunk<false> {
   }
 };
 
+// `prmt`: __byte_perm without a mask on the selector.
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t to;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(low), "r"(high), "r"(selector));
+  return to;
+}
+
 // Selectors of `prmt` for one column of a 2:4 group, by hash of its metadata: its first value, its second, or zeros.
 // The hash (n ^ n >> 1) & 7 separates the six legal nibbles and leaves bit 3, which means "sign" to prmt, clear.
 constexpr uint64_t selectors(uint32_t position) {
@@ -114,9 +121,9 @@ struct Chunk<true> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // of four groups at a time: the compiler keeps them for the other three
-      uint32_t const low = __byte_perm(uint32_t(kTables[2 * half]), uint32_t(kTables[2 * half] >> 32), hash);
-      uint32_t const high = __byte_perm(uint32_t(kTables[2 * half + 1]), uint32_t(kTables[2 * half + 1] >> 32), hash);
-      out[half] = __byte_perm(kept, 0, __byte_perm(low, high, i % 4 | (i % 4 + 4) << 4));
+      uint32_t const low = permute(uint32_t(kTables[2 * half]), uint32_t(kTables[2 * half] >> 32), hash);
+      uint32_t const high = permute(uint32_t(kTables[2 * half + 1]), uint32_t(kTables[2 * half + 1] >> 32), hash);
+      out[half] = permute(kept, 0, permute(low, high, i % 4 | (i % 4 + 4) << 4));
     }
   }
 };
