@@ -9,6 +9,7 @@ import pytest
 
 import tests.toy_codec  # noqa: F401  registered, so that every test of codecs has it
 from tests.asset_paths import ASSETS
+from tests.bitsandbytes_models import quantise_model
 from tests.tiny import make_llama, make_spense
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -38,3 +39,9 @@ def tiny_spense(tiny_llama: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_spense_bf16(tiny_llama: Path) -> Path:
     return make_spense(tiny_llama, tiny_llama.parent / "spense-bf16", codec="bf16")
+
+
+@pytest.fixture(scope="session")
+def tiny_bitsandbytes(tiny_llama: Path) -> Path:
+    """NF4 with nested absmax, as transformers and bitsandbytes write it, in one weight file."""
+    return quantise_model(tiny_llama, tiny_llama.parent / "bitsandbytes", bnb_4bit_use_double_quant=True)

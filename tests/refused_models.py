@@ -21,10 +21,14 @@ Edit = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Refused:
-    """``edit`` makes a good directory bad; ``message``: a regular expression for what is said of it."""
+    """``edit`` makes a good directory bad; ``message``: a regular expression for what is said of it.
+
+    ``evaluated``: the same where evaluation, which reads more, says something else.
+    """
 
     edit: Edit
     message: str
+    evaluated: str | None = None
 
 
 def write(name: str, text: str) -> Edit:
@@ -128,7 +132,14 @@ FILES: dict[str, Refused] = {
         rf"already quantised \(fp8\)\. {ORIGINAL}",
     ),
     "bitsandbytes": Refused(
-        quantised(quant_method="bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes\)"
+        quantised(quant_method="bitsandbytes", load_in_4bit=True),
+        r"quantised \(bitsandbytes\)",
+        "config.json says bitsandbytes, and no weight is stored in 4 bits",
+    ),
+    "bitsandbytes, 8 bits": Refused(
+        quantised(quant_method="bitsandbytes", load_in_8bit=True),
+        r"quantised \(bitsandbytes\)",
+        r"8-bit bitsandbytes \(LLM.int8\) is not supported",
     ),
     "bitsandbytes, old": Refused(
         quantised(load_in_8bit=True, llm_int8_threshold=6.0), r"quantised \(bitsandbytes\)"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_spense.format import manifest
+from vllm_spense.format.bitsandbytes import open_checkpoint
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.validate import check_checkpoint
@@ -17,13 +18,17 @@ from vllm_spense.sources import load_config
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked; reaching it means that everything was right."""
+    """What was checked; reaching it means that everything was right.
+
+    ``hashes_checked``: not those of bitsandbytes' directories, which have no manifest.
+    """
 
     directory: Path
     modules: int
     tensors: int
     hashed_bytes: int
     architecture_checked: bool
+    hashes_checked: bool = True
 
 
 def verify(
@@ -37,16 +42,27 @@ def verify(
     ``update_manifest`` rewrites the manifest once everything else has passed, after an edit on purpose; new
     files come into it if they are loaded. Raises :class:`CheckpointError` at the first mistake.
     """
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     config = checkpoint.require_spense()
+    if update_manifest and checkpoint.foreign:
+        raise CheckpointError(
+            "only Spense checkpoints have a manifest", file=checkpoint.directory, fix="leave it out"
+        )
     hashed = 0
-    if not update_manifest:
+    if not (update_manifest or checkpoint.foreign):
         hashed = manifest.check_manifest(checkpoint.directory, progress=progress)
     check_checkpoint(checkpoint, progress)
     fits = check_architecture(checkpoint)
     if update_manifest:
         manifest.update_manifest(checkpoint.directory)
-    return VerifyReport(checkpoint.directory, len(config.modules), len(checkpoint.tensors), hashed, fits)
+    return VerifyReport(
+        checkpoint.directory,
+        len(config.modules),
+        len(checkpoint.tensors),
+        hashed,
+        fits,
+        not checkpoint.foreign,
+    )
 
 
 def check_architecture(checkpoint: Checkpoint) -> bool:

@@ -1,6 +1,7 @@
 """Quality against size and speed: pruning methods on trained models, over several calibration seeds.
 
-usage: python -m benchmarks.accuracy.frontier [--model MODEL] [--rows ROW …] [--seeds 0 1 2] [--ablations]
+usage: python -m benchmarks.accuracy.frontier [--model MODEL] [--rows ROW …] [--seeds 0 1 2]
+    [--ablations | --tries | --formats]
 
 The first model is SmolLM2-135M-Instruct, on which `guided` was tuned. Gemma 3 270M, on which nothing was, is
 fetched only when it is asked for (its licence: benchmarks/accuracy/gemma_model.py).
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy.formats_report import Point, write_formats
 from benchmarks.accuracy.frontier_cost import cost
 from benchmarks.accuracy.frontier_goals import SETTINGS, side_by_side
 from benchmarks.accuracy.frontier_report import (
@@ -237,6 +239,11 @@ FORMATS = [
     ),
 ]
 """How values are stored against how many are: `guided` in every codec at every size, with ``--formats``."""
+POINTS = [
+    Point("dense", "bf16", 1.0),
+    *(Point(f"guided{ratio}", "bf16", ratio) for ratio in (0.5, 0.25)),
+    *(Point(row.key, row.key.split("-")[1], float(row.key.split("-")[2])) for row in FORMATS),
+]
 
 WITHOUT_BOS = {"bos": "never"}
 """Windows as they were before they started with BOS; evaluated with BOS all the same."""
@@ -375,6 +382,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: those of the model's table")
     parser.add_argument("--ablations", action="store_true", help="these, on the validation split")
     parser.add_argument("--tries", action="store_true", help="rows near the default, on the validation split")
+    parser.add_argument("--formats", action="store_true", help="every codec at every size")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the calibration windows")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--metrics", nargs="+", choices=METRICS)
@@ -389,6 +397,8 @@ def main() -> None:
     rows = subject.known()
     if unknown := set(arguments.rows or ()) - set(rows):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    if arguments.formats:
+        arguments.rows, arguments.metrics = [row.key for row in FORMATS], ["wikipedia", "fiction"]
     arguments.rows = arguments.rows or [row.key for row in subject.rows]
     arguments.seeds = arguments.seeds or subject.seeds
     if arguments.split != "test" and "speeches" in (arguments.metrics or ()):
@@ -419,6 +429,7 @@ def main() -> None:
     quality = {name: [known[name][key] for key in keys] for name, keys in README_ROWS.items()}
     write_quality({titles[name]: (figures[name], of_model) for name, of_model in quality.items()})
     write_tries(figures, TRIES)
+    write_formats(figures, POINTS)
 
 
 def current(results: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:

@@ -78,9 +78,10 @@ def _formats() -> str:
             for r in RATIOS
         )
         for i, first in enumerate(half[0].alternatives):
-            if i == 0:
+            if first.name.startswith("Spense"):
                 shown = [
-                    (f"Spense, dense ratio {r:g}", p) for r, p in zip(RATIOS, (half, quarter), strict=True)
+                    (f"{first.name}, dense ratio {r:g}", p)
+                    for r, p in zip(RATIOS, (half, quarter), strict=True)
                 ]
             else:
                 shown = [(first.name, half)]

@@ -45,8 +45,20 @@ def test_many_tokens_go_by_the_tensor_cores() -> None:
 @pytest.mark.parametrize(
     ("gpu", "names"),
     [
-        ("H200", ["Spense", "FP8 W8A8", "INT8 W8A8", "INT4 W4A16", "INT4 W4A8", "NVFP4 W4A16"]),
-        ("B200", ["Spense", "FP8 W8A8", "INT4 W4A16", "NVFP4 W4A4"]),
+        (
+            "H200",
+            [
+                "Spense",
+                "Spense NF4",
+                "FP8 W8A8",
+                "INT8 W8A8",
+                "INT4 W4A16",
+                "INT4 W4A8",
+                "NF4 W4A16",
+                "NVFP4 W4A16",
+            ],
+        ),
+        ("B200", ["Spense", "Spense NF4", "FP8 W8A8", "INT4 W4A16", "NF4 W4A16", "NVFP4 W4A4"]),
     ],
 )
 def test_each_gpu_has_its_formats(gpu: str, names: list[str]) -> None:
@@ -55,7 +67,7 @@ def test_each_gpu_has_its_formats(gpu: str, names: list[str]) -> None:
 
 def test_rows_agree_with_the_prediction() -> None:
     found = plan("Llama-3.1-8B", dense_ratio=0.25, tensor_parallel=2)
-    spense, fp8, int8, w4a16, *_ = found.alternatives
+    spense, _, fp8, int8, w4a16, *_ = found.alternatives
     assert (spense.decode_seconds, spense.prefill_speedup) == (
         found.decode.spense.total,
         found.prefill.speedup,
@@ -67,6 +79,19 @@ def test_rows_agree_with_the_prediction() -> None:
         assert row.weight_bytes == found.memory.dense_bytes
     linears = 32 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096) / 2
     assert found.memory.dense_bytes - w4a16.weight_bytes == pytest.approx(linears * (0.5 - 1 / 64), abs=1)
+
+
+def test_spense_in_nf4_by_hand() -> None:
+    """2:4 in NF4: a quarter of a byte, an eighth of metadata, 1/128 of scales; attention stays FP8."""
+    found = plan("Llama-3.1-8B", dense_ratio=0.5)
+    nf4 = found.alternatives[1]
+    mlp = 32 * 3 * 14336 * 4096
+    per_weight = ((0.25 + 1 / 8 + 1 / 128) + (0.5 + 1 / 64)) / 2
+    assert found.memory.dense_bytes - nf4.weight_bytes == pytest.approx(mlp * (1 - per_weight), rel=0.002)
+    assert nf4.decode_speedup > found.decode.speedup
+    assert nf4.prefill_speedup < 1
+    assert not nf4.advised
+    assert "NF4" not in found.advice, "nothing is advised that never ran"
 
 
 def test_what_is_not_linear_costs_every_format_the_same() -> None:

@@ -14,7 +14,7 @@ from vllm_spense.format import Checkpoint, Codecs, Layout, LinearFormat
 from vllm_spense.pruning import PruneConfig, prune
 from vllm_spense.pruning.layer import LayerPruner, PrunedLayer, decode, encode
 from vllm_spense.pruning.solvers.obs import factorize
-from vllm_spense.pruning.solvers.rounding import round_columns
+from vllm_spense.pruning.solvers.rounding import round_columns, settle_columns
 from vllm_spense.pruning.solvers.solver import Solver
 from vllm_spense.pruning.targets import LayerTargets
 from vllm_spense.verification import verify
@@ -56,6 +56,31 @@ def test_it_is_the_definition(block_size: int) -> None:
     expected = slowly_rounded(weight * kept, kept, damped, 0.5)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
     assert not found[~kept].any()
+
+
+@pytest.mark.parametrize("block_size", [4, 7, 64])
+def test_settled_values_gain_nothing_one_by_one(block_size: int) -> None:
+    """Every pass lowers the error, until no single value has a better place; what is pruned stays zero."""
+    weight, grid = random_weight(5, 24), torch.arange(-8, 9) * 0.5
+    h = hessian(inputs(24)).matrix("test")
+    kept = torch.rand(5, 24, generator=torch.Generator().manual_seed(1)) < 0.7
+    target = weight * kept
+
+    def rounded(column: int, values: torch.Tensor) -> torch.Tensor:
+        return grid[(values[:, None] - grid).abs().argmin(1)]
+
+    found = rounded(0, target.flatten()).view_as(target) * kept
+    before = loss(found, target, h)
+    for _ in range(8):
+        found = settle_columns(found, target, kept, h, rounded, 1, block_size)
+        assert loss(found, target, h) <= before * (1 + 1e-6)
+        before = loss(found, target, h)
+    assert not found[~kept].any()
+    for row, column in kept.nonzero().tolist():
+        for value in grid:
+            other = found.clone()
+            other[row, column] = value
+            assert loss(other, target, h) >= before * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])

@@ -44,15 +44,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_lora(out: Path, rank: int = 4) -> None:
+def make_lora(out: Path, rank: int = 4, hidden: int = HIDDEN, inter: int = INTER) -> None:
     """A random LoRA adapter on gate, up and down of every layer, strong enough to change tokens."""
     torch.manual_seed(3)
     state = {}
     for layer in range(LAYERS):
         for name, (n, k) in {
-            "gate_proj": (INTER, HIDDEN),
-            "up_proj": (INTER, HIDDEN),
-            "down_proj": (HIDDEN, INTER),
+            "gate_proj": (inter, hidden),
+            "up_proj": (inter, hidden),
+            "down_proj": (hidden, inter),
         }.items():
             prefix = f"base_model.model.model.layers.{layer}.mlp.{name}"
             state[f"{prefix}.lora_A.weight"] = torch.randn(rank, k) * k**-0.5

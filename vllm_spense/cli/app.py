@@ -43,6 +43,12 @@ console = new_console()
 errors = new_console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(help="Spense checkpoint directory", show_default=False)]
+Packed = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIRECTORY", help="Spense checkpoint, or a 4-bit one of bitsandbytes", show_default=False
+    ),
+]
 
 
 WEIGHT_DTYPES: Any = Literal[codec_names()]
@@ -118,7 +124,7 @@ def recover(
 
 @app.command(name="eval")
 def evaluate_(
-    directory: Annotated[Path, typer.Argument(help="Dense or Spense checkpoint", show_default=False)],
+    directory: Annotated[Path, typer.Argument(help="Dense, Spense or 4-bit checkpoint", show_default=False)],
     text: Annotated[list[str], TEXT],
     text_column: ColumnOption = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window", min=2)] = 512,
@@ -179,13 +185,13 @@ def evaluate_(
 
 @app.command()
 def inspect(
-    directory: Directory,
+    directory: Packed,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw dense ratio and loss per layer, as FILE.png (needs matplotlib)")
     ] = None,
 ) -> None:
-    """What a Spense checkpoint holds: regions, sparsity, bytes, losses."""
+    """What a checkpoint holds: regions, sparsity, bytes, losses."""
     from vllm_spense.format.report import inspect as run
 
     report = run(directory)
@@ -199,7 +205,7 @@ def inspect(
 
 @app.command()
 def verify(
-    directory: Directory,
+    directory: Packed,
     update_manifest: Annotated[
         bool, typer.Option("--update-manifest", help="Accept the files as they are now, if all else is right")
     ] = False,
@@ -209,13 +215,17 @@ def verify(
 
     with module_progress(errors, "checks") as progress:
         report = run(directory, update_manifest=update_manifest, progress=progress)
-    note = "" if report.architecture_checked else " (transformers is missing: fit to the model not checked)"
+    notes = [
+        *([] if report.hashes_checked else ["no manifest: hashes not checked"]),
+        *([] if report.architecture_checked else ["transformers is missing: fit to the model not checked"]),
+    ]
+    note = f" ({'; '.join(notes)})" if notes else ""
     say(console, ("OK", "green"), f" {report.modules} modules, {report.tensors} tensors{note}")
 
 
 @app.command()
 def export(
-    directory: Directory,
+    directory: Packed,
     out: Annotated[Path, typer.Option("-o", "--out", help="New dense directory", show_default=False)],
     format: Annotated[
         Literal["bfloat16", "float32", "fp8", "int8", "spense-dense"],

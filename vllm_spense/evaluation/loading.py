@@ -1,7 +1,7 @@
-"""Dense and Spense directories as transformers models, for measuring quality on any machine.
+"""Dense, Spense and 4-bit directories as transformers models, for measuring quality on any machine.
 
-Spense layers compute on their decompressed matrix with the project's own operators, so the numbers are
-those of the format's definition and need no vLLM.
+Spense and 4-bit layers compute on their decompressed matrix with the project's own operators, so the
+numbers are those of the format's definition and need no vLLM.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm_spense import sources
 from vllm_spense.format import Checkpoint, CheckpointError
+from vllm_spense.format.bitsandbytes import open_checkpoint
 from vllm_spense.format.errors import REPRUNE, RESAVE
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.models.fused import left_out, model_parameter
@@ -72,8 +73,8 @@ def load_model(
     run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories, also
     where a tensor of the model is missing. Warns of tensors that the model does not use.
     """
-    check_source(directory)
-    checkpoint = Checkpoint(directory)
+    check_source(directory, four_bit=True)
+    checkpoint = open_checkpoint(directory)
     check_tensors(checkpoint)
     if checkpoint.quantization is None:
         model = _load_dense(checkpoint, dtype)
@@ -84,7 +85,7 @@ def load_model(
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer, without running code from it."""
-    check_source(directory)
+    check_source(directory, four_bit=True)
     return sources.load_tokenizer(Path(directory))
 
 

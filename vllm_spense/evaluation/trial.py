@@ -13,7 +13,7 @@ import torch
 
 from vllm_spense.evaluation.loading import load_model, load_tokenizer
 from vllm_spense.evaluation.perplexity import mean_nll
-from vllm_spense.format import Checkpoint
+from vllm_spense.format.bitsandbytes import open_checkpoint
 from vllm_spense.sources import check_windows, positions
 from vllm_spense.text import Bos, context_length, first_windows, opening, tokenize
 
@@ -102,7 +102,7 @@ def _device(directory: str | Path) -> str:
 
 def memory_needed(directory: str | Path) -> int:
     """Bytes of host memory that :func:`try_out` takes, from headers."""
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     modules = checkpoint.require_spense().modules.values()
     weights = sum(spec.out_features * spec.in_features for spec in modules)
     weights += sum(math.prod(checkpoint.tensors[name].shape) for name in checkpoint.plain_tensors())

@@ -13,7 +13,7 @@ every block is cut where a row ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd, prod
 from pathlib import Path
@@ -40,6 +40,8 @@ _STORAGE = ("U8", "I8", "BF16", "F16", "F32")
 """What ``bnb_4bit_quant_storage`` may be: bytes all the same."""
 _MAX_STATE = 4096
 """Bytes of JSON; bitsandbytes writes about 180."""
+_PLAIN = ("BF16", "F16", "F32")
+_MOST_FP32 = float(torch.finfo(torch.float32).max)
 _CODES = 16
 _NESTED_CODES = 256
 _MAX_BLOCK = 1 << 16
@@ -69,7 +71,7 @@ class QuantState(BaseModel):
     shape: Annotated[list[Side], Field(min_length=2, max_length=2)]
     nested_blocksize: BlockSize | None = None
     nested_dtype: Literal["float32"] | None = None
-    nested_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    nested_offset: Annotated[float, Field(ge=-_MOST_FP32, le=_MOST_FP32)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantState:
@@ -194,10 +196,11 @@ class BitsAndBytesLinear:
                 refuse(part, f"shape {list(tensor.shape)}, expected {list(shape)}")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 refuse(part, "NaN or infinity")
-        table = parts["quant_map"]
-        if not bool((table == 0).any()) or float(table.abs().max()) > 1:
-            refuse("quant_map", "not 16 values from -1 to 1 with a zero among them")
-        return cls(module, state, parts)
+        check_table(parts["quant_map"], module, file)
+        linear = cls(module, state, parts)
+        if state.nested and not bool(torch.isfinite(linear.absmax()).all()):
+            refuse("absmax", "decoded, some are beyond what fp32 holds")
+        return linear
 
     @property
     def codec(self) -> FourBit:
@@ -212,6 +215,18 @@ class BitsAndBytesLinear:
             absmax = self.parts["nested_quant_map"][absmax.int()] * outer + offset
         pieces = absmax.repeat_interleave(state.blocksize // state.kept_block)
         return pieces[: prod(state.shape) // state.kept_block].view(state.shape[0], -1)
+
+
+def check_table(table: torch.Tensor, module: str, file: object = None) -> None:
+    """:class:`CheckpointError` for what cannot be what 16 codes stand for; NaN compares as nothing does."""
+    if not (bool((table == 0).any()) and bool((table.abs() <= 1).all())):
+        raise CheckpointError(
+            "not 16 values from -1 to 1 with a zero among them",
+            file=file,
+            module=module,
+            tensor="weight.quant_map",
+            fix=DOWNLOAD,
+        )
 
 
 def weight_rows(weight: torch.Tensor, state: QuantState, *, module: str, file: object = None) -> torch.Tensor:
@@ -244,8 +259,10 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 class BitsAndBytesCheckpoint(Checkpoint):
     """A local directory of bitsandbytes' as if it were ours: the same modules, tensors and weights.
 
-    Opening reads headers and states, and checks the headers of all that lies beside 4-bit weights.
+    Opening reads headers and states, and checks the headers of 4-bit weights and all that lies beside them.
     """
+
+    foreign = True
 
     def __init__(self, directory: str | Path) -> None:
         super().__init__(directory)
@@ -258,14 +275,15 @@ class BitsAndBytesCheckpoint(Checkpoint):
                 fix=DOWNLOAD,
             )
         modules = {
-            module: ModuleSpec.of(state.layout, f"{module}.bias" in self.tensors)
+            module: ModuleSpec.of(state.layout, self._has_bias(module, state))
             for module, state in self.states.items()
         }
+        self._refuse_bytes()
         own = {module: Codecs.of(state.quant_type) for module, state in self.states.items()}
         self.quantization = checkpoint_config(
-            NF4,
+            CODECS[next(iter(self.states.values())).quant_type],
             own=own,
-            tensor_parallel_sizes=[1],
+            tensor_parallel_sizes=[1, 2, 4, 8],  # nothing has two regions to cut
             modules=modules,
             ignore=[],
             provenance={"made with": METHOD},
@@ -280,10 +298,37 @@ class BitsAndBytesCheckpoint(Checkpoint):
         check_parts(module, state, parts)
         return state
 
+    def _has_bias(self, module: str, state: QuantState) -> bool:
+        info = self.tensors.get(f"{module}.bias")
+        if info is not None and (problem := _wrong(info, (state.shape[0],), _PLAIN, as_bytes=False)):
+            raise CheckpointError(problem, file=info.file, module=module, tensor="bias", fix=DOWNLOAD)
+        return info is not None
+
+    def _refuse_bytes(self) -> None:
+        """A plain weight of integers has lost what lay beside it, or is one of 8 bits."""
+        for name in self.plain_tensors():
+            info = self.tensors[name]
+            if name.endswith(".weight") and info.dtype in ("U8", "I8"):
+                raise CheckpointError(
+                    f"dtype {info.dtype}, and no state of 4 bits lies beside it",
+                    file=info.file,
+                    module=name.removesuffix(".weight"),
+                    tensor="weight",
+                    fix=DOWNLOAD,
+                )
+
+    def _stray(self, files: Iterable[Path]) -> list[Path]:
+        """Pickles, too: without a manifest nobody knows which of two copies is the one that counts."""
+        return super()._stray(files) + sorted(self.directory.glob("pytorch_model*.bin"))
+
     def linear(self, module: str) -> LinearFormat:
         state, table = self.states[module], self.load(f"{module}.weight.quant_map")
+        check_table(table, module, self.tensors[f"{module}.weight.quant_map"].file)
         codec = state.codec(table)
         return LinearFormat(state.layout, Codecs(codec, codec), f"{module}.bias" in self.tensors)
+
+    def stored_bytes(self, module: str) -> int:
+        return sum(_nbytes(info) for info in self.headers[module].values())
 
     def module_tensors(self, module: str) -> dict[str, torch.Tensor]:
         """The module in the form of our codec; raises :class:`CheckpointError` for illegal values."""
@@ -299,7 +344,7 @@ class BitsAndBytesCheckpoint(Checkpoint):
         bias = f"{module}.bias"
         return tensors | ({"bias": self.load(bias)} if bias in self.tensors else {})
 
-    def plain_tensors(self) -> Any:
+    def plain_tensors(self) -> Iterator[str]:
         for name in self.tensors:
             module, _, short = name.rpartition(".")
             if split_name(name) is None and not (module in self.states and short in ("weight", "bias")):
@@ -360,14 +405,17 @@ def check_parts(module: str, state: QuantState, parts: Mapping[str, TensorInfo])
             )
 
 
+def _nbytes(info: TensorInfo) -> int:
+    return prod(info.shape) * {"F32": 4, "BF16": 2, "F16": 2}.get(info.dtype, 1)
+
+
 def _wrong(
     info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...], *, as_bytes: bool
 ) -> str | None:
     if info.dtype not in dtypes:
         return f"dtype {info.dtype}, expected {' or '.join(dtypes)}"
-    size = {"F32": 4, "BF16": 2, "F16": 2}.get(info.dtype, 1) if as_bytes else 1
-    if as_bytes and prod(info.shape) * size != shape[0]:
-        return f"{prod(info.shape) * size} bytes, expected {shape[0]}"
+    if as_bytes and _nbytes(info) != shape[0]:
+        return f"{_nbytes(info)} bytes, expected {shape[0]}"
     if not as_bytes and shape != (-1,) and info.shape != shape:
         return f"shape {list(info.shape)}, expected {list(shape)}"
     return None

@@ -56,6 +56,9 @@ class Checkpoint:
     ``quantization_config``. Raises :class:`CheckpointError` for unreadable or contradictory files.
     """
 
+    foreign = False
+    """Whether another program wrote it: it has no manifest, and opening has compared its modules' headers."""
+
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
@@ -100,6 +103,10 @@ class Checkpoint:
     def module_tensors(self, module: str) -> dict[str, torch.Tensor]:
         """The Spense tensors of one module, by short name."""
         return {name: self.load(f"{module}.{name}") for name in self.linear(module).held()}
+
+    def stored_bytes(self, module: str) -> int:
+        """What files hold of one module, without the bias."""
+        return self.linear(module).nbytes()
 
     def module_weight(self, module: str) -> torch.Tensor:
         """``[N, K]`` fp32: the values that kernels compute with, zeros written out."""

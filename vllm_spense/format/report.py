@@ -1,4 +1,4 @@
-"""What a Spense checkpoint contains, in numbers: for ``spense inspect``."""
+"""What a checkpoint contains, in numbers: for ``spense inspect``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_spense.format.checkpoint import Checkpoint
+from vllm_spense.format.bitsandbytes import open_checkpoint
 from vllm_spense.format.linear import UNIFORM_FP8, Codecs, LinearFormat
 from vllm_spense.format.schema import ModuleSpec
 
@@ -85,23 +85,20 @@ def sparsity(modules: list[ModuleReport]) -> float:
 
 
 def inspect(directory: str | Path) -> CheckpointReport:
-    """Read config and headers of a Spense checkpoint; raises :class:`CheckpointError`."""
-    checkpoint = Checkpoint(directory)
+    """Read config and headers of a Spense or bitsandbytes checkpoint; raises :class:`CheckpointError`."""
+    checkpoint = open_checkpoint(directory)
     config = checkpoint.require_spense()
     losses = config.provenance.get("losses", {})
     modules = []
     for name, spec in config.modules.items():
-        linear = config.linear(name)
+        linear = checkpoint.linear(name)
         layout = linear.layout
         weights = spec.out_features * spec.in_features
         pruned = layout.sparse_shape[0] * layout.sparse_shape[1]
-        dense = LinearFormat(layout.without_sparsity, linear.codecs)
+        stored = checkpoint.stored_bytes(name)
+        dense = LinearFormat(layout.without_sparsity, linear.codecs).nbytes() if layout.sparse else stored
         loss = losses.get(name) if isinstance(losses, dict) else None
-        modules.append(
-            ModuleReport(
-                name, spec, pruned / 2 / weights, linear.nbytes(), dense.nbytes(), loss, linear.codecs
-            )
-        )
+        modules.append(ModuleReport(name, spec, pruned / 2 / weights, stored, dense, loss, linear.codecs))
     total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
     return CheckpointReport(
         checkpoint.directory,

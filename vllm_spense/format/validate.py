@@ -1,4 +1,4 @@
-"""Check a whole Spense checkpoint: headers against the config, then every value a kernel would see."""
+"""Check a whole checkpoint: headers against the config, then every value a kernel would see."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def check_headers(checkpoint: Checkpoint) -> None:
     config = checkpoint.require_spense()
     check_sharding(config, checkpoint.directory / CONFIG_NAME)
     check_counts(checkpoint)
+    if not checkpoint.foreign:
+        _check_modules(checkpoint, config)
+    for name in checkpoint.plain_tensors():
+        info = checkpoint.tensors[name]
+        _check_header(info, None, name, info.shape, _PLAIN_DTYPES)
+
+
+def _check_modules(checkpoint: Checkpoint, config: AnyCheckpointConfig) -> None:
+    """Every module has its tensors, and no other is called like one of a module."""
     tensors = checkpoint.tensors
     expected = {module: expected_tensors(config.linear(module)) for module in config.modules}
     for module, parts in expected.items():
@@ -83,8 +92,6 @@ def check_headers(checkpoint: Checkpoint) -> None:
                 tensor=short,
                 fix=REPRUNE,
             )
-        else:
-            _check_header(info, None, name, info.shape, _PLAIN_DTYPES)
 
 
 def _check_header(

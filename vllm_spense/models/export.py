@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from vllm_spense.format.bitsandbytes import open_checkpoint
 from vllm_spense.format.checkpoint import Checkpoint
-from vllm_spense.format.codecs import FP8, INT8, Codec
+from vllm_spense.format.codecs import FP8, INT8, Codec, FourBit
+from vllm_spense.format.codecs.four_bit import BLOCK
 from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.format.writer import CheckpointWriter
@@ -35,14 +37,18 @@ def export(
     vLLM runs with per-token activations of that dtype: the same W8A8 arithmetic without this plugin.
     ``spense-dense``: a Spense checkpoint without 2:4 regions, the dense twin that gives bit-identical
     results through the same operators (to tell a format problem from a kernel problem).
-    Raises :class:`CheckpointError` for a damaged source, ``ValueError`` for fp8 or int8 of another one.
+    A directory of bitsandbytes' becomes the same: ``bfloat16`` has the bits of its ``dequantize_4bit``, and
+    ``spense-dense`` its codes, where blocks and table are those of our codec.
+    Raises :class:`CheckpointError` for a damaged source, ``ValueError`` for a format that cannot hold it.
     """
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     config = checkpoint.require_spense()
     stored = config.all_codecs()
     if format in W8A8 and any(codecs.single is not W8A8[format] for codecs in stored):
         names = ", ".join(codecs.name for codecs in stored)
         raise ValueError(f"{directory} holds {names} weights: export it as bfloat16")
+    if format == "spense-dense":
+        _refuse_variants(checkpoint, config)
     check_headers(checkpoint)
     with CheckpointWriter(out, overwrite=overwrite, inputs=[directory]) as writer:
         writer.write_config(_dense_config(checkpoint, format))
@@ -57,6 +63,19 @@ def export(
             for part in parts:
                 progress(part)
     return Path(out)
+
+
+def _refuse_variants(checkpoint: Checkpoint, config: AnyCheckpointConfig) -> None:
+    """``ValueError`` for a module of others' in a form of our codec that config.json cannot name."""
+    for module in config.modules:
+        if (found := checkpoint.linear(module).codecs.single) is config.linear(module).codecs.single:
+            continue
+        assert isinstance(found, FourBit)
+        whole = f"blocks of {found.block} values" if found.block != BLOCK else "a table of its own"
+        raise ValueError(
+            f"{checkpoint.directory}: {module} has {whole}, and Spense checkpoints have blocks of {BLOCK} "
+            f"within a row and the usual table: export it as bfloat16"
+        )
 
 
 def _export_module(

@@ -7,10 +7,11 @@ charged for turning 4-bit weights into what tensor cores take.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from vllm_spense.devices import BLACKWELL, HOPPER, Gpu
+from vllm_spense.format.linear import Codecs, LinearFormat
 from vllm_spense.ops.linear.configs import LAUNCH
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.planning.shapes import ModelShape
@@ -49,6 +50,12 @@ FP8 = Format(
     speed_source="NVIDIA's data sheets",
     quality=f"lossless on Llama 3.1 ({SURVEY})",
 )
+NF4 = Format(
+    *("NF4 W4A16", 0.5 + 1 / 64, 0.5, (HOPPER, BLACKWELL)),
+    speed_source="bf16 tensor cores, half of FP8's rate; a byte of scale for 64 weights. Our kernels, "
+    "compiled, not yet run on hardware: no advice is built on this row",
+    quality="no published figure is known to us for this rounding; on two small models: docs/accuracy.md",
+)
 FORMATS = (
     FP8,
     Format(
@@ -69,6 +76,7 @@ FORMATS = (
         "(https://github.com/deepseek-ai/DeepGEMM/pull/378)",
         quality="no published figure is known to us",
     ),
+    NF4,
     Format(
         *("NVFP4 W4A16", 0.5 + 1 / 16, 0.5, (HOPPER,)),
         speed_source="no FP4 tensor cores: bf16's, half of FP8's rate; turning the weights into FP8 at load "
@@ -92,7 +100,7 @@ SPENSE_QUALITY = (
 @dataclass(frozen=True)
 class Alternative:
     """One format for this model: seconds of a decode and of a prefill step, speed-ups over dense FP8, and
-    bytes of weights on each GPU."""
+    bytes of weights on each GPU. ``advised``: whether it can be what :func:`advice` says."""
 
     name: str
     decode_seconds: float
@@ -103,12 +111,13 @@ class Alternative:
     eight_bit: bool
     speed_source: str
     quality: str
+    advised: bool = True
 
 
 def alternatives(
     model: ModelShape, gpu: Gpu, size: int, decode: Phase, prefill: Phase, dense_bytes: int, spense_bytes: int
 ) -> tuple[Alternative, ...]:
-    """Spense, then every format that vLLM runs on this GPU.
+    """Spense in FP8, then with its MLPs in NF4, then every format that runs on this GPU.
 
     ``decode`` and ``prefill``: both models' steps on ``size`` GPUs. ``dense_bytes`` and ``spense_bytes``:
     weights on each of them, in dense FP8 and in Spense.
@@ -131,16 +140,37 @@ def alternatives(
         if gpu.capability in f.capabilities:
             step, chunk = (step_seconds(f, model, gpu, size, phase) for phase in (decode, prefill))
             stored = dense_bytes - round((1 - f.weight_bytes) * linears)
-            rows.append(row(f.name, step, chunk, stored, f.weight_bytes == 1, f.speed_source, f.quality))
-    return tuple(rows)
+            found = row(f.name, step, chunk, stored, f.weight_bytes == 1, f.speed_source, f.quality)
+            rows.append(replace(found, advised=f is not NF4))
+    formats = {linear.spec: in_nf4(linear.spec) for linear in model.rank(size)}
+    step, chunk = (step_seconds(formats, model, gpu, size, phase) for phase in (decode, prefill))
+    saved = sum(
+        linear.count * (1 - formats[linear.spec].weight_bytes) * linear.spec.dense_bytes
+        for linear in model.rank(size)
+    )
+    ours = row("Spense NF4", step, chunk, dense_bytes - round(saved), False, NF4.speed_source, NF4.quality)
+    return (rows[0], replace(ours, advised=False), *rows[1:])
 
 
-def step_seconds(format: Format, model: ModelShape, gpu: Gpu, size: int, phase: Phase) -> float:
-    """One step of ``phase`` with all linear layers in ``format``."""
+def in_nf4(spec: LinearSpec) -> Format:
+    """NF4 for a layer with a 2:4 region, whose zeros take no code; FP8 for all others."""
+    if not spec.hybrid:
+        return FP8
+    stored = LinearFormat(spec.stored.layout, Codecs.of("nf4"))
+    return replace(NF4, weight_bytes=stored.nbytes() / (spec.out_features * spec.in_features))
+
+
+def step_seconds(
+    format: Format | Mapping[LinearSpec, Format], model: ModelShape, gpu: Gpu, size: int, phase: Phase
+) -> float:
+    """One step of ``phase`` with all linear layers in ``format``, or each in its own."""
+
+    def ratio(spec: LinearSpec) -> float:
+        own = format if isinstance(format, Format) else format[spec]
+        return linear_ratio(own, spec, phase.tokens, gpu)
+
     linears = sum(
-        linear.count
-        * layer_time(linear.spec, phase.tokens, gpu).dense
-        * linear_ratio(format, linear.spec, phase.tokens, gpu)
+        linear.count * layer_time(linear.spec, phase.tokens, gpu).dense * ratio(linear.spec)
         for linear in model.rank(size)
     )
     return phase.dense.total - phase.dense.mlp - phase.dense.attention_linears + linears
@@ -161,6 +191,7 @@ def linear_ratio(format: Format, spec: LinearSpec, tokens: int, gpu: Gpu) -> flo
 
 def advice(rows: Sequence[Alternative]) -> str:
     """One plain sentence about what :func:`alternatives` found: what to take at decode, and at prefill."""
+    rows = [row for row in rows if row.advised]
     ours = rows[0].decode_speedup
     decode = _choice([(row.name, row.decode_speedup) for row in rows])
     prefill = _choice([(row.name, row.prefill_speedup) for row in rows])

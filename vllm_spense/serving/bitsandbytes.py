@@ -38,6 +38,11 @@ class BitsAndBytesConfig(PluginConfig):
     def __init__(self, raw: dict[str, Any]) -> None:
         super().__init__()
         check_settings(raw)
+        if not hasattr(compat.QuantizationConfig, "get_checkpoint_weight_mapper"):
+            raise CheckpointError(
+                "this vLLM cannot load what bitsandbytes stores beside weights",
+                fix="install vLLM 0.32 or later",
+            )
         self.plain: dict[str, StoredWeight] = {}
 
     def __repr__(self) -> str:

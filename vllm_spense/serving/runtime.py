@@ -17,7 +17,7 @@ import torch
 
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.ops.backend import Backend, Tensors
-from vllm_spense.ops.linear.select import preferred_backend, select_backend
+from vllm_spense.ops.linear.select import any_backend, preferred_backend, select_backend
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.serving import compat
 from vllm_spense.serving.dense import DenseFp8, DenseUnquantized
@@ -58,10 +58,12 @@ def choose(
 
     ``ValueError`` if ``SPENSE_BACKEND`` names something that cannot.
     """
-    if spec.activation_dtype is None:  # first, so that SPENSE_BACKEND does not reach it
+    if spec.activation_dtype is None and spec.one_by_one:  # first, so that SPENSE_BACKEND does not reach it
         return DenseUnquantized, f"{spec.codecs.name} weights run as vLLM's unquantized layers"
+    wanted = os.environ.get("SPENSE_BACKEND") if spec.hybrid or not spec.one_by_one else None
+    if not spec.one_by_one:
+        return _choose_for_blocks(spec, device, wanted)
     preferred = preferred_backend(device)
-    wanted = os.environ.get("SPENSE_BACKEND") if spec.hybrid else None
     fp8 = spec.codecs == UNIFORM_FP8
     if wanted:
         if wanted == DenseFp8.name and not fp8:
@@ -73,6 +75,23 @@ def choose(
         return backend, None
     dense = fp8 and backend.name in NOT_HERE
     return DenseFp8 if dense else backend, preferred.why_not(spec, device)
+
+
+def _choose_for_blocks(
+    spec: LinearSpec, device: torch.device, wanted: str | None
+) -> tuple[Backend[LinearSpec] | type[DenseUnquantized], str | None]:
+    """:func:`choose` for weights in 4 bits: a kernel on the codes, or the values written out at load."""
+    if wanted == DenseUnquantized.name:
+        return DenseUnquantized, f"SPENSE_BACKEND={wanted} asks for it"
+    if wanted:
+        return select_backend(spec, device, wanted), f"SPENSE_BACKEND={wanted} asks for it"
+    backend = any_backend(spec, device)
+    if backend is None:
+        return (
+            DenseUnquantized,
+            f"no kernel for {spec.codecs.title} takes the layer: written out in bf16 at load",
+        )
+    return backend, None
 
 
 class SpenseRuntime:

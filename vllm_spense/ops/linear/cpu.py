@@ -74,7 +74,9 @@ class CpuDenseBackend:
     name = "cpu-fp32"
 
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
+        if device.type != "cpu":
+            return f"runs on CPUs, not on {device.type}"
+        return None if spec.one_by_one else f"it does not know {spec.codecs.title} weights"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         layer = LinearArguments.of(spec, tensors)

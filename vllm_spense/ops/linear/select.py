@@ -24,7 +24,7 @@ class ReferenceBackend:
     name = "reference"
 
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
-        return None
+        return None if spec.one_by_one else f"it does not know {spec.codecs.title} weights"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         return LinearArguments.of(spec, tensors).prepared()
@@ -64,6 +64,11 @@ def preferred_backend(device: torch.device) -> Backend[LinearSpec]:
     """
     name = CpuBackend.name if device.type == "cpu" else CudaBackend.name
     return next(backend for backend in _BACKENDS if backend.name == name)
+
+
+def any_backend(spec: LinearSpec, device: torch.device) -> Backend[LinearSpec] | None:
+    """The first back end that can run a layer, if there is one."""
+    return next((backend for backend in _BACKENDS if backend.why_not(spec, device) is None), None)
 
 
 def select_backend(spec: LinearSpec, device: torch.device, name: str | None = None) -> Backend[LinearSpec]:

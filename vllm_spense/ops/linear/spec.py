@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_spense.format.codecs import RowCodec
 from vllm_spense.format.layout import Layout, Split
 from vllm_spense.format.linear import UNIFORM_FP8, Codecs, LinearFormat
 
@@ -42,6 +43,11 @@ class LinearSpec:
     def activation_dtype(self) -> torch.dtype | None:
         """What x is rounded to, token by token: what such weights are multiplied with. None: nothing."""
         return self.codecs.activation_dtype
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether values are stored one by one, all in one codec: a dtype and the rows' scales tell them."""
+        return isinstance(self.codecs.single, RowCodec)
 
     @property
     def hybrid(self) -> bool:

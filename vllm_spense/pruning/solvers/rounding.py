@@ -32,3 +32,34 @@ def round_columns(
         w[:, start:stop] = block.t()
         w[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1)
     return w
+
+
+def settle_columns(
+    stored: torch.Tensor,
+    target: torch.Tensor,
+    kept: torch.Tensor,
+    h: torch.Tensor,
+    rounded: Rounded,
+    sweeps: int,
+    block_size: int = 128,
+) -> torch.Tensor:
+    """``stored [N, K]``, rounded already, with a smaller error against ``target [N, K]``; a new tensor.
+
+    Coordinate descent on tr((stored - target) h (stored - target)ᵀ), ``h [K, K]``: every value in turn
+    becomes the one nearest to what is best for it while all others stay (CDQuant, arXiv 2406.17542), so no
+    step makes the error larger. ``kept``, ``rounded``: as in :func:`round_columns`.
+    """
+    w = stored.clone()
+    diagonal = h.diagonal()
+    for start in [*range(0, w.shape[1], block_size)] * sweeps:
+        stop = min(start + block_size, w.shape[1])
+        block = w[:, start:stop].t().contiguous()
+        inner = h[start:stop, start:stop]
+        gradient = (h[start:stop] @ (w - target).t()).contiguous()
+        for j in range(stop - start):
+            best = block[j] - gradient[j] / diagonal[start + j]
+            settled = rounded(start + j, best) * kept[:, start + j]
+            gradient.addr_(inner[j], settled - block[j])
+            block[j] = settled
+        w[:, start:stop] = block.t()
+    return w

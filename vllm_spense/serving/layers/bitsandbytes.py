@@ -13,6 +13,7 @@ from math import gcd, prod
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_spense.format.bitsandbytes import (
     BLOCK,
@@ -37,6 +38,8 @@ from vllm_spense.serving.summary import LoadSummary
 PREFIX = "bnb_"
 """What the parameters beside ``weight`` are called: the part of the file's name follows."""
 STATE_PARAMETER = f"{PREFIX}quant_state"
+STATE_BYTES = 512
+"""Room for a state: that of other weights, which a reload brings, may have some digits more."""
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,9 +56,13 @@ class StoredWeight:
 
     def parameters(self) -> dict[str, tuple[int, torch.dtype]]:
         """Size and dtype of the parameters that keep what lies beside it."""
-        return {
+        found = {
             parameter_of(part): (prod(shape), DTYPES[dtype]) for part, (shape, dtype) in self.beside.items()
         }
+        if STATE_PARAMETER in found:
+            size, dtype = found[STATE_PARAMETER]
+            found[STATE_PARAMETER] = (max(size, STATE_BYTES), dtype)
+        return found
 
 
 @dataclass(frozen=True)
@@ -204,13 +211,16 @@ class BitsAndBytesLinearMethod(SpenseMethod):
             param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: object = None
         ) -> None:
             for module in sorted({self.rows[index].module for index in self._indices(loaded_shard_id)}):
-                if loaded_weight.numel() != sizes[module] or loaded_weight.dtype != param.dtype:
+                flat = loaded_weight.reshape(-1)
+                if name == STATE_PARAMETER:
+                    flat = pad(flat, (0, max(0, sizes[module] - flat.numel())), value=ord(" "))
+                if flat.numel() != sizes[module] or flat.dtype != param.dtype:
                     self._refuse(
-                        f"{name.removeprefix(PREFIX)}: {loaded_weight.dtype} {list(loaded_weight.shape)}, "
+                        f"{name.removeprefix(PREFIX)}: {flat.dtype} {list(loaded_weight.shape)}, "
                         f"expected {param.dtype} [{sizes[module]}]",
                         self.modules[module],
                     )
-                param.data.narrow(0, sum(sizes[:module]), sizes[module]).copy_(loaded_weight.view(-1))
+                param.data.narrow(0, sum(sizes[:module]), sizes[module]).copy_(flat)
                 self.loaded.add((name, module))
 
         return bitsandbytes_loader
