@@ -54,6 +54,8 @@ CPU_UNITS = {  # of linear/cpu; instruction sets are chosen when the kernels run
     "int8_amx": (*AVX512_VNNI, *AMX),
 }
 CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # cutlass_fp8.h
+FOUR_BIT_ARCHS = ("80", "90")  # sm_80's code runs on 8.x; what is newer compiles the PTX when it loads it
+FOUR_BIT_PTX = "-gencode=arch=compute_80,code=compute_80"
 MACROS = {"90a": ("SM90",), "100a": ("SM100",), "100f": ("SM100", "SM100_FAMILY")}
 
 
@@ -173,6 +175,8 @@ class Build(build_ext):
             commands[name] = [*flags, "-c", str(KERNELS / source), "-o", str(objects / f"{name}.o")]
 
         unit("linear_sm90_fp8", "linear/sm90_fp8.cu", *device, gencode("90a"))
+        unit("linear_four_bit", "linear/four_bit.cu", *device, *map(gencode, FOUR_BIT_ARCHS), FOUR_BIT_PTX)
+        unit("linear_four_bit_bindings", "linear/four_bit_bindings.cpp", *host)
         built = ARCHS if CUTLASS == "1" else []
         for arch in ARCHS if CUTLASS != "0" else []:
             instances = CUTLASS_INSTANCES[arch]

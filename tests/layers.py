@@ -134,3 +134,22 @@ def assert_within_rounding(
     step = rounding[out_dtype]
     bound = step * expected.abs() + (1 + step) * accumulation * magnitude
     assert (error <= bound).all(), f"worst {float((error / bound).max()):.2f} times the bound"
+
+
+def four_bit_tensors(spec: LinearSpec, seed: int = 0) -> Tensors:
+    """Tensors of a layer in 4 bits as serving loads them: any code, absmax in fp32, weights of about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    nibbles = torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8)
+    found = {}
+    for name, stored in spec.stored.tensors().items():
+        shape = stored.shape
+        if name == "sparse_meta":
+            low, high = (nibbles[torch.randint(6, shape, generator=generator)] for _ in range(2))
+            found[name] = low | high << 4
+        elif name.endswith(("_absmax", "_scale")):
+            found[name] = torch.rand(shape, generator=generator) + 0.5
+        elif stored.dtypes[0] == torch.uint8:
+            found[name] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            found[name] = torch.randn(shape, generator=generator).to(stored.dtypes[0])
+    return found

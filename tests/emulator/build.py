@@ -72,20 +72,26 @@ def build(
     instances: tuple[Instance, ...], kernels: Path = KERNELS, defines: tuple[str, ...] = ()
 ) -> Emulator:
     """The emulator for these instances of the kernel sources in `kernels`, compiled with `defines`."""
+    return Emulator(assemble(host_source(kernels, instances), "90a", kernels, defines))
+
+
+def assemble(host: str, architecture: str, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) -> Path:
+    """Folder with the libraries of a launcher's source, recording included, and of the kernels in it."""
     nvcc, cutlass = find_nvcc(), find_cutlass()
     if not nvcc or not cutlass:
         raise RuntimeError(why_not())
     files = [p for p in (*kernels.rglob("*"), *HERE.iterdir()) if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
     files += [HERE / name for name in ("build.py", "launcher.py", "translate.py")]
-    folder = OUTPUT / digest(*files, extra=f"{instances} {defines} {nvcc} {cutlass}")
+    folder = OUTPUT / digest(*files, extra=f"{host} {architecture} {defines} {nvcc} {cutlass}")
     if folder.exists():
-        return Emulator(folder)
+        return folder
     machine = build_machine()
     partial = folder.with_suffix(f".{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     source = partial / "launcher.cu"
-    source.write_text(host_source(kernels, instances))
+    source.write_text(host)
+    virtual = f"compute_{architecture}"
     # PTX only, no machine code; --keep leaves it beside the library.
     run(
         *(
@@ -97,7 +103,7 @@ def build(
             "-DCUTLASS_ENABLE_GDC_FOR_SM90=1",
             *(f"-D{define}" for define in defines),
         ),
-        *("-gencode=arch=compute_90a,code=compute_90a", "-shared", "-Xcompiler=-fPIC"),
+        *(f"-gencode=arch={virtual},code={virtual}", "-shared", "-Xcompiler=-fPIC"),
         *("--keep", f"--keep-dir={partial}", f"-I{HERE}", f"-I{kernels}", f"-I{cutlass / 'include'}"),
         *(source, "-o", partial / "launcher.so"),
     )
@@ -117,4 +123,4 @@ def build(
         partial.replace(folder)
     except OSError:  # another process has built the same one meanwhile
         shutil.rmtree(partial)
-    return Emulator(folder)
+    return folder

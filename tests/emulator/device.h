@@ -45,6 +45,7 @@ uint8_t* at_cluster(Thread&, uint32_t address, uint32_t bytes, bool store, char 
 uint32_t map_to_cta(Thread&, uint32_t address, uint32_t rank);
 uint32_t atomic_max(Thread&, uint64_t address, int value);
 uint32_t shuffle(Thread&, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
+void multiply_in_warp(Thread&, bool bf16, float* sums, uint32_t const* left, uint32_t const* right);
 void sync_warp(Thread&, uint32_t mask);
 void sync_threads(Thread&, uint32_t barrier, uint32_t threads);
 void arrive_cluster(Thread&);
@@ -83,6 +84,17 @@ inline T shift_left(T value, uint32_t by) {
 template <class T>
 inline T shift_right(T value, uint32_t by) {
   return by >= sizeof(T) * 8 ? (value < 0 ? T(-1) : T(0)) : T(value >> by);
+}
+// Each byte of the result is one of the eight of `low` and `high`, or eight times the sign of one.
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint64_t const from = uint64_t(high) << 32 | low;
+  uint32_t to = 0;
+  for (int i = 0; i < 4; ++i) {
+    uint32_t const nibble = selector >> (4 * i) & 15;
+    uint32_t const byte = uint32_t(from >> (8 * (nibble & 7))) & 255;
+    to |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
+  }
+  return to;
 }
 inline uint32_t insert_bits(uint32_t from, uint32_t to, uint32_t position, uint32_t length) {
   uint32_t const mask = ((length >= 32 ? 0u : 1u << length) - 1u) << position;

@@ -48,6 +48,8 @@ struct Meeting {
   uint64_t phase = 0;
   uint32_t value[32], lane[32];
   Thread* thread[32];
+  float* sums[32];  // of an mma, as its operands
+  uint32_t const *left[32], *right[32];
 };
 struct Warp {
   std::map<uint32_t, Meeting> meetings;
@@ -235,10 +237,12 @@ static bool completes(Meeting& meeting, uint32_t mask) {
 }
 
 uint32_t shuffle(Thread& T, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
-  if (clamp != 31) fail(T, "shuffle in parts of a warp");
+  uint32_t const segment = clamp >> 8 & 31;  // of a warp: what its lanes have in common
+  if ((clamp & 31) != 31) fail(T, "shuffle with a last lane");
+  if (segment && mode != Shuffle::idx) fail(T, "shuffle in parts of a warp");
   Meeting& meeting = join(T, mask);
   meeting.value[T.lane] = value;
-  meeting.lane[T.lane] = (mode == Shuffle::bfly ? T.lane ^ lane : lane) & 31;
+  meeting.lane[T.lane] = (mode == Shuffle::bfly ? T.lane ^ lane : (T.lane & segment) | (lane & ~segment)) & 31;
   meeting.thread[T.lane] = &T;
   uint64_t const phase = meeting.phase;
   if (!completes(meeting, mask)) {
@@ -251,6 +255,37 @@ uint32_t shuffle(Thread& T, Shuffle mode, uint32_t value, uint32_t lane, uint32_
     meeting.thread[i]->shuffled = meeting.value[meeting.lane[i]];
   }
   return T.shuffled;
+}
+
+// mma.sync m16n8k16: each sum is exact, and rounded once. Fragments as the PTX ISA lays them out.
+static void multiply(Meeting& warp, bool bf16) {
+  auto const half = [bf16](uint32_t word, int which) {
+    uint16_t const bits = uint16_t(word >> (16 * which));
+    return double(bf16 ? from_bf16(bits) : from_f16(bits));
+  };
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      float& out = warp.sums[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2];
+      double sum = out;
+      for (int k = 0; k < 16; ++k) {
+        int const lane = k % 8 / 2;
+        sum += half(warp.left[row % 8 * 4 + lane][row / 8 + k / 8 * 2], k % 2) *
+               half(warp.right[column * 4 + lane][k / 8], k % 2);
+      }
+      out = float(sum);
+    }
+}
+
+void multiply_in_warp(Thread& T, bool bf16, float* sums, uint32_t const* left, uint32_t const* right) {
+  Meeting& meeting = join(T, ~0u);
+  meeting.sums[T.lane] = sums;
+  meeting.left[T.lane] = left;
+  meeting.right[T.lane] = right;
+  uint64_t const phase = meeting.phase;
+  if (completes(meeting, ~0u))
+    multiply(meeting, bf16);
+  else
+    block(T, "mma", ~0u, [&] { return meeting.phase != phase; });
 }
 
 void sync_warp(Thread& T, uint32_t mask) {
@@ -339,11 +374,16 @@ uint64_t nanoseconds(Thread&) {
 // printf with %d, %u and %s, whose arguments lie one behind the other at multiples of their size.
 void print(Thread&, uint64_t format, uint64_t arguments) {
   uint64_t at = arguments;
-  auto const next = [&](uint64_t bytes) { return reinterpret_cast<uint8_t*>(std::exchange(at = (at + bytes - 1) / bytes * bytes, at + bytes)); };
+  auto const next = [&](uint64_t bytes) {
+    return reinterpret_cast<uint8_t*>(std::exchange(at = (at + bytes - 1) / bytes * bytes, at + bytes));
+  };
   for (auto const* p = reinterpret_cast<char const*>(format); *p; ++p) {
-    if (*p != '%') machine.printed += *p;
-    else if (*++p == 's') machine.printed += load<char const*>(next(8));
-    else machine.printed += *p == 'd' ? std::to_string(load<int>(next(4))) : std::to_string(load<uint32_t>(next(4)));
+    if (*p != '%')
+      machine.printed += *p;
+    else if (*++p == 's')
+      machine.printed += load<char const*>(next(8));
+    else
+      machine.printed += *p == 'd' ? std::to_string(load<int>(next(4))) : std::to_string(load<uint32_t>(next(4)));
   }
 }
 

@@ -304,6 +304,8 @@ class Instruction:
         return None
 
     def matrix(self) -> str | None:
+        if self.op.startswith("mma.sync.aligned.m16n8k16.row.col.f32"):
+            return self.multiply_in_warp()
         if self.op.startswith("wgmma.commit"):
             return "commit_wgmma(T);"
         if self.op.startswith("wgmma.wait"):
@@ -329,6 +331,16 @@ class Instruction:
         values = f"{self.read(1, 'u64')}, {self.read(2, 'u64')}, {metadata}, {scale}"
         return f"{{ float* d[] = {{{pointers}}}; start_wgmma(T, {shape}, d, {values}); }}"
 
+    def multiply_in_warp(self) -> str:
+        """``mma.sync d, a, b, c`` with sums in fp32."""
+        bf16 = str("bf16" in self.parts).lower()
+        to, left, right, sums = (split_operands(text.strip("{}")) for text in self.operands)
+        values = [", ".join(self.value(name, "u32") for name in names) for names in (left, right)]
+        start = ", ".join(self.value(name, "f32") for name in sums)
+        arrays = f"float d[4] = {{{start}}}; uint32_t const a[4] = {{{values[0]}}}, b[2] = {{{values[1]}}};"
+        results = " ".join(self.assign(name, f"d[{i}]", "f32") for i, name in enumerate(to))
+        return f"{{ {arrays} multiply_in_warp(T, {bf16}, d, a, b); {results} }}"
+
     def move(self) -> str | None:
         base = self.parts[0]
         if base == "mov":
@@ -352,7 +364,10 @@ class Instruction:
         width = int(self.bits) // 8
         registers = split_operands(self.operands[1 if store else 0].strip("{}"))
         kind = "f32" if self.type == "f32" else self.unsigned
-        c_type = "float" if kind == "f32" else UNSIGNED[kind]
+        c_type = "float" if kind == "f32" else UNSIGNED.get(kind, "uint8_t")
+        if kind == "u8":  # registers are wider
+            assert self.type == "u8", self.type
+            kind = "u32"
         where = 0 if store else 1
         if found := re.match(r"\[(param[01]|retval0)\+0\]$", self.operands[where]):
             return f"{found[1]} = {self.value(registers[0], 'u64')};" if store else self.result("0u", "u32")
@@ -380,6 +395,10 @@ class Instruction:
         return f"{{ uint8_t* p = {pointer}; {' '.join(code)} }}"
 
     def convert(self) -> str:
+        if self.parts[2] in ("bf16x2", "f16x2"):  # the first operand in the high half
+            assert self.parts[1::2] == ["rn", "f32"]
+            high, low = (f"uint32_t(to_{self.parts[2][:-2]}({self.read(i, 'f32')}))" for i in (1, 2))
+            return self.result(f"{high} << 16 | {low}", "u32")
         to, of = (part for part in self.parts if re.fullmatch(r"bf16|[busf]\d+", part))
         if to == "f32":
             return self.result(f"from_{of}({self.read(1, 'u16')})", "f32")
@@ -411,6 +430,9 @@ class Instruction:
             return self.result(f"shift_left({self.read(1, kind)}, {self.read(2, 'u32')})", kind)
         if base == "shr":
             return self.result(f"shift_right({self.typed(1)}, {self.read(2, 'u32')})", kind)
+        if base == "prmt":
+            assert self.op == "prmt.b32", "a mode"
+            return self.result(f"permute({', '.join(self.read(i, 'u32') for i in range(1, 4))})", "u32")
         if base == "bfi":
             return self.result(f"insert_bits({', '.join(self.read(i, 'u32') for i in range(1, 5))})", "u32")
         return self.float_arithmetic() if kind == "f32" else self.integer_arithmetic(kind)
@@ -438,6 +460,9 @@ class Instruction:
             return self.result(f"{self.read(1, kind)} * {self.read(2, kind)} + {self.read(3, kind)}", kind)
         if self.op == "mul.wide.s32":
             return self.result(f"uint64_t(int64_t({self.typed(1)}) * int64_t({self.typed(2)}))", "u64")
+        if self.op in ("mul.wide.u16", "mul.wide.u32"):
+            wide = f"u{2 * int(self.bits)}"
+            return self.result(f"{UNSIGNED[wide]}({self.read(1, kind)}) * {self.read(2, kind)}", wide)
         if self.op == "mul.hi.s32":
             product = f"int64_t({self.typed(1)}) * int64_t({self.typed(2)})"
             return self.result(f"uint32_t(({product}) >> 32)", "u32")
@@ -461,14 +486,18 @@ def strings(ptx: str) -> str:
 
 
 def translate(ptx: str) -> dict[str, str]:
-    """C++ of every kernel of a PTX module, by name."""
+    """C++ of every kernel of a PTX module by name: :func:`kernel_name`, or as it is mangled."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     kernels = {}
     for found in re.finditer(r"\.visible \.entry (\w+)\((.*?)\)\s*(?:\.\w+[^\n{]*\n)*\s*\{", ptx, re.S):
         parameters = re.findall(r"(\w+_param_\d)\[", found[2])
-        assert len(parameters) == 4, "three tensor maps and KernelParams"
-        groups, tokens, multicast, promote, paired = map(int, re.findall(r"L[ib](\d+)E", found[1]))
-        name = kernel_name(groups, tokens, bool(multicast), promote, bool(paired))
+        name = found[1]
+        if "linear_kernelINS0_5Shape" in name:
+            assert len(parameters) == 4, "three tensor maps and KernelParams"
+            groups, tokens, multicast, promote, paired = map(int, re.findall(r"L[ib](\d+)E", name))
+            name = kernel_name(groups, tokens, bool(multicast), promote, bool(paired))
+        else:
+            assert len(parameters) == 1, "whatever fits one struct"
         body = ptx[found.end() : closing_brace(ptx, found.end())]
         kernels[name] = Kernel(name, parameters).translate(body)
     return kernels

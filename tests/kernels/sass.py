@@ -89,21 +89,26 @@ def tool(name: str) -> str:
 @functools.cache
 def disassembly() -> dict[str, str]:
     """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion, pair."""
+    kernels = {}
+    for name, text in functions("sm_90a").items():
+        found = re.match(r"_ZN6spense4sm9013linear_kernelINS0_5ShapeI(\w+?)EEEE", name)
+        if found:
+            kernels[found[1]] = text
+    return kernels
+
+
+@functools.cache
+def functions(architecture: str) -> dict[str, str]:
+    """SASS of the library's functions for an architecture, by mangled name."""
     path = str(Path(tool("nvdisasm")).parent)
     run = subprocess.run(
-        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(LIBRARY)],
+        [tool("cuobjdump"), "-sass", "-arch", architecture, str(LIBRARY)],
         capture_output=True,
         text=True,
         check=True,
         env={"PATH": f"{path}:/usr/bin:/bin"},
     )
-    functions = re.split(r"\n\s+Function : ", run.stdout)[1:]
-    kernels = {}
-    for text in functions:
-        name = re.match(r"_ZN6spense4sm9013linear_kernelINS0_5ShapeI(\w+?)EEEE", text)
-        if name:
-            kernels[name[1]] = text
-    return kernels
+    return {text.split()[0]: text for text in re.split(r"\n\s+Function : ", run.stdout)[1:]}
 
 
 def instructions(sass: str) -> list[Instruction]:

@@ -23,6 +23,7 @@ from benchmarks.kernels.verdicts import config_of
 from vllm_spense.ops.linear.configs import KernelConfig, label
 
 LINEAR, TRITON = "tests/gpu/test_spense_linear.py", "tests/gpu/test_triton_linear.py"
+FOUR_BIT = "tests/gpu/test_four_bit.py"
 SILU_MUL, PRUNING = "tests/gpu/test_linear_silu_mul.py", "tests/gpu/test_pruning.py"
 CONTEXT_LOST = 86  # tests/gpu/conftest.py
 RESTARTS = 4
@@ -88,6 +89,19 @@ GROUPS = (
         after=("sparse_tile",),
         file=TRITON,
         limit=300,
+        silent=90,
+    ),
+    Group(
+        "four_bit",
+        (
+            "test_products",
+            "test_matrices_are_the_definitions",
+            "test_in_a_graph",
+            "test_calls_that_make_no_sense_are_refused",
+        ),
+        after=("sparse_tile",),
+        file=FOUR_BIT,
+        limit=240,
         silent=90,
     ),
     Group(

@@ -292,6 +292,11 @@ def stage_serving(run: Run, limit: float) -> bool:
     return once(run, "serving", limit, "benchmarks.serving.decode", "serving_decode.json", *options)
 
 
+def stage_four_bit(run: Run, limit: float) -> bool:
+    """Dense layers of Llama-3.1-8B in NF4, beside bitsandbytes where it is installed."""
+    return once(run, "four_bit", limit, "benchmarks.kernels.four_bit", "four_bit.json")
+
+
 def stage_pruning(run: Run, limit: float) -> bool:
     """The pruner's stages on two layers of Qwen3-32B."""
     sources = fingerprint([ROOT / "vllm_spense" / "pruning", source_of(PRUNING)])
@@ -340,6 +345,7 @@ STAGES = (
         lambda run, limit: stage_speed(run, limit, core=False),
         default=False,
     ),
+    Stage("four_bit", "layers in 4 bits beside bitsandbytes", 180, 60, stage_four_bit, default=False),
     Stage("pruning", "the pruner", 240, 60, stage_pruning, default=False, needs="transformers"),
     Stage(
         "cutlass",

@@ -11,6 +11,8 @@ from vllm_spense.ops.backend import Backend, Tensors, select
 from vllm_spense.ops.linear.arguments import LinearArguments
 from vllm_spense.ops.linear.cpu import CpuBackend, CpuDenseBackend
 from vllm_spense.ops.linear.cuda import CudaBackend
+from vllm_spense.ops.linear.four_bit_cuda import FourBitCudaBackend
+from vllm_spense.ops.linear.four_bit_triton import FourBitTritonBackend
 from vllm_spense.ops.linear.op import linear
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.ops.linear.triton import TritonBackend
@@ -41,6 +43,8 @@ class ReferenceBackend:
 _BACKENDS: tuple[Backend[LinearSpec], ...] = (
     CudaBackend(),
     TritonBackend(),
+    FourBitCudaBackend(),
+    FourBitTritonBackend(),
     CpuBackend(),
     CpuDenseBackend(),
     ReferenceBackend(),

@@ -49,24 +49,29 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def why_no_triton(device: torch.device) -> str | None:
+    """None where Triton runs our kernels, else the reason in one line."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"runs on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device.type}"
+    capability = _capability(device)
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return None
+
+
 class TritonBackend:
     """Compressed weights as they are in the checkpoint, decompressed in registers; FP8 weights only."""
 
     name = "triton"
 
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
-        if device.type != "cuda" or torch.version.hip:
-            return f"runs on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device.type}"
         if spec.codecs != UNIFORM_FP8:
             return f"the kernel takes FP8 weights, not {spec.codecs.title}"
-        capability = _capability(device)
-        if capability < OLDEST:
-            return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
-        try:
-            import_module("triton")
-        except ImportError as error:
-            return f"Triton cannot be imported: {error}"
-        return None
+        return why_no_triton(device)
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         torch.compiler.assume_constant_result(_capability)  # imports Dynamo (and Triton): not at import

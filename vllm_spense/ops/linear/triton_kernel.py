@@ -93,7 +93,7 @@ def _decompress_bytes(values, meta, ROWS: tl.constexpr, FEATURES: tl.constexpr, 
 
 
 @triton.jit
-def _widen(weight, dtype: tl.constexpr, PTX: tl.constexpr):
+def widen(weight, dtype: tl.constexpr, PTX: tl.constexpr):
     """e4m3 bytes to a wider float type, exactly, without ever computing with a denormal number.
 
     With the exponent re-biased, a normal number is right, and a subnormal m · 2⁻⁹ reads as
@@ -133,14 +133,14 @@ def _decompress_wide(
         halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
         return tl.reshape(halves, [ROWS, FEATURES]).to(dtype, bitcast=True)
     else:
-        return _widen(_decompress_bytes(values, meta, ROWS, FEATURES, PTX), dtype, PTX)
+        return widen(_decompress_bytes(values, meta, ROWS, FEATURES, PTX), dtype, PTX)
 
 
 # --- the product --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _accumulate(acc, weight, x, WEIGHT_LEFT: tl.constexpr, PTX: tl.constexpr):
+def add_product(acc, weight, x, WEIGHT_LEFT: tl.constexpr, PTX: tl.constexpr):
     """``acc + weight xᵀ``, or ``acc + x weightᵀ``.
 
     FP8 tensor cores of sm_89 and sm_90 keep only some 14 bits of their accumulator: the sum over one tile of
@@ -185,7 +185,7 @@ def _sparse_step(
         weight = _decompress_bytes(values, meta, ROWS, FEATURES, PTX).to(tl.float8e4nv, bitcast=True)
     else:
         weight = _decompress_wide(values, meta, x.dtype, ROWS, FEATURES, PTX)
-    return _accumulate(acc, weight, x, WEIGHT_LEFT, PTX)
+    return add_product(acc, weight, x, WEIGHT_LEFT, PTX)
 
 
 @triton.jit
@@ -208,8 +208,30 @@ def _dense_step(
         weight = tl.load(weight)
         x = tl.load(x)
     if x.dtype != tl.float8e4nv:
-        weight = _widen(weight, x.dtype, PTX)
-    return _accumulate(acc, weight, x, WEIGHT_LEFT, PTX)
+        weight = widen(weight, x.dtype, PTX)
+    return add_product(acc, weight, x, WEIGHT_LEFT, PTX)
+
+
+@triton.jit
+def locate(tile, sizes, starts, places, ROWS: tl.constexpr):
+    """Of row tile ``tile`` of the regions one after another: its first row in its region, and that region's
+    rows, first row of weights, first column of y and number."""
+    row = 0
+    size = 0
+    start = 0
+    place = 0
+    region = 0
+    first = 0
+    for i in tl.static_range(len(sizes)):
+        tiles = tl.cdiv(sizes[i], ROWS)
+        inside = (tile >= first) & (tile < first + tiles)
+        row = tl.where(inside, (tile - first) * ROWS, row)
+        size = tl.where(inside, sizes[i], size)
+        start = tl.where(inside, starts[i], start)
+        place = tl.where(inside, places[i], place)
+        region = tl.where(inside, i, region)
+        first += tiles
+    return row, size, start, place, region
 
 
 @triton.jit(do_not_specialize=["tokens", "in_features", "sparse_words", "dense_features"])
@@ -252,25 +274,12 @@ def _kernel(
     in_features *= ALIGN
     dense_features *= ALIGN
     sparse_words *= WORD_ALIGN
-    tile = tl.program_id(1)
-    row = 0
-    size = 0
-    start = 0
-    place = 0
-    first = 0
+    row, size, start, place, region = locate(tl.program_id(1), sizes, starts, places, ROWS)
     words = sparse_words
     features = dense_features
-    for i in tl.static_range(len(sizes)):
-        tiles = tl.cdiv(sizes[i], ROWS)
-        inside = (tile >= first) & (tile < first + tiles)
-        row = tl.where(inside, (tile - first) * ROWS, row)
-        size = tl.where(inside, sizes[i], size)
-        start = tl.where(inside, starts[i], start)
-        place = tl.where(inside, places[i], place)
-        if DENSE_REGIONS >= 0:
-            words = tl.where(inside, sparse_words if i >= DENSE_REGIONS else 0, words)
-            features = tl.where(inside, dense_features if i < DENSE_REGIONS else 0, features)
-        first += tiles
+    if DENSE_REGIONS >= 0:
+        words = tl.where(region >= DENSE_REGIONS, sparse_words, 0)
+        features = tl.where(region < DENSE_REGIONS, dense_features, 0)
 
     rows = row + tl.arange(0, ROWS)
     clamped = tl.minimum(rows, size - 1)
@@ -330,6 +339,19 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
+def regions_of_rows(sparse_sizes: list[int], dense_sizes: list[int]) -> list[tuple[int, int, int]]:
+    """Rows, first row of weights and first column of y of an output split's regions.
+
+    Dense ones first: their tiles take longer, and the last programs run alone.
+    """
+    ends = list(accumulate(size for pair in zip(sparse_sizes, dense_sizes, strict=True) for size in pair))
+    return [
+        (size, start, end - size)
+        for sizes, theirs in ((dense_sizes, ends[1::2]), (sparse_sizes, ends[::2]))
+        for size, start, end in zip(sizes, [0, *accumulate(sizes)], theirs, strict=False)
+    ]
+
+
 def _four_by_four(values: torch.Tensor) -> torch.Tensor:
     """Four e4m3 values as one int32."""
     if not values.numel():  # its strides may be such that no view exists, but the kernel needs the dtype
@@ -353,12 +375,7 @@ def plan(
     fp8 = x.dtype == FP8_DTYPE
     sparse_sizes, dense_sizes = layer.sparse_sizes, layer.dense_sizes
     if layer.output_split:
-        ends = list(accumulate(size for pair in zip(sparse_sizes, dense_sizes, strict=True) for size in pair))
-        regions = [  # dense ones first: their tiles take longer, and the last programs run alone
-            (size, start, end - size)
-            for sizes, theirs in ((dense_sizes, ends[1::2]), (sparse_sizes, ends[::2]))
-            for size, start, end in zip(sizes, [0, *accumulate(sizes)], theirs, strict=False)
-        ]
+        regions = regions_of_rows(sparse_sizes, dense_sizes)
         dense_regions, sparse_features, dense_features = len(dense_sizes), x.shape[1], x.shape[1]
     else:
         regions = [(y.shape[1], 0, 0)]
