@@ -11,6 +11,7 @@ from vllm_spense.ops.backend import Backend, Tensors, select
 from vllm_spense.ops.linear.arguments import LinearArguments
 from vllm_spense.ops.linear.cpu import CpuBackend, CpuDenseBackend
 from vllm_spense.ops.linear.cuda import CudaBackend
+from vllm_spense.ops.linear.four_bit_cpu import FourBitCpuBackend
 from vllm_spense.ops.linear.op import linear
 from vllm_spense.ops.linear.spec import LinearSpec
 from vllm_spense.ops.linear.triton import TritonBackend
@@ -42,6 +43,7 @@ _BACKENDS: tuple[Backend[LinearSpec], ...] = (
     CudaBackend(),
     TritonBackend(),
     CpuBackend(),
+    FourBitCpuBackend(),
     CpuDenseBackend(),
     ReferenceBackend(),
 )
