@@ -17,12 +17,36 @@ inline __m512i bf16_table(float const* table) {
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(table)));
 }
 
+// x of some tokens: every third has a pointer of its own, so that all others are a register and a factor away. Compilers
+// would keep a distance for each, more than there are registers.
+template <int Tokens>
+struct Rows {
+  static constexpr int kBases = (Tokens + 2) / 3;
+  char const* base[kBases];
+  int64_t pitch;
+  Rows(Bf16 const* x, int64_t values) : pitch(values * int64_t(sizeof(Bf16))) {
+    for (int i = 0; i < kBases; ++i) base[i] = reinterpret_cast<char const*>(x) + 3 * i * pitch;
+  }
+  template <class T>
+  T at(int token, int value) const {
+    return read<T>(base[token / 3] + token % 3 * pitch + value * int(sizeof(Bf16)));
+  }
+  void next(int values) {
+#pragma GCC unroll 4
+    for (char const*& p : base) {
+      p += values * int(sizeof(Bf16));
+      asm("" : "+r"(p));
+    }
+  }
+};
+
 // Few tokens: entries of the table in bf16, sums of a block in fp32, then its scales. Adds a region to `total`.
 template <bool Sparse, int Tokens>
 void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, __m512 total[Tokens]) {
   constexpr int kChains = Tokens <= 4 ? 4 : 2;  // what is added up apart, for the latency of an addition
   constexpr int kColumns = Sparse ? 16 : 8;     // of a unit
   __m512i const gather = _mm512_load_si512(widen_tables.gather);
+  Rows<Tokens> rows(x, pitch);
   uint8_t const* p = blocks.data;
   int64_t const units = units_of(blocks), meta_bytes = meta_bytes_of(blocks);
   for (int64_t block = 0; block < blocks.count; ++block) {
@@ -35,7 +59,7 @@ void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, _
     for (auto& sums : sum)
 #pragma GCC unroll 4
       for (__m512& v : sums) v = _mm512_setzero_ps();
-    for (int64_t unit = 0; unit < units; ++unit, p += kRows * kUnit, x += kColumns) {
+    for (int64_t unit = 0; unit < units; ++unit, p += kRows * kUnit, rows.next(kColumns)) {
       __m512i const codes = _mm512_loadu_si512(p);
       __builtin_prefetch(p + kAhead);
       if constexpr (Sparse) __builtin_prefetch(meta + kAhead);
@@ -47,13 +71,13 @@ void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, _
           __m512i const taken = _mm512_permutexvar_epi32(nibbles, gather);
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t) {
-            __m512i const group = _mm512_set1_epi64(read<int64_t>(x + t * pitch + 4 * i));
+            __m512i const group = _mm512_set1_epi64(rows.template at<int64_t>(t, 4 * i));
             sum[t][i % kChains] = dot(sum[t][i % kChains], pair, _mm512_shuffle_epi8(group, taken));
           }
         } else {
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t) {
-            __m512i const two = _mm512_set1_epi32(read<int32_t>(x + t * pitch + 2 * i));
+            __m512i const two = _mm512_set1_epi32(rows.template at<int32_t>(t, 2 * i));
             sum[t][i % kChains] = dot(sum[t][i % kChains], pair, two);
           }
         }

@@ -42,9 +42,9 @@ class FourBitCpuBackend:
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
-        codecs = [codec for codec, shape in _stored(spec) if all(shape)]
-        if not any(isinstance(codec, FourBit) for codec in codecs):
+        if not any(isinstance(codec, FourBit) for codec, _ in _stored(spec)):
             return f"the kernels take weights in 4 bits, not {spec.codecs.title}"
+        codecs = [codec for codec, shape in _stored(spec) if all(shape)]
         for codec in codecs:
             if isinstance(codec, FourBit) and _block(codec) < _SMALLEST:
                 return f"the kernels take blocks of multiples of {_SMALLEST} values, not of {codec.block}"
@@ -202,17 +202,15 @@ def _pack(region: Region, given: tuple[torch.Tensor, ...], strips: torch.Tensor)
 
 def _pack_fp8(values: torch.Tensor, meta: torch.Tensor, scale: torch.Tensor, strips: torch.Tensor) -> None:
     missing = -len(values) % STRIP
-    strips[:, :_SCALES] = pad(scale, (0, missing)).view(-1, STRIP).contiguous().view(torch.uint8)
-    ahead = _SCALES
-    for tensor, unit, columns in ((meta, 1, STRIP // (2 * META_GROUP)), (values, 4, STRIP)):
-        if not tensor.numel():
-            continue
-        columns = columns // 2 if meta.numel() and unit == 4 else columns
-        filled = pad(tensor, (0, -tensor.shape[1] % columns, 0, missing)).contiguous()
+    steps = [(values, STRIP // 2 if meta.numel() else STRIP, 4)]
+    if meta.numel():
+        steps.insert(0, (meta, STRIP // META_GROUP, 1))
+    parts = [pad(scale, (0, missing)).view(-1, STRIP).view(torch.uint8)]
+    for tensor, step, unit in steps:
+        filled = pad(tensor, (0, -tensor.shape[1] % step, 0, missing)).contiguous()
         torch.ops.spense.interleave_rows_cpu(filled, unit)
-        lying = filled.view(len(strips), -1)
-        strips[:, ahead : ahead + lying.shape[1]] = lying
-        ahead += lying.shape[1]
+        parts.append(filled.view(len(strips), -1))
+    torch.cat(parts, 1, out=strips)
 
 
 def _fake(x: torch.Tensor, packed: torch.Tensor, table: torch.Tensor, bias: Any, n: int, *_: Any) -> torch.Tensor:
