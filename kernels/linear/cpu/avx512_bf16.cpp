@@ -62,10 +62,17 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
                      _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3])));
 }
 
+// The groups of each sum in some columns.
 Span span(Strip const& s, int64_t from, int64_t to) {
   int64_t const dense_at = std::min(std::max(from, s.dense_from), to);
   return {std::max<int64_t>(std::min(to, s.sparse) - from, 0) / kStep, from, (to - dense_at) / kStep, dense_at};
 }
+
+// Some columns of a strip, by sum.
+struct Shared {
+  static constexpr int64_t kSteps = kDepth / kStep + 1;  // both regions may have a step
+  alignas(64) Group group[kSums][kSteps];
+};
 
 template <class W>
 void widen(Strip const& s, Span const& at, Shared& shared) {
@@ -76,27 +83,40 @@ void widen(Strip const& s, Span const& at, Shared& shared) {
   for (int64_t step = 0; step < at.sparse; ++step)
 #pragma GCC unroll 2
     for (int g = 0; g < kSums; g += 2, values += bytes_of(4 * kRows, W::kBits), meta += kRows) {
-      to_bf16(values, shared.group[g][step][0], shared.group[g + 1][step][0]);
+      to_bf16(values, shared.group[g][step].part[0], shared.group[g + 1][step].part[0]);
       __m512i const nibbles = nibbles_of(meta);
-      shared.group[g][step][1] = _mm512_permutexvar_epi32(nibbles, gather);
-      shared.group[g + 1][step][1] = _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather);
+      shared.group[g][step].part[1] = _mm512_permutexvar_epi32(nibbles, gather);
+      shared.group[g + 1][step].part[1] = _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather);
       __builtin_prefetch(values + kAhead);
     }
   uint8_t const* dense = s.dense + bytes_of(std::max<int64_t>(at.dense_at - s.dense_from, 0) * kRows, W::kBits);
   for (int64_t step = at.sparse; step < at.sparse + at.dense; ++step)
 #pragma GCC unroll 4
     for (auto& of_sum : shared.group) {
-      to_bf16(dense, of_sum[step][1], of_sum[step][0]);
+      to_bf16(dense, of_sum[step].part[1], of_sum[step].part[0]);
       __builtin_prefetch(dense + kAhead);
       dense += bytes_of(4 * kRows, W::kBits);
     }
 }
 
+// Many tokens: kDepth columns are widened at a time, then all tokens go over them, one partial sum after the other. The
+// last columns' sums become (sum 0 + sum 1) + (sum 2 + sum 3) on the way.
 template <class W, int Strips>
 void prefill(Strip const* strips, Bf16 const* x, int64_t pitch, int tokens, float* out) {
-  auto const span_of = [&](int64_t from, int64_t to) { return span(strips[0], from, to); };
-  auto const widened = [&](int s, Span const& at, Shared& shared) { widen<W>(strips[s], at, shared); };
-  prefill<Strips>(strips[0].in, span_of, widened, x, pitch, tokens, out);
+  Shared shared[Strips];
+  alignas(64) float sums[kSums - 1][Strips * kTokens * kRows];
+  float* const sum[kSums] = {sums[0], sums[1], sums[2], out};
+  for (int64_t c = 0; !c || c < strips[0].in; c += kDepth) {
+    bool const last = c + kDepth >= strips[0].in;
+    Span const at = span(strips[0], c, last ? strips[0].in : c + kDepth);
+    for (int s = 0; s < Strips; ++s) widen<W>(strips[s], at, shared[s]);
+    for (int g = 0; g < kSums; ++g) {
+      Way const way = {c ? sum[g] : nullptr, sum[g], last && g % 2 ? sum[g - 1] : nullptr,
+                       last && g == 3 ? sum[1] : nullptr};
+      Group const* const groups[] = {shared[0].group[g], shared[Strips - 1].group[g]};
+      multiply_all<kStep, Strips>(groups, at, x + 4 * g, pitch, tokens, way, tokens * kRows);
+    }
+  }
 }
 
 template <class W, int Tokens>

@@ -29,7 +29,9 @@ struct FourBitTiles {
   uint8_t const* tile(Blocks const& s, int64_t column, uint8_t* to, int strips) const {
     auto* pairs = reinterpret_cast<__m512i*>(to);
     // what lies behind the end of a strip is read already where two are read side by side
-    int64_t const ahead = column / kStep * block_bytes_of(s) < (s.count * block_bytes_of(s)) - kAhead ? kAhead : kAhead + (strips - 1) * (s.count * block_bytes_of(s));
+    int64_t const ahead = column / kStep * block_bytes_of(s) < (s.count * block_bytes_of(s)) - kAhead
+                              ? kAhead
+                              : kAhead + (strips - 1) * (s.count * block_bytes_of(s));
     for (int64_t c = column; c < column + kColumns; c += kStep, pairs += 8) {
       if (c >= columns_of(s)) {
         for (int i = 0; i < 8; ++i) pairs[i] = _mm512_setzero_si512();
@@ -75,11 +77,9 @@ void convert_tiles(void const* x, Dtype dtype, int64_t in, int64_t from, int64_t
 void strips(Blocks const* strips, int count, float const* table, void const* values, int64_t at, int64_t pitch,
             int tokens, float* out, bool add) {
   auto const* x = static_cast<Bf16 const*>(values);
-  if (tokens <= kFewTokens)
-    return four_bit_avx512_bf16.strips(strips, count, table, x, at, pitch, tokens, out, add);
+  if (tokens <= kFewTokens) return four_bit_avx512_bf16.strips(strips, count, table, x, at, pitch, tokens, out, add);
   auto const* tiles = reinterpret_cast<uint8_t const*>(x + at * kSide);
-  strips_amx(FourBitTiles{ScaledWidener(table)}, strips, count, tiles, pitch * int64_t(sizeof(Bf16)), tokens, out,
-             add);
+  strips_amx(FourBitTiles{ScaledWidener(table)}, strips, count, tiles, pitch * int64_t(sizeof(Bf16)), tokens, out, add);
 }
 
 void fp8_strips(Strip const* strips, int count, float const* const* scales, void const* values, int64_t at,

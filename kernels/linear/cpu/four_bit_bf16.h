@@ -1,4 +1,5 @@
-// Codes to pairs of bf16, for the dot products of AVX-512 BF16 and of AMX: included in files that are compiled for these.
+// Codes to pairs of bf16, for the dot products of AVX-512 BF16 and of AMX: included in files that are compiled for
+// these.
 #pragma once
 #include <immintrin.h>
 #include "linear/cpu/bf16_products.h"
@@ -10,15 +11,15 @@ namespace spense::cpu {
 namespace {
 
 constexpr int kFewTokens = 8;    // side by side in registers
-constexpr int kDecodeUpTo = 16;  // tokens; more are faster over widened weights
+constexpr int kDecodeUpTo = 32;  // tokens; more are faster over widened weights
 
 // The table in bf16, twice: the bits of an index above the low four do no harm.
 inline __m512i bf16_table(float const* table) {
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(table)));
 }
 
-// x of some tokens: every third has a pointer of its own, so that all others are a register and a factor away. Compilers
-// would keep a distance for each, more than there are registers.
+// x of some tokens: every third has a pointer of its own, so that all others are a register and a factor away.
+// Compilers would keep a distance for each, more than there are registers.
 template <int Tokens>
 struct Rows {
   static constexpr int kBases = (Tokens + 2) / 3;

@@ -45,14 +45,15 @@ FourBitFunctions const& functions_of(int64_t isa, Dtype dtype, int64_t dense_fro
                   " is none that this CPU has kernels in");
   FourBitFunctions const* found = nullptr;
   for (Isa const& each : kIsas)
-    if (here >> (each.number - 1) & 1 && (!isa || each.number <= isa) &&
-        (dtype == kBfloat16 || !each.run->only_bf16) && dense_from % each.run->granule == 0)
+    if (here >> (each.number - 1) & 1 && (!isa || each.number <= isa) && (dtype == kBfloat16 || !each.run->only_bf16) &&
+        dense_from % each.run->granule == 0)
       found = each.run;
   STD_TORCH_CHECK(found, "spense: the CPU kernels need AVX2 and FMA");
   return *found;
 }
 
-// One region of a strip: its columns of x and how it is stored. In FP8: 16 scales, metadata, bytes, as strips have them.
+// One region of a strip: its columns of x and how it is stored. In FP8: 16 scales, metadata, bytes, as strips have
+// them.
 struct Region {
   int64_t from, columns;
   int block;  // 0: FP8
@@ -180,10 +181,9 @@ Tensor four_bit_linear_cpu(Tensor x, Tensor packed, Tensor table, std::optional<
     int64_t const count = std::min<int64_t>(kTogether, tokens - first);
     auto const* const source = static_cast<char const*>(x.data_ptr()) + first * k * width;
     auto* const target = static_cast<char*>(y.data_ptr()) + first * n * width;
-    torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k)),
-                                [&](int64_t from, int64_t to) {
-                                  run.convert(source, dtype, k, from, to, count, converted.bytes, pitch);
-                                });
+    torch::stable::parallel_for(
+        0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k)),
+        [&](int64_t from, int64_t to) { run.convert(source, dtype, k, from, to, count, converted.bytes, pitch); });
     torch::stable::parallel_for(
         0, strips, std::max<int64_t>(1, kGrain / (kRows * std::max<int64_t>(1, k * count))),
         [&](int64_t from, int64_t to) {
@@ -241,32 +241,32 @@ void pack_four_bit_cpu(Tensor packed, Tensor codes, Tensor meta, Tensor scales, 
   auto const* const from_meta = static_cast<uint8_t const*>(meta.data_ptr());
   auto const* const from_scales = static_cast<float const*>(scales.data_ptr());
   int64_t const stride = packed.stride(0), half = block / 2, quarter = block / 4;
-  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, kRows * width)),
-                              [&](int64_t from, int64_t to) {
-    for (int64_t s = from; s < to; ++s) {
-      uint8_t* out = target + s * stride;
-      for (int64_t b = 0; b < count; ++b) {
-        auto* const scale = reinterpret_cast<float*>(out);
-        uint8_t* const places = out + kScaleBytes;
-        auto* const units = reinterpret_cast<uint32_t*>(places + meta_bytes_of(blocks));
-        for (int r = 0; r < kRows; ++r) {
-          int64_t const row = s * kRows + r;
-          uint8_t bytes_here[32], meta_here[16];
-          std::memset(bytes_here, int(zero * 17), sizeof bytes_here);
-          std::memset(meta_here, 0x44, sizeof meta_here);
-          if (row < rows) {
-            int64_t const there = std::min(half, width - b * half);
-            std::memcpy(bytes_here, from_codes + row * width + b * half, size_t(there));
-            if (sparse) std::memcpy(meta_here, from_meta + (row * width + b * half) / 2, size_t(there / 2));
+  torch::stable::parallel_for(
+      0, strips, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, kRows * width)), [&](int64_t from, int64_t to) {
+        for (int64_t s = from; s < to; ++s) {
+          uint8_t* out = target + s * stride;
+          for (int64_t b = 0; b < count; ++b) {
+            auto* const scale = reinterpret_cast<float*>(out);
+            uint8_t* const places = out + kScaleBytes;
+            auto* const units = reinterpret_cast<uint32_t*>(places + meta_bytes_of(blocks));
+            for (int r = 0; r < kRows; ++r) {
+              int64_t const row = s * kRows + r;
+              uint8_t bytes_here[32], meta_here[16];
+              std::memset(bytes_here, int(zero * 17), sizeof bytes_here);
+              std::memset(meta_here, 0x44, sizeof meta_here);
+              if (row < rows) {
+                int64_t const there = std::min(half, width - b * half);
+                std::memcpy(bytes_here, from_codes + row * width + b * half, size_t(there));
+                if (sparse) std::memcpy(meta_here, from_meta + (row * width + b * half) / 2, size_t(there / 2));
+              }
+              scale[r] = row < rows ? from_scales[row * count + b] : 0.0f;
+              for (int64_t i = 0; sparse && i < quarter; ++i) places[i * kRows + r] = meta_here[i];
+              for (int64_t i = 0; i < half / 4; ++i) units[i * kRows + r] = unit_of(bytes_here + 4 * i);
+            }
+            out += block_bytes_of(blocks);
           }
-          scale[r] = row < rows ? from_scales[row * count + b] : 0.0f;
-          for (int64_t i = 0; sparse && i < quarter; ++i) places[i * kRows + r] = meta_here[i];
-          for (int64_t i = 0; i < half / 4; ++i) units[i * kRows + r] = unit_of(bytes_here + 4 * i);
         }
-        out += block_bytes_of(blocks);
-      }
-    }
-  });
+      });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {

@@ -12,8 +12,7 @@ constexpr int place(int i) { return i / 2 * 4 + i % 2 * 16; }
 
 // Few tokens: sums of a block, then its scales.
 template <class V, bool Sparse, int Tokens>
-void decode(Blocks const& blocks, typename V::Table const& table, float const* x, int64_t pitch, float* out,
-            bool add) {
+void decode(Blocks const& blocks, typename V::Table const& table, float const* x, int64_t pitch, float* out, bool add) {
   constexpr int kColumns = Sparse ? 16 : 8;
   int64_t const units = units_of(blocks), meta_bytes = meta_bytes_of(blocks);
   for (int row = 0; row < kRows; row += V::kLanes) {
@@ -147,8 +146,7 @@ void fp8_strips(Strip const* fp8, int count, float const* const* scales, void co
 
 template <class V>
 constexpr FourBitFunctions four_bit_functions() {
-  return {false,  sizeof(float), kAbreast, kTokens, 1, convert<1, float>, four_bit_strips<V>, fp8_strips<V>,
-          finish};
+  return {false, sizeof(float), kAbreast, kTokens, 1, convert<1, float>, four_bit_strips<V>, fp8_strips<V>, finish};
 }
 
 }  // namespace
