@@ -44,7 +44,7 @@ struct Rows {
 // Few tokens: entries of the table in bf16, sums of a block in fp32, then its scales. Adds a region to `total`.
 template <bool Sparse, int Tokens>
 void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, __m512 total[Tokens]) {
-  constexpr int kChains = Tokens <= 4 ? 4 : 2;  // what is added up apart, for the latency of an addition
+  constexpr int kChains = 2;                 // what is added up apart, as an addition takes its time; for any Tokens
   constexpr int kColumns = Sparse ? 16 : 8;     // of a unit
   __m512i const gather = _mm512_load_si512(widen_tables.gather);
   Rows<Tokens> rows(x, pitch);
@@ -87,9 +87,7 @@ void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, _
     }
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      __m512 both = _mm512_add_ps(sum[t][0], sum[t][1]);
-      if constexpr (kChains == 4) both = _mm512_add_ps(both, _mm512_add_ps(sum[t][2], sum[t][3]));
-      total[t] = _mm512_fmadd_ps(both, scales, total[t]);
+      total[t] = _mm512_fmadd_ps(_mm512_add_ps(sum[t][0], sum[t][1]), scales, total[t]);
     }
   }
 }

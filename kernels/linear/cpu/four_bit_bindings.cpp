@@ -52,6 +52,13 @@ FourBitFunctions const& functions_of(int64_t isa, Dtype dtype, int64_t dense_fro
   return *found;
 }
 
+// Parts of about the same size of so many tokens, none larger than `most`: kernels take few tokens otherwise than many,
+// and a batch should go one way.
+int64_t evenly(int64_t tokens, int64_t most) {
+  int64_t const parts = std::max<int64_t>(1, (tokens + most - 1) / most);
+  return (tokens + parts - 1) / parts;
+}
+
 // One region of a strip: its columns of x and how it is stored. In FP8: 16 scales, metadata, bytes, as strips have
 // them.
 struct Region {
@@ -177,8 +184,9 @@ Tensor four_bit_linear_cpu(Tensor x, Tensor packed, Tensor table, std::optional<
   std::array<float, kTogether> ones;
   ones.fill(1.0f);
 
-  for (int64_t first = 0; first < tokens; first += kTogether) {
-    int64_t const count = std::min<int64_t>(kTogether, tokens - first);
+  int64_t const at_once = evenly(tokens, kTogether);
+  for (int64_t first = 0; first < tokens; first += at_once) {
+    int64_t const count = std::min(at_once, tokens - first);
     auto const* const source = static_cast<char const*>(x.data_ptr()) + first * k * width;
     auto* const target = static_cast<char*>(y.data_ptr()) + first * n * width;
     torch::stable::parallel_for(
@@ -188,7 +196,7 @@ Tensor four_bit_linear_cpu(Tensor x, Tensor packed, Tensor table, std::optional<
         0, strips, std::max<int64_t>(1, kGrain / (kRows * std::max<int64_t>(1, k * count))),
         [&](int64_t from, int64_t to) {
           PlainArithmetic const plain;
-          int64_t const together = std::min<int64_t>(run.tokens, count);
+          int64_t const together = evenly(count, run.tokens);
           Buffer const buffer(run.count * together * kRows * sizeof(float));
           auto* const out = reinterpret_cast<float*>(buffer.bytes);
           int64_t before = 0;
