@@ -30,7 +30,7 @@ every_kernel = pytest.mark.parametrize(
         if REASON or name in four_bit_cpu.isas()
     ],
 )
-WEIGHT_ROUNDING = 2.0**-9
+WEIGHT_ROUNDING = 2.0**-8
 """Relative error of a weight in bf16."""
 TOKENS = (0, 1, 2, 3, 7, 8, 17, 33, 40)
 """Each size of a block of tokens, on either side of where weights are widened first."""
