@@ -1,8 +1,8 @@
 """CPUs: compiled kernels on weights in 4 bits, and on FP8 regions beside them.
 
 ``spense::four_bit_linear_cpu`` (``kernels/``, x86-64) looks codes up in registers. Activations are not
-quantised. All of a layer's weights are one tensor of bytes: strips of 16 output rows in their order, each with
-its 2:4 region and its dense one, and every block of values lies behind its scales.
+quantised. All of a layer's weights are one tensor of bytes: strips of 16 output rows in their order, each
+with its 2:4 region and its dense one, and every block of values lies behind its scales.
 """
 
 from __future__ import annotations
