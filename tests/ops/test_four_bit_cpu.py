@@ -92,7 +92,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 class Layer:
-    """A layer with random contents, weights of about 1, as it is in a checkpoint and as the kernels take it."""
+    """A layer with random contents, as it is in a checkpoint and as the kernels take it."""
 
     def __init__(self, case: Case, absmax: torch.dtype = torch.float32) -> None:
         self.spec = case.spec

@@ -55,11 +55,13 @@ class Uses:
 
 @dataclass(frozen=True)
 class Overrides:
-    """Members of a vLLM base class that our class replaces; no abstract one may be left."""
+    """Members of a vLLM base class that our class replaces; no abstract one may be left. ``younger``: those
+    that old versions lack, where our class says so instead of loading."""
 
     ours: str
     base: str
     members: tuple[str, ...]
+    younger: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,8 @@ OVERRIDES = (
             "maybe_update_config",
             "apply_vllm_mapper",
             "get_quant_method",
-            "get_checkpoint_weight_mapper",
         ),
+        younger=("get_checkpoint_weight_mapper",),
     ),
     Overrides(
         METHOD,

@@ -71,7 +71,8 @@ def test_a_new_required_parameter_is_noticed(key: str, name: str, call: Call) ->
             if not name and member([entry], "__init__") is None:
                 entry["methods"]["__init__"] = target = {"parameters": "(self)", "kind": "method"}
         head = target["parameters"].removesuffix(")")
-        target["parameters"] = f"{head}{', ' if head != '(' else ''}*, surprise)".replace(
+        star = "" if "*, " in head else "*, "
+        target["parameters"] = f"{head}{', ' if head != '(' else ''}{star}surprise)".replace(
             "**kwargs, *,", "*,"
         )
 

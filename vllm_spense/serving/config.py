@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_spense.format.bitsandbytes import METHOD
+from vllm_spense.format.bitsandbytes import METHOD, is_bitsandbytes
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
 from vllm_spense.models.families import FUSED, MLP_SPLITS, stays_as_stored
@@ -110,16 +110,16 @@ class SpenseConfig(PluginConfig):
     def from_config(cls, config: dict[str, Any]) -> PluginConfig:
         from vllm_spense.serving.bitsandbytes import BitsAndBytesConfig
 
-        return (
-            BitsAndBytesConfig(config) if config.get("quant_method") == METHOD else cls(parse_config(config))
-        )
+        if is_bitsandbytes({"quantization_config": config}):
+            return BitsAndBytesConfig(config)
+        return cls(parse_config(config))
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> Any:
         """bitsandbytes' checkpoints are ours where they are given to us, or where nobody else takes them."""
-        if hf_quant_cfg.get("quant_method") != METHOD:
+        if not is_bitsandbytes({"quantization_config": hf_quant_cfg}):
             return None
         ours = user_quant == "spense" or (user_quant is None and METHOD not in compat.quantization_methods())
         return "spense" if ours else None
