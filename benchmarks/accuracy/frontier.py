@@ -189,7 +189,7 @@ TUNING = [ROWS[-1], BEFORE[1], BASE, *ABLATIONS]
 
 ATTENTION = {"targets": "mlp+attention", "attention_dense_ratio": 0.5}
 README_ROWS = {
-    "smollm2": ("dense", "sparsegpt", "spensegpt+0.25", "guided0.25", "spensegpt+0.5", "guided0.5"),
+    "smollm2": ("dense", "sparsegpt", "spensegpt+0.5", "guided0.5"),
     "gemma-3-270m": ("dense", "spensegpt+0.5", "guided0.5"),
 }
 
