@@ -32,6 +32,12 @@ def spense(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_bitsandbytes(tiny_bitsandbytes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads such a checkpoint needs it not."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+
 @pytest.fixture
 def packed(tiny_bitsandbytes: Path, tmp_path: Path) -> Path:
     write_text(tmp_path / "text.txt")

@@ -9,6 +9,7 @@ namespace {
 template <class W>
 struct Bf16Tiles {
   using Sum = float;
+  using Source = Strip;
   static constexpr int kColumns = 32;
   StepWidener<W> widen;
 
@@ -19,6 +20,8 @@ struct Bf16Tiles {
     if constexpr (To == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (To == 3) _tile_dpbf16ps(3, 5, 7);
   }
+
+  static int64_t columns(Strip const& s) { return s.in; }
 
   // 32 columns of one of so many strips as a tile [pair of columns][16 rows][2]; columns from s.in on are zeros.
   uint8_t const* tile(Strip const& s, int64_t column, uint8_t* to, int strips) const {
@@ -35,8 +38,8 @@ struct Bf16Tiles {
 
 template <class W>
 void strips(Strip const* strips, int count, void const* x, int64_t pitch, int tokens, void* out) {
-  strips_amx<Bf16Tiles<W>>(strips, count, static_cast<uint8_t const*>(x), pitch * int64_t(sizeof(Bf16)), tokens,
-                           static_cast<float*>(out));
+  strips_amx(Bf16Tiles<W>{}, strips, count, static_cast<uint8_t const*>(x), pitch * int64_t(sizeof(Bf16)), tokens,
+             static_cast<float*>(out));
 }
 
 }  // namespace

@@ -73,10 +73,12 @@ void multiply(uint8_t const* x, int64_t next_block, uint8_t const* const* weight
 template <class K, int Strips>
 class Columns {
   using Sum = typename K::Sum;
+  using Source = typename K::Source;
 
  public:
-  Columns(K const& codec, Strip const* strips, int64_t first, int64_t count)
-      : codec_(codec), strips_(strips), first_(first), count_(count) {}
+  // add: to the sums that are there.
+  Columns(K const& codec, Source const* strips, int64_t first, int64_t count, bool add)
+      : codec_(codec), strips_(strips), first_(first), count_(count), add_(add) {}
 
   // Adds them times x of all tokens. The last sums go to `rest` where they do not fill tiles.
   void add_all(uint8_t const* x, int64_t pitch, int tokens, Sum* out, Sum* rest) {
@@ -99,7 +101,7 @@ class Columns {
   // For 16 or 32 tokens. First: the weights' tiles are made meanwhile.
   template <int Blocks, bool First>
   void add(uint8_t const* x, int64_t pitch, TileSums<Sum> const& sums) {
-    first_ ? load<Strips, Blocks>(sums) : clear();
+    add_ ? load<Strips, Blocks>(sums) : clear();
     for (int64_t i = 0, ready = 0; ready < count_; ++i) {
       if (First && i < count_) make(i);
       if (First && i < kBehind) continue;
@@ -116,29 +118,32 @@ class Columns {
   }
 
   K const& codec_;
-  Strip const* strips_;
+  Source const* strips_;
   int64_t first_, count_;
+  bool add_;
   alignas(64) uint8_t own_[kSteps][Strips][kTileBytes];
   uint8_t const* tiles_[kSteps][Strips];
 };
 
-// Functions::strips. x: tokens side by side; its rows up to the next multiple of 16 are read.
+// Functions::strips. x: tokens side by side; its rows up to the next multiple of 16 are read. `add`: to the sums in
+// `out`.
 template <class K>
-void strips_amx(Strip const* strips, int count, uint8_t const* x, int64_t pitch, int tokens, typename K::Sum* out) {
+void strips_amx(K const& codec, typename K::Source const* strips, int count, uint8_t const* x, int64_t pitch,
+                int tokens, typename K::Sum* out, bool add = false) {
   alignas(64) typename K::Sum rest[kStrips][kTileSums];
-  int64_t const next = tokens * kRows, tiles = (strips[0].in + K::kColumns - 1) / K::kColumns;
+  int64_t const next = tokens * kRows, tiles = (K::columns(strips[0]) + K::kColumns - 1) / K::kColumns;
   int64_t const parts = tokens <= 2 * kSide ? 1 : (tiles + kSteps - 1) / kSteps;
+  int const last = tokens % kSide, whole = tokens - last;
+  for (int s = 0; add && s < count; ++s) std::copy_n(out + s * next + whole * kRows, last * kRows, rest[s]);
   Tiles const configured(rows_of_tiles(std::min(tokens, kSide)));
-  K const codec;
-  for (int64_t part = 0; part < parts; ++part) {
+  for (int64_t part = 0; part < parts; ++part, add = true) {
     int64_t const first = tiles * part / parts, here = tiles * (part + 1) / parts - first;
     for (int s = 0; s < count; s += 2)
       if (s + 1 < count)
-        Columns<K, 2>(codec, strips + s, first, here).add_all(x, pitch, tokens, out + s * next, rest[s]);
+        Columns<K, 2>(codec, strips + s, first, here, add).add_all(x, pitch, tokens, out + s * next, rest[s]);
       else
-        Columns<K, 1>(codec, strips + s, first, here).add_all(x, pitch, tokens, out + s * next, rest[s]);
+        Columns<K, 1>(codec, strips + s, first, here, add).add_all(x, pitch, tokens, out + s * next, rest[s]);
   }
-  int const last = tokens % kSide, whole = tokens - last;
   for (int s = 0; s < count; ++s) std::copy_n(rest[s], last * kRows, out + s * next + whole * kRows);
 }
 

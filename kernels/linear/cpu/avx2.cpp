@@ -1,5 +1,6 @@
 // 8 lanes (AVX2 and FMA): Haswell, Zen and later.
 #include <immintrin.h>
+#include "linear/cpu/four_bit_strip.h"
 #include "linear/cpu/strip.h"
 
 namespace spense::cpu {
@@ -10,6 +11,7 @@ struct Avx2 {
   static constexpr int kDecode = 2;       // 8 sums in 16 registers
   static constexpr int kDecodeUpTo = 16;  // tokens; more are faster over widened weights
   static constexpr int kTile = 6;         // 12 sums
+  static constexpr int kChains = 1;       // sums of a token in a block of 4 bits
   using Ints = __m256i;
   __m256 v;
 
@@ -39,10 +41,21 @@ struct Avx2 {
     __m256 const in_second = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(second, three), wanted));
     return {_mm256_blendv_ps(_mm256_and_ps(in_first, w0.v), w1.v, in_second)};
   }
+  struct Table {
+    __m256 low, high;
+  };
+  static Table table(float const* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  // By the four bits of every lane from `place` on.
+  static Avx2 looked_up(Table const& table, Ints codes, int place) {
+    Ints const index = shift_right(codes, place);
+    __m256 const low = _mm256_permutevar8x32_ps(table.low, index), high = _mm256_permutevar8x32_ps(table.high, index);
+    return {_mm256_blendv_ps(low, high, of_bits(shift_left(codes, 28 - place)).v)};
+  }
 };
 
 }  // namespace
 
 constinit Functions const fp8_avx2 = functions<Avx2, Fp8>();
+constinit FourBitFunctions const four_bit_avx2 = four_bit_functions<Avx2>();
 
 }  // namespace spense::cpu

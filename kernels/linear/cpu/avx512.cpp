@@ -1,5 +1,6 @@
 // 16 lanes (AVX-512 F): Skylake-SP, Zen 4 and later.
 #include <immintrin.h>
+#include "linear/cpu/four_bit_strip.h"
 #include "linear/cpu/strip.h"
 
 namespace spense::cpu {
@@ -10,6 +11,7 @@ struct Avx512 {
   static constexpr int kDecode = 4;       // 16 sums in 32 registers
   static constexpr int kDecodeUpTo = 24;  // tokens; more are faster over widened weights
   static constexpr int kTile = 24;
+  static constexpr int kChains = 4;  // sums of a token in a block of 4 bits
   using Ints = __m512i;
   __m512 v;
 
@@ -38,10 +40,17 @@ struct Avx512 {
     __m512 const a = _mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(_mm512_and_si512(first, three), wanted), w0.v);
     return {_mm512_mask_mov_ps(a, _mm512_cmpeq_epi32_mask(_mm512_and_si512(second, three), wanted), w1.v)};
   }
+  using Table = __m512;
+  static Table table(float const* p) { return _mm512_loadu_ps(p); }
+  // By the four bits of every lane from `place` on.
+  static Avx512 looked_up(Table table, Ints codes, int place) {
+    return {_mm512_permutexvar_ps(shift_right(codes, place), table)};
+  }
 };
 
 }  // namespace
 
 constinit Functions const fp8_avx512 = functions<Avx512, Fp8>();
+constinit FourBitFunctions const four_bit_avx512 = four_bit_functions<Avx512>();
 
 }  // namespace spense::cpu

@@ -3,18 +3,14 @@
 // instruction, and weights are widened by table look-ups.
 #include <immintrin.h>
 #include <algorithm>
-#include <array>
-#include <utility>
+#include "linear/cpu/bf16_products.h"
 #include "linear/cpu/rows_avx512.h"
 #include "linear/cpu/widen_bf16.h"
 
 namespace spense::cpu {
 namespace {
 
-constexpr int kRegisters = 24;   // of 32, for sums
 constexpr int kDecodeUpTo = 16;  // tokens; more are faster over widened weights
-
-__m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
 // Up to 4 tokens. An instruction adds the odd column first, so columns 2, 3 of a group come before 0, 1, as in a 2:4
 // region.
@@ -66,122 +62,41 @@ void decode(Strip const& s, Bf16 const* x, int64_t pitch, float* out) {
                      _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3])));
 }
 
-// The steps of some columns of a strip: first those of its 2:4 region, then its dense ones, and where they are in x.
-struct Span {
-  int64_t sparse, sparse_at, dense, dense_at;
-};
-
+// The groups of each sum in some columns.
 Span span(Strip const& s, int64_t from, int64_t to) {
   int64_t const dense_at = std::min(std::max(from, s.dense_from), to);
   return {std::max<int64_t>(std::min(to, s.sparse) - from, 0) / kStep, from, (to - dense_at) / kStep, dense_at};
 }
 
-// What many tokens share of a strip's span. A group of four columns has two vectors: in the 2:4 region its kept pair of
-// weights and x's bytes that meet them, in the dense one columns 2 and 3, then 0 and 1. By sum.
+// Some columns of a strip, by sum.
 struct Shared {
   static constexpr int64_t kSteps = kDepth / kStep + 1;  // both regions may have a step
-  alignas(64) __m512i group[kSums][kSteps][2];
-
-  template <class W>
-  void widen(Strip const& s, Span const& at) {
-    typename W::ToBf16 const to_bf16;
-    __m512i const gather = _mm512_load_si512(widen_tables.gather);
-    uint8_t const* values = s.values + bytes_of(at.sparse_at / 2 * kRows, W::kBits);
-    uint8_t const* meta = s.meta + at.sparse_at / 8 * kRows;
-    for (int64_t step = 0; step < at.sparse; ++step)
-#pragma GCC unroll 2
-      for (int g = 0; g < kSums; g += 2, values += bytes_of(4 * kRows, W::kBits), meta += kRows) {
-        to_bf16(values, group[g][step][0], group[g + 1][step][0]);
-        __m512i const nibbles = nibbles_of(meta);
-        group[g][step][1] = _mm512_permutexvar_epi32(nibbles, gather);
-        group[g + 1][step][1] = _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather);
-        __builtin_prefetch(values + kAhead);
-      }
-    uint8_t const* dense = s.dense + bytes_of(std::max<int64_t>(at.dense_at - s.dense_from, 0) * kRows, W::kBits);
-    for (int64_t step = at.sparse; step < at.sparse + at.dense; ++step)
-#pragma GCC unroll 4
-      for (auto& of_sum : group) {
-        to_bf16(dense, of_sum[step][1], of_sum[step][0]);
-        __builtin_prefetch(dense + kAhead);
-        dense += bytes_of(4 * kRows, W::kBits);
-      }
-  }
+  alignas(64) Group group[kSums][kSteps];
 };
 
-// Where the sums of some groups go. Not one of the addends, which are sums [strip][token][16] as well, has to be there.
-struct Way {
-  float const* before;  // of the columns in front; none: zeros
-  float* to;
-  float const *first, *second;  // what is added at the end: before + products, then first + that, then second + that
-
-  void next(int tokens) {
-    for (float const** addend : {&before, &first, &second})
-      if (*addend) *addend += tokens * kRows;
-    to += tokens * kRows;
-  }
-};
-
-// Adds group g of each step to a sum. What is read of x meets the weights of all strips. Inlined: what is the same for
-// all blocks of tokens is computed once.
-template <int Strips, int Tokens>
-[[gnu::always_inline]] inline void multiply(Shared const* shared, int g, Span const& at, Bf16 const* x, int64_t pitch,
-                                            Way const& way, int64_t next_strip) {
-  __m512 sum[Tokens][Strips];
-  auto const each = [&](auto&& run) {
-#pragma GCC unroll 24
-    for (int t = 0; t < Tokens; ++t)
+template <class W>
+void widen(Strip const& s, Span const& at, Shared& shared) {
+  typename W::ToBf16 const to_bf16;
+  __m512i const gather = _mm512_load_si512(widen_tables.gather);
+  uint8_t const* values = s.values + bytes_of(at.sparse_at / 2 * kRows, W::kBits);
+  uint8_t const* meta = s.meta + at.sparse_at / 8 * kRows;
+  for (int64_t step = 0; step < at.sparse; ++step)
 #pragma GCC unroll 2
-      for (int s = 0; s < Strips; ++s) run(sum[t][s], s * next_strip + t * kRows);
-  };
-  if (way.before)
-    each([&](__m512& v, int64_t i) { v = _mm512_loadu_ps(way.before + i); });
-  else
-    each([&](__m512& v, int64_t) { v = _mm512_setzero_ps(); });
-  Bf16 const* from = x + at.sparse_at + 4 * g;
-  for (int64_t step = 0; step < at.sparse; ++step, from += kStep)
-#pragma GCC unroll 24
-    for (int t = 0; t < Tokens; ++t) {
-      __m512i const four = _mm512_set1_epi64(read<int64_t>(from + t * pitch));
-#pragma GCC unroll 2
-      for (int s = 0; s < Strips; ++s) {
-        __m512i const* const group = shared[s].group[g][step];
-        sum[t][s] = dot(sum[t][s], group[0], _mm512_shuffle_epi8(four, group[1]));
-      }
+    for (int g = 0; g < kSums; g += 2, values += bytes_of(4 * kRows, W::kBits), meta += kRows) {
+      to_bf16(values, shared.group[g][step].part[0], shared.group[g + 1][step].part[0]);
+      __m512i const nibbles = nibbles_of(meta);
+      shared.group[g][step].part[1] = _mm512_permutexvar_epi32(nibbles, gather);
+      shared.group[g + 1][step].part[1] = _mm512_permutexvar_epi32(_mm512_srli_epi32(nibbles, 4), gather);
+      __builtin_prefetch(values + kAhead);
     }
-  from = x + at.dense_at + 4 * g;
-  for (int64_t step = at.sparse; step < at.sparse + at.dense; ++step, from += kStep)
-#pragma GCC unroll 1
-    for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 24
-      for (int t = 0; t < Tokens; ++t) {
-        __m512i const two = _mm512_set1_epi32(read<int32_t>(from + t * pitch + 2 - 2 * i));
-#pragma GCC unroll 2
-        for (int s = 0; s < Strips; ++s) sum[t][s] = dot(sum[t][s], shared[s].group[g][step][i], two);
-      }
-  if (way.first) each([&](__m512& v, int64_t i) { v = _mm512_add_ps(_mm512_loadu_ps(way.first + i), v); });
-  if (way.second) each([&](__m512& v, int64_t i) { v = _mm512_add_ps(_mm512_loadu_ps(way.second + i), v); });
-  each([&](__m512& v, int64_t i) { _mm512_storeu_ps(way.to + i, v); });
-}
-
-// All tokens in blocks of nearly the same size, as many as registers have room for.
-template <int Strips>
-void multiply_all(Shared const* shared, int g, Span const& at, Bf16 const* x, int64_t pitch, int tokens, Way way,
-                  int64_t next_strip) {
-  constexpr int kMost = kRegisters / 2;
-  constexpr auto kBySize = []<int... I>(std::integer_sequence<int, I...>) {
-    return std::array{multiply<Strips, I + 1>...};
-  }(std::make_integer_sequence<int, kMost>{});
-  auto const go_on = [&](int done) {
-    tokens -= done;
-    x += done * pitch;
-    way.next(done);
-  };
-  for (; tokens >= 2 * kMost; go_on(kMost)) multiply<Strips, kMost>(shared, g, at, x, pitch, way, next_strip);
-  for (int blocks = (tokens + kMost - 1) / kMost; blocks; --blocks) {
-    int const here = (tokens + blocks - 1) / blocks;
-    kBySize[size_t(here - 1)](shared, g, at, x, pitch, way, next_strip);
-    go_on(here);
-  }
+  uint8_t const* dense = s.dense + bytes_of(std::max<int64_t>(at.dense_at - s.dense_from, 0) * kRows, W::kBits);
+  for (int64_t step = at.sparse; step < at.sparse + at.dense; ++step)
+#pragma GCC unroll 4
+    for (auto& of_sum : shared.group) {
+      to_bf16(dense, of_sum[step].part[1], of_sum[step].part[0]);
+      __builtin_prefetch(dense + kAhead);
+      dense += bytes_of(4 * kRows, W::kBits);
+    }
 }
 
 // Many tokens: kDepth columns are widened at a time, then all tokens go over them, one partial sum after the other. The
@@ -194,11 +109,12 @@ void prefill(Strip const* strips, Bf16 const* x, int64_t pitch, int tokens, floa
   for (int64_t c = 0; !c || c < strips[0].in; c += kDepth) {
     bool const last = c + kDepth >= strips[0].in;
     Span const at = span(strips[0], c, last ? strips[0].in : c + kDepth);
-    for (int s = 0; s < Strips; ++s) shared[s].template widen<W>(strips[s], at);
+    for (int s = 0; s < Strips; ++s) widen<W>(strips[s], at, shared[s]);
     for (int g = 0; g < kSums; ++g) {
       Way const way = {c ? sum[g] : nullptr, sum[g], last && g % 2 ? sum[g - 1] : nullptr,
                        last && g == 3 ? sum[1] : nullptr};
-      multiply_all<Strips>(shared, g, at, x, pitch, tokens, way, tokens * kRows);
+      Group const* const groups[] = {shared[0].group[g], shared[Strips - 1].group[g]};
+      multiply_all<kStep, Strips>(groups, at, x + 4 * g, pitch, tokens, way, tokens * kRows);
     }
   }
 }

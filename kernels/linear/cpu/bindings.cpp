@@ -1,49 +1,18 @@
 // torch operators of the CPU kernels, on libtorch's stable ABI (torch 2.11 and later).
-#include <cpuid.h>
 #include <emmintrin.h>
 #include <sys/mman.h>
 #include <bit>
 #include <iterator>
 #include <memory>
-#include <new>
 #include <optional>
-#include "common/stable_abi.h"
-#include "linear/cpu/amx.h"
 #include "linear/cpu/int8.h"
-#include "linear/cpu/kernels.h"
+#include "linear/cpu/isa.h"
+#include "linear/cpu/operator.h"
 
 namespace {
 
 using namespace spense;
 using namespace spense::cpu;
-
-constexpr int64_t kGrain = 1 << 15;  // values that are worth a second thread
-
-int64_t up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
-int64_t down(int64_t n) { return n / kStep * kStep; }
-
-bool has_avx2() {
-  unsigned a, b, c = 0, d;
-  __get_cpuid(1, &a, &b, &c, &d);
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && c & bit_F16C;
-}
-bool has_avx_vnni() {
-  unsigned a = 0, b, c, d;
-  __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  return has_avx2() && a >> 4 & 1;
-}
-bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
-bool has_avx512_vnni() {
-  return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-}
-bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
-bool has_amx() {
-  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-  unsigned a, b, c, d = 0;
-  __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  return has_avx512_bf16() && (d & kAmx) == kAmx && amx_permitted();
-}
 
 // Instruction sets by number, in the order of ISAS of vllm_spense.ops: what they need and the functions of each codec,
 // or null where they are no better than those before.
@@ -78,11 +47,6 @@ Functions const& functions_of(Codec codec, int64_t isa) {
   return *kIsas[isa - 1].codec[codec];
 }
 
-void check(Tensor const& t, char const* name, bool right, char const* wanted) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && right, "spense: ", name, " must be a contiguous CPU tensor, ",
-                  wanted);
-}
-
 // 16 rows of 16 bytes, `pitch` apart, to 16 columns: four perfect shuffles of the rows.
 void transpose(uint8_t const* from, int64_t pitch, uint8_t* to) {
   __m128i rows[kRows], next[kRows];
@@ -108,13 +72,6 @@ void transpose_rows(uint8_t const* from, int64_t pitch, uint8_t* to) {
   for (; c < pitch; ++c)
     for (int r = 0; r < kRows; ++r) columns[c * kRows + r] = rows[r * pitch + c];
 }
-
-// While it lives, this thread rounds to nearest and flushes no subnormal, whatever somebody has set.
-struct PlainArithmetic {
-  unsigned const before = _mm_getcsr();
-  PlainArithmetic() { _mm_setcsr(0x1F80); }
-  ~PlainArithmetic() { _mm_setcsr(before); }
-};
 
 // Every 16 rows [16, pitch] of units of 1 or 4 bytes become [pitch, 16], in place.
 void interleave_rows_cpu(Tensor bytes, int64_t unit) {
@@ -149,15 +106,6 @@ void huge_pages_cpu(Tensor bytes, bool touched) {
   madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
   if (touched) madvise(reinterpret_cast<void*>(from), to - from, kCollapse);
 }
-
-// Memory that begins with a cache line: a tile's rows are lines.
-struct Buffer {
-  static constexpr std::align_val_t kLine{64};
-  char* const bytes;
-  explicit Buffer(size_t size) : bytes(new (kLine) char[size]) {}
-  Buffer(Buffer const&) = delete;
-  ~Buffer() { ::operator delete[](bytes, kLine); }
-};
 
 // Consecutive rows of y that lie in the same regions.
 struct Rows {

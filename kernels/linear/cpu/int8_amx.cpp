@@ -23,6 +23,7 @@ constexpr ScatterTable scatter_table;
 
 struct Int8Tiles {
   using Sum = int32_t;
+  using Source = Strip;
   static constexpr int kColumns = 64;
   __m512i table = _mm512_load_si512(&scatter_table);
   __m512i row = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
@@ -35,6 +36,8 @@ struct Int8Tiles {
     if constexpr (To == 2) _tile_dpbssd(2, 5, 6);
     if constexpr (To == 3) _tile_dpbssd(3, 5, 7);
   }
+
+  static int64_t columns(Strip const& s) { return s.in; }
 
   // 64 columns of one of so many strips as a tile [16 groups of four][row][column]: where it lies, which is `to` if it
   // has to be written. Columns from s.in on are zeros.
@@ -90,8 +93,8 @@ void quantize_tiles(void const* x, Dtype dtype, int64_t in, int64_t from, int64_
 
 void strips(Strip const* strips, int count, void const* x, int64_t pitch, int tokens, void* out) {
   if (tokens > kVnniUpTo)
-    return strips_amx<Int8Tiles>(strips, count, static_cast<uint8_t const*>(x), pitch, tokens,
-                                 static_cast<int32_t*>(out));
+    return strips_amx(Int8Tiles{}, strips, count, static_cast<uint8_t const*>(x), pitch, tokens,
+                      static_cast<int32_t*>(out));
   int8_strips<Avx512Vnni>(strips, count, x, pitch, tokens, out);
 }
 

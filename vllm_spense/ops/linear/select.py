@@ -11,6 +11,7 @@ from vllm_spense.ops.backend import Backend, Tensors, select
 from vllm_spense.ops.linear.arguments import LinearArguments
 from vllm_spense.ops.linear.cpu import CpuBackend, CpuDenseBackend
 from vllm_spense.ops.linear.cuda import CudaBackend
+from vllm_spense.ops.linear.four_bit_cpu import FourBitCpuBackend
 from vllm_spense.ops.linear.four_bit_cuda import FourBitCudaBackend
 from vllm_spense.ops.linear.four_bit_triton import FourBitTritonBackend
 from vllm_spense.ops.linear.op import linear
@@ -46,6 +47,7 @@ _BACKENDS: tuple[Backend[LinearSpec], ...] = (
     FourBitCudaBackend(),
     FourBitTritonBackend(),
     CpuBackend(),
+    FourBitCpuBackend(),
     CpuDenseBackend(),
     ReferenceBackend(),
 )
