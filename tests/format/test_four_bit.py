@@ -186,6 +186,7 @@ def test_variants_are_one_each_and_travel_between_processes() -> None:
     assert other is NF4.variant(32, table) is pickle.loads(pickle.dumps(other))
     assert other is not NF4.variant(32)
     assert NF4.variant() is NF4 is pickle.loads(pickle.dumps(NF4))
+    assert FP4.variant() is FP4 is pickle.loads(pickle.dumps(FP4))
     assert other.decode(
         {
             "dense_weight": torch.tensor([[0xF7]], dtype=torch.uint8),

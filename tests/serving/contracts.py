@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CONFIG = "vllm_spense.serving.config:SpenseConfig"
+BITSANDBYTES = "vllm_spense.serving.bitsandbytes:BitsAndBytesConfig"
 METHOD = "vllm_spense.serving.layers.linear:SpenseLinearMethod"
 ONLINE = "vllm_spense.serving.layers.online:SpenseOnlineLinearMethod"
 LOADERS = (
@@ -198,9 +199,16 @@ USES = (
     Uses(
         "vllm.model_executor.models.utils:WeightsMapper",
         "class",
-        "renames the modules of the checkpoint to vLLM's",
+        "renames the modules of the checkpoint to vLLM's, and tensors beside weights of bitsandbytes",
+        calls=(Call(0, ("orig_to_new_suffix",)),),
         methods=(("apply_dict", Call(1)),),
         objects=("hf_to_vllm_mapper",),
+    ),
+    Uses(
+        "vllm.transformers_utils.config:get_safetensors_params_metadata",
+        "function",
+        "which modules of a bitsandbytes checkpoint are in 4 bits, in a directory or on the hub",
+        calls=(Call(1, ("revision",)),),
     ),
     Uses("vllm.logger:init_logger", "function", "log lines in vLLM's format", calls=(Call(1),)),
     Uses(
@@ -238,6 +246,22 @@ OVERRIDES = (
             "maybe_update_config",
             "apply_vllm_mapper",
             "get_quant_method",
+            "override_quantization_method",
+        ),
+    ),
+    Overrides(
+        BITSANDBYTES,
+        f"{BASE_CONFIG}:QuantizationConfig",
+        (
+            "get_name",
+            "get_supported_act_dtypes",
+            "get_min_capability",
+            "get_config_filenames",
+            "from_config",
+            "maybe_update_config",
+            "apply_vllm_mapper",
+            "get_quant_method",
+            "get_checkpoint_weight_mapper",
         ),
     ),
     Overrides(

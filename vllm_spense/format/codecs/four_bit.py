@@ -54,8 +54,7 @@ class FourBit(Codec):
 
     def __init__(self, block: int = BLOCK, table: tuple[float, ...] | None = None) -> None:
         self.block = block
-        wide = torch.tensor(self.table if table is None else table, dtype=torch.float32)
-        self.table = tuple(wide.tolist())
+        self.table = _fp32(self.table if table is None else table)
         ranked = sorted(set(self.table))
         self._codes = torch.tensor([self.table.index(value) for value in ranked], dtype=torch.uint8)
         values = torch.tensor(ranked, dtype=torch.float32)
@@ -68,7 +67,7 @@ class FourBit(Codec):
     @classmethod
     def variant(cls, block: int = BLOCK, table: tuple[float, ...] | None = None) -> FourBit:
         """The codec with other blocks or another table of 16 with a zero; the registered one for its own."""
-        return _variant(cls, block, cls.table if table is None else table)
+        return _variant(cls, block, _fp32(cls.table if table is None else table))
 
     def parted(self, values: int) -> FourBit:
         """Blocks that a rank's part begins within are cut into smaller ones with the same absmax."""
@@ -244,6 +243,11 @@ class Fp4(FourBit):
     name = "fp4"
     title = "FP4"
     table = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+
+def _fp32(table: tuple[float, ...]) -> tuple[float, ...]:
+    """The values as files hold them, by which variants are known."""
+    return tuple(torch.tensor(table, dtype=torch.float32).tolist())
 
 
 def _steps(absmax: torch.Tensor) -> torch.Tensor:
