@@ -63,9 +63,9 @@ class FourBitEmulator:
             raise ValueError("FourBitArgs of linear/four_bit.h has other fields than the one here")
 
     @classmethod
-    def build(cls) -> FourBitEmulator:
-        source = (KERNELS / "linear" / "four_bit.cu").read_text()
-        return cls(assemble(f'#include "four_bit_recorder.h"\n{source}', "80"))
+    def build(cls, kernels: Path = KERNELS) -> FourBitEmulator:
+        source = (kernels / "linear" / "four_bit.cu").read_text()
+        return cls(assemble(f'#include "four_bit_recorder.h"\n{source}', "80", kernels))
 
     def run(self, args: FourBitArgs, kernels: list[str], buffers: Buffers, shuffle: bool, seed: int) -> str:
         """Call the launcher, for the matrix where there are no tokens, and run what it launches, which are

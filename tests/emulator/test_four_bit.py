@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
 from .build import why_not
 from .four_bit import Case, FourBitArgs, FourBitEmulator, failure_of
+from .test_mutations import mutated
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no emulator: {REASON}")
@@ -56,3 +58,32 @@ def test_what_no_kernel_computes_is_refused(
     args.dense[0], args.dense_weight.rows, args.dense_weight.columns = 16, 16, columns
     args.dense_weight.block_shift = shift
     assert emulator.host.record(ctypes.byref(args), False, True) == 1
+
+
+DEFECTS = {
+    "sums read before all are there": (
+        "  __syncthreads();\n  for (int i = threadIdx.x;",
+        "  for (int i = threadIdx.x;",
+        Case(3, (0,), (16,), 1024),
+        "results are wrong",
+    ),
+    "rows beyond the region": (
+        "min(row + group + 8, end - 1)",
+        "row + group + 8",
+        Case(3, (0,), (20,), 128),
+        "is in no buffer",
+    ),
+    "the second value of a group at another place": (
+        "position == nibble >> 2 ? 0x32",
+        "position == (nibble >> 2 ^ 1) ? 0x32",
+        Case(3, (16,), (0,), 128),
+        "results are wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_is_seen(name: str, tmp_path: Path) -> None:
+    old, new, case, seen = DEFECTS[name]
+    kernels = mutated(old, new, tmp_path, "four_bit*.cuh")
+    assert seen in failure_of(FourBitEmulator.build(kernels), case)

@@ -7,8 +7,15 @@ import subprocess
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from tests.kernels.sass import LIBRARY, functions, tool
+from tests.layers import four_bit_tensors
+from vllm_spense.format import Codecs
+from vllm_spense.ops import LinearSpec
+from vllm_spense.ops.linear.four_bit import FourBitLayer, prepared
+from vllm_spense.ops.linear.four_bit_cuda import MOST_TOKENS, _cuda_linear
+from vllm_spense.ops.linear.reference import decoded
 
 ARCHITECTURES = ("sm_80", "sm_90")
 PRODUCT = r"linear_kernelI(13__nv_bfloat16|6__half)Li([12])ELb([01])ELb([01])EEEv"
@@ -70,3 +77,46 @@ def test_loading_without_a_gpu_says_so() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="load_four_bit failed with CUDA error"):
         torch.ops.spense.load_four_bit()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "operator"),
+    [
+        (3, torch.bfloat16, "linear_four_bit"),
+        (MOST_TOKENS + 1, torch.bfloat16, "dequantize_four_bit"),
+        (3, torch.float32, "dequantize_four_bit"),
+    ],
+)
+def test_the_back_end_calls_the_operators_as_they_are_declared(
+    tokens: int, dtype: torch.dtype, operator: str
+) -> None:
+    """With stand-ins for CPU tensors behind the library's own schemas."""
+    spec = LinearSpec("output", 24, 64, (8, 4), (4, 8), Codecs.of("nf4"))
+    tensors = four_bit_tensors(spec)
+    weight = decoded(spec, tensors).to(dtype)
+    x, bias = torch.randn(tokens, 64).to(dtype), torch.randn(24).to(dtype)
+    layer = FourBitLayer.of(spec, prepared(spec, tensors), bias)
+    called = []
+
+    def check(name, sparse_values, meta, sparse_absmax, codes, dense_absmax, tables, *sizes) -> None:
+        called.append(name)
+        given = (sparse_values, meta, sparse_absmax, codes, dense_absmax, tables)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(given, layer[:6], strict=True))
+        assert [*sizes] == [[8, 4], [4, 8], True, [64, 64], False]
+
+    def product(x, *rest) -> None:
+        *weights, bias, sparse, dense, split, blocks, shuffle, y = rest
+        check("linear_four_bit", *weights, sparse, dense, split, blocks, shuffle)
+        y.copy_(linear(x, weight, bias))
+
+    def matrix(*rest) -> None:
+        check("dequantize_four_bit", *rest[:-1])
+        rest[-1].copy_(weight)
+
+    library = torch.library.Library("spense", "IMPL", "CPU")
+    library.impl("linear_four_bit", product)
+    library.impl("dequantize_four_bit", matrix)
+    y = _cuda_linear._init_fn(x, False, *layer.flat())
+    library._destroy()
+    assert called == [operator]
+    assert torch.equal(y, linear(x, weight, bias))
