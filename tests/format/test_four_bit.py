@@ -195,3 +195,14 @@ def test_variants_are_one_each_and_travel_between_processes() -> None:
         },
         Layout("output", 1, 2, 0),
     ).tolist() == [[7.5, 0.0]]
+
+
+@both
+def test_an_empty_region_may_be_given(codec: FourBit) -> None:
+    """As a server has it; with an odd number of columns it would not fit beside the other."""
+    layout = Layout("output", 4, 7, 0)
+    tensors = codec.encode(weight_of(layout), layout)
+    stored = codec.tensors(layout).items()
+    empty = {name: torch.empty(s.shape, dtype=s.dtypes[-1]) for name, s in stored if not s.held}
+    assert empty
+    assert torch.equal(codec.decode(tensors | empty, layout), codec.decode(tensors, layout))

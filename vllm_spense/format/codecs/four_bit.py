@@ -170,8 +170,8 @@ class FourBit(Codec):
     def decode(self, tensors: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         parts = []
         scales = _parted(tensors["weight_scale"], layout)
-        for region, (_, count) in _stored_shapes(layout).items():
-            if VALUES[region] not in tensors:
+        for region, (rows, count) in _stored_shapes(layout).items():
+            if not (rows and count):
                 continue
             absmax = self._wide(tensors[f"{region}_absmax"], scales[region])
             values = self._looked_up(_unpacked(tensors[VALUES[region]], count)) * _repeated(
@@ -199,8 +199,8 @@ class FourBit(Codec):
                 "has no block with the scales of two"
             )
         codes, absmax = [], []
-        for region, (_, count) in _stored_shapes(layout).items():
-            if VALUES[region] not in tensors:
+        for region, (rows, count) in _stored_shapes(layout).items():
+            if not (rows and count):
                 continue
             here, scales = _unpacked(tensors[VALUES[region]], count), tensors[f"{region}_absmax"]
             if region == "sparse":  # 0 stands where a zero is written out
