@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_spense.format import Codecs
+from vllm_spense.format.codecs import NF4
 from vllm_spense.format.online import online_layout, prune_and_pack
 from vllm_spense.ops import LinearSpec, select_backend
 from vllm_spense.ops.linear.reference import OUT_DTYPES
@@ -153,3 +154,28 @@ print(before, permitted())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-2:] == ["False", str(torch.cpu._is_amx_tile_supported())]
+
+
+def four_bit(block: int = 64, columns: int = 128) -> LinearSpec:
+    codec = NF4.variant(block)
+    return LinearSpec("output", N, columns, (0,), (N,), Codecs(codec, codec))
+
+
+def test_weights_in_4_bits_get_a_kernel_or_are_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spense.serving.dense import DenseUnquantized
+    from vllm_spense.serving.runtime import choose
+
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("SPENSE_BACKEND", raising=False)
+    chosen, reason = choose(four_bit(), cpu)
+    kernels = platform.machine() == "x86_64"
+    assert getattr(chosen, "name", None) == ("cpu-4bit" if kernels else DenseUnquantized.name)
+    assert (reason is None) == kernels
+    chosen, reason = choose(four_bit(block=8), cpu)
+    assert chosen is DenseUnquantized
+    assert reason == "no kernel for NF4 takes the layer: written out in bf16 at load"
+    monkeypatch.setenv("SPENSE_BACKEND", "vllm-unquantized")
+    assert choose(four_bit(), cpu) == (DenseUnquantized, "SPENSE_BACKEND=vllm-unquantized asks for it")
+    monkeypatch.setenv("SPENSE_BACKEND", "cpu-fp32")
+    with pytest.raises(ValueError, match="it does not know NF4 weights"):
+        choose(four_bit(), cpu)
