@@ -231,6 +231,7 @@ def changed(layer: Layer, **change: Any) -> list[Any]:
         ({"sparse": [-16], "dense": [48]}, "a region of -16 and 48 is not within 0 to 32"),
         ({"sparse_block": 24}, "blocks must have 16, 32 or 64 values, or 0 in FP8, not 24"),
         ({"dense_block": 0}, "weight_packed must be .* packed"),
+        ({"sparse_block": 0, "dense_block": 0}, "one region must be in 4 bits"),
         ({"isa": 9}, "instruction set 9 is none that this CPU has kernels in"),
         ({"isa": 2}, "instruction set 2 is none that this CPU has kernels in"),
     ],
