@@ -74,7 +74,9 @@ CASES = [
     uniform(four("nf4", 128), Layout("input", 24, 400, 160)),
     uniform(NF4, Layout("output", 16, 40, 16)),
     uniform(NF4, Layout("output", 96, 1104, 64), Layout("output", 96, 1104, 64)),
-    uniform(ODD_TABLE, Layout("output", 24, 144, 0), Layout("output", 24, 144, 24), Layout("output", 8, 144, 3)),
+    uniform(
+        ODD_TABLE, Layout("output", 24, 144, 0), Layout("output", 24, 144, 24), Layout("output", 8, 144, 3)
+    ),
     uniform(NF4, Layout("input", 64, 2080, 1032)),
     uniform(ODD_TABLE, Layout("input", 40, 61, 24)),
     uniform(four("nf4", 16), Layout("input", 17, 64, 64)),
@@ -90,7 +92,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 class Layer:
-    """A layer with random contents, its weights of about 1, as it is in a checkpoint and as the kernels take it."""
+    """A layer with random contents, its weights of about 1, as files have it and as the kernels take it."""
 
     def __init__(self, case: Case, absmax: torch.dtype = torch.float32) -> None:
         self.spec = case.spec
@@ -111,7 +113,9 @@ class Layer:
             else:
                 tensor = torch.randint(0, 256, stored.shape, generator=generator).to(torch.uint8)
             self.tensors[what] = tensor
-        self.weight = decoded(self.spec, {what: tensor for what, tensor in self.tensors.items() if tensor.numel()})
+        self.weight = decoded(
+            self.spec, {what: tensor for what, tensor in self.tensors.items() if tensor.numel()}
+        )
         copies = {what: tensor.clone() for what, tensor in self.tensors.items()}
         self.prepared = FourBitCpuBackend().prepare(self.spec, copies)
 
@@ -205,9 +209,24 @@ def test_absmax_in_bytes(case: Case) -> None:
 
 
 def changed(layer: Layer, **change: Any) -> list[Any]:
-    packed, table, bias, n, sparse, dense, split, sparse_block, dense_block = arguments(layer.spec, layer.prepared)
-    usual = {"x": torch.zeros(2, 64), "packed": packed, "table": table, "bias": bias, "n": n, "sparse": sparse}
-    usual |= {"dense": dense, "split": split, "sparse_block": sparse_block, "dense_block": dense_block, "isa": 0}
+    packed, table, bias, n, sparse, dense, split, sparse_block, dense_block = arguments(
+        layer.spec, layer.prepared
+    )
+    usual = {
+        "x": torch.zeros(2, 64),
+        "packed": packed,
+        "table": table,
+        "bias": bias,
+        "n": n,
+        "sparse": sparse,
+    }
+    usual |= {
+        "dense": dense,
+        "split": split,
+        "sparse_block": sparse_block,
+        "dense_block": dense_block,
+        "isa": 0,
+    }
     assert usual.keys() >= change.keys()
     return list((usual | change).values())
 
@@ -259,7 +278,11 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], said: str) -> None:
 )
 def test_wrong_regions_are_not_packed(change: dict[str, Any], said: str) -> None:
     codes = torch.zeros(16, 32, dtype=torch.uint8)
-    usual = {"packed": torch.zeros(1, 576, dtype=torch.uint8), "codes": codes, "meta": codes[:0]}
+    usual: dict[str, Any] = {
+        "packed": torch.zeros(1, 576, dtype=torch.uint8),
+        "codes": codes,
+        "meta": codes[:0],
+    }
     usual |= {"scales": torch.zeros(16, 1), "block": 64, "zero": 7}
     torch.ops.spense.pack_four_bit_cpu(*usual.values())
     with pytest.raises(RuntimeError, match=said):

@@ -56,7 +56,9 @@ def test_a_named_back_end_that_cannot_run_says_why() -> None:
 
 def test_unknown_names_list_the_known_ones() -> None:
     spec, _ = make(*LAYOUTS[0])
-    with pytest.raises(ValueError, match=r"unknown back end 'cublas' \(known: .*cpu, cpu-4bit, cpu-fp32, reference\)"):
+    with pytest.raises(
+        ValueError, match=r"unknown back end 'cublas' \(known: .*cpu, cpu-4bit, cpu-fp32, reference\)"
+    ):
         select_backend(spec, CPU, "cublas")
 
 

@@ -213,5 +213,7 @@ def _pack_fp8(values: torch.Tensor, meta: torch.Tensor, scale: torch.Tensor, str
     torch.cat(parts, 1, out=strips)
 
 
-def _fake(x: torch.Tensor, packed: torch.Tensor, table: torch.Tensor, bias: Any, n: int, *_: Any) -> torch.Tensor:
+def _fake(
+    x: torch.Tensor, packed: torch.Tensor, table: torch.Tensor, bias: Any, n: int, *_: Any
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], n))
