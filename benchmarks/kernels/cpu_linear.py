@@ -4,8 +4,9 @@ usage: python -m benchmarks.kernels.cpu_linear [--seconds 1] [--threads 1] [--is
                                                [--layers 'Llama-3.2-1B down'] [--tokens 1 16] [--report]
                                                [--up-to avx512_bf16]
 
-Microseconds per call of whole layers, activation quantisation included: vLLM's kernels (cpu_rivals.py), a
-plain read of as many bytes as a Spense layer's weights have, and Spense in each codec that the kernels take.
+Microseconds per call of whole layers, activation quantisation included: vLLM's kernels (cpu_rivals.py) and
+bitsandbytes' (cpu_four_bit.py), a plain read of as many bytes as a Spense layer's weights have, and Spense in
+each codec that the kernels take.
 Columns take turns, one call each, so that the noise of a shared machine hits all alike. Medians with 10th and
 90th percentile, and beside wall time what the threads spent on a core. Weights come from memory: between two
 calls on the same ones all others are read, 0.7 to 1.4 GB (more with many instruction sets).
@@ -29,7 +30,7 @@ import torch
 
 from benchmarks.common.machine import cpu_name, facts
 from benchmarks.common.results import ROOT, cpu_kernel_sources, provenance, read, write
-from benchmarks.kernels import cpu_rivals
+from benchmarks.kernels import cpu_four_bit, cpu_rivals
 from benchmarks.kernels.cpu_report import DOCUMENT, report
 from benchmarks.kernels.cpu_rivals import Call, Column
 from benchmarks.kernels.shapes import LLAMA_1B, MODELS, SMOLLM2_135M, layer_spec
@@ -111,8 +112,14 @@ def columns(layer: str, isas: Sequence[str], limit: str | None = None) -> list[C
     """All of them, vLLM's first; the read is one of the first Spense column's bytes."""
     spec = layer_spec(*LAYERS[layer], 0.5)
     spense = list(ours(layer, isas, limit))
-    rivals = cpu_rivals.columns(spec.out_features, spec.in_features, False if limit else None)
-    return [*rivals, *(floor(column.nbytes) for column in spense[:1]), *spense]
+    n, k = spec.out_features, spec.in_features
+    rivals = [
+        *cpu_rivals.columns(n, k, False if limit else None),
+        cpu_four_bit.bitsandbytes(n, k, bool(limit)),
+    ]
+    specs = {ratio: layer_spec(*LAYERS[layer], ratio) for *_, ratio in cpu_four_bit.SPENSE}
+    four_bit = cpu_four_bit.ours(specs, isas, limit)
+    return [*rivals, *(floor(column.nbytes) for column in spense[:1]), *spense, *four_bit]
 
 
 def interleaved(calls: dict[str, list[Call]], x: torch.Tensor, seconds: float) -> dict[str, Samples]:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.common.results import read
-from benchmarks.kernels import cpu_linear, cpu_report, cpu_rivals
+from benchmarks.kernels import cpu_four_bit, cpu_linear, cpu_report, cpu_rivals
 from benchmarks.kernels.cpu_linear import cell, interleaved
 from benchmarks.kernels.cpu_rivals import SCALE, Column, codes
 from benchmarks.kernels.shapes import Model, layer_spec
@@ -87,6 +87,23 @@ def test_spense_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.make(5)(x) - ours.make(5)(x)).abs().max() < 0.02 * ours.make(5)(x).abs().max()
     every = cpu_linear.columns("tiny down", [])
     assert [column.nbytes for column in every if column.kind == "read"] == [ours.nbytes]
+
+
+@needs_kernels
+def test_columns_in_4_bits() -> None:
+    specs = {ratio: layer_spec(TINY, "down", ratio) for ratio in (0.5, 1.0)}
+    x = torch.randn(3, 512).bfloat16()
+    ours = list(cpu_four_bit.ours(specs, []))
+    assert [column.name for column in ours] == ["Spense nf4 1", "Spense nf4 0.5", "Spense nf4+fp8 0.5"]
+    for column in ours:
+        assert column.why_not is None
+        (first,) = [c for c in cpu_four_bit.ours(specs, [ISAS[0]]) if c.name == f"{column.name}, {ISAS[0]}"]
+        wanted = first.make(5)(x)
+        assert (column.make(5)(x) - wanted).abs().max() < 0.02 * wanted.abs().max()
+    theirs = cpu_four_bit.bitsandbytes(256, 512, limited=False)
+    if theirs.why_not is None:
+        assert theirs.make(1)(x).shape == (3, 256)
+    assert cpu_four_bit.bitsandbytes(256, 512, limited=True).why_not
 
 
 def test_columns_take_turns_with_every_copy() -> None:

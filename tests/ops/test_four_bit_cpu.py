@@ -92,7 +92,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 class Layer:
-    """A layer with random contents, as it is in a checkpoint and as the kernels take it."""
+    """A layer with random contents, its weights of about 1, as files have it and as the kernels take it."""
 
     def __init__(self, case: Case, absmax: torch.dtype = torch.float32) -> None:
         self.spec = case.spec
@@ -250,6 +250,7 @@ def changed(layer: Layer, **change: Any) -> list[Any]:
         ({"sparse": [-16], "dense": [48]}, "a region of -16 and 48 is not within 0 to 32"),
         ({"sparse_block": 24}, "blocks must have 16, 32 or 64 values, or 0 in FP8, not 24"),
         ({"dense_block": 0}, "weight_packed must be .* packed"),
+        ({"sparse_block": 0, "dense_block": 0}, "one region must be in 4 bits"),
         ({"isa": 9}, "instruction set 9 is none that this CPU has kernels in"),
         ({"isa": 2}, "instruction set 2 is none that this CPU has kernels in"),
     ],
@@ -277,7 +278,11 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], said: str) -> None:
 )
 def test_wrong_regions_are_not_packed(change: dict[str, Any], said: str) -> None:
     codes = torch.zeros(16, 32, dtype=torch.uint8)
-    usual = {"packed": torch.zeros(1, 576, dtype=torch.uint8), "codes": codes, "meta": codes[:0]}
+    usual: dict[str, Any] = {
+        "packed": torch.zeros(1, 576, dtype=torch.uint8),
+        "codes": codes,
+        "meta": codes[:0],
+    }
     usual |= {"scales": torch.zeros(16, 1), "block": 64, "zero": 7}
     torch.ops.spense.pack_four_bit_cpu(*usual.values())
     with pytest.raises(RuntimeError, match=said):

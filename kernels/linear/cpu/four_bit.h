@@ -5,7 +5,8 @@
 
 namespace spense::cpu {
 
-constexpr int kCodes = 8;  // of a row that lie together: a unit of 4 bytes
+constexpr int kCodes = 8;         // of a row that lie together: a unit of 4 bytes
+constexpr int kFarAhead = 12288;  // bytes that are asked for ahead
 
 // One region of one strip: blocks, each of 16 scales (fp32), in a 2:4 region metadata [values / 4][16 rows], and codes
 // [values / 8][16 rows] of 4 bytes. From its low end these hold values 0, 2, 4, 6 and then 1, 3, 5, 7, so that a shift

@@ -29,9 +29,9 @@ struct FourBitTiles {
   uint8_t const* tile(Blocks const& s, int64_t column, uint8_t* to, int strips) const {
     auto* pairs = reinterpret_cast<__m512i*>(to);
     // what lies behind the end of a strip is read already where two are read side by side
-    int64_t const ahead = column / kStep * block_bytes_of(s) < (s.count * block_bytes_of(s)) - kAhead
-                              ? kAhead
-                              : kAhead + (strips - 1) * (s.count * block_bytes_of(s));
+    int64_t const ahead = column / kStep * block_bytes_of(s) < (s.count * block_bytes_of(s)) - kFarAhead
+                              ? kFarAhead
+                              : kFarAhead + (strips - 1) * (s.count * block_bytes_of(s));
     for (int64_t c = column; c < column + kColumns; c += kStep, pairs += 8) {
       if (c >= columns_of(s)) {
         for (int i = 0; i < 8; ++i) pairs[i] = _mm512_setzero_si512();

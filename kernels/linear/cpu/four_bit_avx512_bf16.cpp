@@ -16,7 +16,7 @@ void widen(Blocks const& blocks, ScaledWidener const& pair, int64_t first, int64
     BlockStep const step = step_of(blocks, first + i);
     __m512 const scales = _mm512_loadu_ps(step.scales);
     __m512i const codes = _mm512_loadu_si512(step.codes);
-    __builtin_prefetch(step.codes + kAhead);
+    __builtin_prefetch(step.codes + kFarAhead);
     if (blocks.sparse) {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
@@ -26,7 +26,7 @@ void widen(Blocks const& blocks, ScaledWidener const& pair, int64_t first, int64
       continue;
     }
     __m512i const more = _mm512_loadu_si512(step.codes + kRows * kUnit);
-    __builtin_prefetch(step.codes + kRows * kUnit + kAhead);
+    __builtin_prefetch(step.codes + kRows * kUnit + kFarAhead);
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
       __m512i const here = g < 2 ? codes : more;

@@ -45,14 +45,14 @@ struct Rows {
 template <bool Sparse, int Tokens>
 void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, __m512 total[Tokens]) {
   constexpr int kChains = 2;                 // what is added up apart, as an addition takes its time; for any Tokens
-  constexpr int kColumns = Sparse ? 16 : 8;     // of a unit
+  constexpr int kColumns = Sparse ? 16 : 8;  // of a unit
   __m512i const gather = _mm512_load_si512(widen_tables.gather);
   Rows<Tokens> rows(x, pitch);
   uint8_t const* p = blocks.data;
   int64_t const units = units_of(blocks), meta_bytes = meta_bytes_of(blocks);
   for (int64_t block = 0; block < blocks.count; ++block) {
     __m512 const scales = _mm512_loadu_ps(p);
-    __builtin_prefetch(p + kAhead);
+    __builtin_prefetch(p + kFarAhead);
     uint8_t const* meta = p + 4 * kRows;
     p = meta + meta_bytes;
     __m512 sum[Tokens][kChains];
@@ -62,8 +62,8 @@ void decode(Blocks const& blocks, __m512i table, Bf16 const* x, int64_t pitch, _
       for (__m512& v : sums) v = _mm512_setzero_ps();
     for (int64_t unit = 0; unit < units; ++unit, p += kRows * kUnit, rows.next(kColumns)) {
       __m512i const codes = _mm512_loadu_si512(p);
-      __builtin_prefetch(p + kAhead);
-      if constexpr (Sparse) __builtin_prefetch(meta + kAhead);
+      __builtin_prefetch(p + kFarAhead);
+      if constexpr (Sparse) __builtin_prefetch(meta + kFarAhead);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         __m512i const pair = _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 4 * i), table);

@@ -16,6 +16,7 @@ using namespace spense::cpu;
 constexpr int64_t kMost = 1 << 30;   // rows, and columns, so that no product overflows
 constexpr int64_t kScaleBytes = 64;  // of the 16 rows of a strip
 constexpr int kTable = 16;
+constexpr int kFew = 8;  // tokens, for which reading weights takes most of the time
 
 // Instruction sets by number, in the order of ISAS of vllm_spense.ops.
 struct Isa {
@@ -75,14 +76,16 @@ struct Region {
     return {bytes, meta, bytes, sparse ? in : 0, sparse ? in : 0, in};
   }
   int64_t bytes() const {
+    int64_t const in = up(columns);
     if (!columns) return 0;
     if (block) return blocks(nullptr).count * block_bytes_of(blocks(nullptr));
-    return kScaleBytes + up(columns) * kRows * 5 / (sparse ? 8 : 5);
+    return kScaleBytes + (sparse ? in / 8 + in / 2 : in) * kRows;
   }
   int64_t end() const { return from + (block && columns ? columns_of(blocks(nullptr)) : up(columns)); }
 };
 
-// Consecutive rows of y that lie in the same regions: of each strip first one region, then the other.
+// Consecutive rows of y that lie in the same regions. Of each strip comes first one in FP8, as those in 4 bits can add
+// to sums that are there, and the 2:4 region in front of the dense one.
 struct Piece {
   int64_t y, count;
   std::array<Region, 2> regions;
@@ -96,6 +99,7 @@ std::vector<Piece> pieces_of(Region sparse, Region dense, int64_t n, int64_t k, 
   if (!output_split) {
     sparse.columns = dense.from = sparse_sizes[0];
     dense.columns = dense_sizes[0];
+    if (!dense.block) std::swap(sparse, dense);
     return {{0, n, {sparse, dense}}};
   }
   std::vector<Piece> found;
@@ -110,29 +114,30 @@ std::vector<Piece> pieces_of(Region sparse, Region dense, int64_t n, int64_t k, 
   return found;
 }
 
-// Sums of some strips: regions in FP8 first, as those in 4 bits can add to what is there.
+// Sums of some strips.
 void add_up(FourBitFunctions const& run, Piece const& piece, int64_t first, int count, void const* x, int64_t pitch,
             int tokens, float* out) {
   constexpr int kCount = 16;
+  uint8_t const* data = piece.data + first * piece.stride();
   bool add = false;
-  for (bool const fp8 : {true, false}) {
-    uint8_t const* data = piece.data + first * piece.stride();
-    for (Region const& region : piece.regions) {
-      if (region.columns && !region.block == fp8) {
-        Strip strips[kCount];
-        Blocks blocks[kCount];
-        float const* scales[kCount];
-        for (int s = 0; s < count; ++s) {
-          uint8_t const* const here = data + s * piece.stride();
-          if (!fp8) blocks[s] = region.blocks(here);
-          if (fp8) strips[s] = region.strip(here), scales[s] = reinterpret_cast<float const*>(here);
-        }
-        fp8 ? run.fp8_strips(strips, count, scales, x, region.from, pitch, tokens, out)
-            : run.strips(blocks, count, region.table, x, region.from, pitch, tokens, out, add);
-        add = true;
+  for (Region const& region : piece.regions) {
+    if (!region.columns) continue;
+    Strip strips[kCount];
+    Blocks blocks[kCount];
+    float const* scales[kCount];
+    for (int s = 0; s < count; ++s) {
+      uint8_t const* const here = data + s * piece.stride();
+      if (region.block) {
+        blocks[s] = region.blocks(here);
+      } else {
+        strips[s] = region.strip(here);
+        scales[s] = reinterpret_cast<float const*>(here);
       }
-      data += region.bytes();
     }
+    region.block ? run.strips(blocks, count, region.table, x, region.from, pitch, tokens, out, add)
+                 : run.fp8_strips(strips, count, scales, x, region.from, pitch, tokens, out);
+    add = true;
+    data += region.bytes();
   }
 }
 
@@ -148,6 +153,7 @@ Tensor four_bit_linear_cpu(Tensor x, Tensor packed, Tensor table, std::optional<
   for (int64_t const block : {sparse_block, dense_block})
     STD_TORCH_CHECK(block == 0 || block == 16 || block == 32 || block == 64,
                     "spense: blocks must have 16, 32 or 64 values, or 0 in FP8, not ", block);
+  STD_TORCH_CHECK(sparse_block || dense_block, "spense: one region must be in 4 bits");
   STD_TORCH_CHECK(
       !sparse_sizes.empty() && sparse_sizes.size() == dense_sizes.size() && (output_split || sparse_sizes.size() == 1),
       "spense: one size of each region per fused shard is needed, and an input split has one shard");
@@ -208,7 +214,10 @@ Tensor four_bit_linear_cpu(Tensor x, Tensor packed, Tensor table, std::optional<
               int const height = int(std::min<int64_t>(some * kRows, piece.count - i * kRows));
               for (int64_t t = 0; t < count; t += together) {
                 int const here = int(std::min<int64_t>(together, count - t));
-                add_up(run, piece, i, some, converted.bytes + t * pitch * run.x_bytes, pitch, here, out);
+                int const abreast = here <= kFew ? 1 : some;  // weights in their order in memory
+                for (int s = 0; s < some; s += abreast)
+                  add_up(run, piece, i + s, abreast, converted.bytes + t * pitch * run.x_bytes, pitch, here,
+                         out + s * here * kRows);
                 run.finish(out, here, height, ones.data(), ones.data(), added ? added + row * width : nullptr, dtype,
                            target + (t * n + row) * width, n);
               }

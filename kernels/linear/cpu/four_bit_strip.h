@@ -32,7 +32,7 @@ void decode(Blocks const& blocks, typename V::Table const& table, float const* x
         for (V& v : sums) v = V::zero();
       for (int64_t unit = 0; unit < units; ++unit, p += kRows * kUnit, from += kColumns) {
         auto const codes = V::words(p + row * kUnit);
-        __builtin_prefetch(p + row * kUnit + kAhead);
+        __builtin_prefetch(p + row * kUnit + kFarAhead);
         if constexpr (Sparse) {
 #pragma GCC unroll 4
           for (int g = 0; g < 4; ++g) {

@@ -1,8 +1,8 @@
 """CPUs: compiled kernels on weights in 4 bits, and on FP8 regions beside them.
 
 ``spense::four_bit_linear_cpu`` (``kernels/``, x86-64) looks codes up in registers. Activations are not
-quantised. All of a layer's weights are one tensor of bytes: strips of 16 output rows in their order, each
-with its 2:4 region and its dense one, and every block of values lies behind its scales.
+quantised. All of a layer's weights are one tensor of bytes in the order in which they are read: strips of 16
+output rows, of each first the region in FP8, if there is one, and every block of values behind its scales.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _pieces(spec: LinearSpec) -> Iterator[Piece]:
     codecs = (spec.codecs.sparse, spec.codecs.dense)
     if spec.split == "input":
         columns = (spec.sparse_sizes[0], spec.dense_sizes[0])
-        found = zip(_REGIONS, codecs, columns, strict=True)
-        yield Piece(spec.out_features, [Region(*region) for region in found if region[2]])
+        found = [Region(*region) for region in zip(_REGIONS, codecs, columns, strict=True) if region[2]]
+        yield Piece(spec.out_features, sorted(found, key=lambda region: isinstance(region.codec, FourBit)))
         return
     for sizes in zip(spec.sparse_sizes, spec.dense_sizes, strict=True):
         for name, codec, rows in zip(_REGIONS, codecs, sizes, strict=True):
