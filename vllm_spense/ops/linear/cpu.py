@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from vllm_spense.format.codecs import RowCodec
 from vllm_spense.format.linear import UNIFORM_FP8
 from vllm_spense.format.sparse24 import decompress
 from vllm_spense.ops import extension
@@ -74,6 +75,8 @@ class CpuDenseBackend:
     name = "cpu-fp32"
 
     def why_not(self, spec: LinearSpec, device: torch.device) -> str | None:
+        if not isinstance(spec.codecs.single, RowCodec):
+            return f"decompresses values that are stored one by one, not {spec.codecs.title}"
         return None if device.type == "cpu" else f"runs on CPUs, not on {device.type}"
 
     def prepare(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
