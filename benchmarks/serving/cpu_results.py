@@ -35,7 +35,11 @@ VARIANTS = {
     "0.5": "Spense FP8, dense ratio 0.5",
     "0.25": "Spense FP8, 0.25",
     "0.5-int8": "Spense INT8, 0.5",
+    "1.0-nf4": "NF4, dense",
+    "0.5-nf4": "Spense NF4, 0.5",
 }
+FOUR_BIT = ("1.0-nf4", "0.5-nf4")
+"""Those of four_bit.py, which no other table shows."""
 POINTS = {
     "decode, 1 sequence": Point(1, 32, 33),
     "decode, 4 sequences": Point(4, 32, 33),
@@ -49,8 +53,8 @@ SLOW = {DENSE: 3}
 
 
 def variants() -> list[str]:
-    """Those whose codec is registered."""
-    return [v for v in VARIANTS if v != "0.5-int8" or "int8" in codec_names()]
+    """Those whose codec is registered, but for 4 bits."""
+    return [v for v in VARIANTS if v not in FOUR_BIT and (v != "0.5-int8" or "int8" in codec_names())]
 
 
 def point_of(variant: str, name: str) -> Point:
