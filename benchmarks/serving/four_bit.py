@@ -1,12 +1,12 @@
-"""Tokens per second of 4-bit models on this CPU: in vLLM with this plugin, and in transformers with bitsandbytes.
+"""Tokens per second of 4-bit models on this CPU: in vLLM with this plugin, and in transformers.
 
 usage: python -m benchmarks.serving.four_bit [--models SmolLM2-135M …] [--repeats 2] [--report]
 
-The variants of cpu.py that matter here (bf16, Spense FP8, NF4, Spense NF4), measured as there and taking turns.
-A bitsandbytes checkpoint is served as `NF4, dense` is: the same layers. vLLM itself has nothing that serves one on
-CPUs, so beside them stands what users have: `generate` of transformers on a real SmolLM2-135M in 4 bits, one
-sequence (bitsandbytes' own CPU kernels; no engine). Writes benchmarks/results/serving_four_bit.json, one entry
-per CPU, and of it a table in docs/performance.md.
+The variants of cpu.py that matter here (bf16, Spense FP8, NF4, Spense NF4), measured as there and taking
+turns. A bitsandbytes checkpoint is served as `NF4, dense` is: the same layers. vLLM itself has nothing that
+serves one on CPUs, so beside them stands what users have: `generate` of transformers on a real SmolLM2-135M
+in 4 bits, one sequence (bitsandbytes' own CPU kernels; no engine). Writes
+benchmarks/results/serving_four_bit.json, one entry per CPU, and of it a table in docs/performance.md.
 """
 
 from __future__ import annotations

@@ -22,9 +22,8 @@ def test_what_is_not_measured_is_a_dash(tmp_path: Path) -> None:
     report({"some CPU": {"models": entries}}, document)
     lines = [line for line in document.read_text().splitlines() if line.startswith("| tiny")]
     assert len(lines) == len(POINTS)
-    assert lines[0] == (
-        "| tiny | decode, 1 sequence | 16.0 (1.00×) | 32.0 (2.00×) | 32.0 (2.00×) | 32.0 (2.00×) | 8.0 (0.50×) |"
-    )
+    twice = " | ".join(["32.0 (2.00×)"] * 3)
+    assert lines[0] == f"| tiny | decode, 1 sequence | 16.0 (1.00×) | {twice} | 8.0 (0.50×) |"
     assert lines[1].endswith("| – |")
 
 
