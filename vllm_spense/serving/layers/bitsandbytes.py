@@ -55,7 +55,12 @@ class StoredWeight:
     bias: bool
 
     def parameters(self) -> dict[str, tuple[int, torch.dtype]]:
-        """Size and dtype of the parameters that keep what lies beside it."""
+        """Size and dtype of the parameters that keep what lies beside it; :class:`CheckpointError`."""
+        for part, (_, stored) in self.beside.items():
+            if stored not in DTYPES:
+                raise CheckpointError(
+                    f"dtype {stored}", module=self.name, tensor=f"weight.{part}", fix=DOWNLOAD
+                )
         found = {
             parameter_of(part): (prod(shape), DTYPES[dtype]) for part, (shape, dtype) in self.beside.items()
         }
@@ -298,7 +303,7 @@ class BitsAndBytesLinearMethod(SpenseMethod):
             codec = type(linear.codec).variant(block, linear.codec.table)
             one = LinearSpec("output", rows.count, self.columns, (0,), (rows.count,), Codecs(codec, codec))
             tensors = {
-                "dense_weight": self.codes.pop(index),
+                "dense_weight": self.codes.pop(index).to(weight.device),
                 "dense_absmax": self._absmax(linear, rows, block),
                 "weight_scale": torch.ones(rows.count, dtype=torch.float32, device=weight.device),
             }
