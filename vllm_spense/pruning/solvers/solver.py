@@ -26,10 +26,10 @@ from vllm_spense.pruning.stages import stage
 from vllm_spense.pruning.warnings import warn
 
 SETTLING = 3
-"""Passes over the columns after rounding; they take up to a tenth off the error of SmolLM2's layers in NF4."""
+"""Passes over the columns after rounding; they take up to a tenth off the error of SmolLM2's layers."""
 SETTLING_DAMPING = 0.2
-"""Part of the Hessian's mean diagonal added for them: with less, codes fit the calibration's text and no other
-(docs/experiments.md)."""
+"""Part of the Hessian's mean diagonal added for them: with less, codes fit the calibration's text and no
+other (docs/experiments.md)."""
 REFIT_DAMPING = 1e-4
 """Part of the Hessian's mean diagonal added for the least squares: for inputs that are never seen alone."""
 
