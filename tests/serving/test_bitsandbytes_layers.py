@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,25 +11,11 @@ import torch
 
 from tests.bitsandbytes_models import dequantised, quantised
 from vllm_spense.format import CheckpointError
+from vllm_spense.format.checkpoint import TensorInfo
 from vllm_spense.ops.linear.reference import decoded
 
 pytestmark = pytest.mark.usefixtures("vllm_process")
 SAFETENSORS = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
-
-
-@pytest.fixture(scope="module")
-def vllm_process(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """This process as the only rank of a tensor-parallel group, which vLLM's parameters ask for."""
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    store = tmp_path_factory.mktemp("group") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-        yield
-    cleanup_dist_env_and_memory()
 
 
 def config_of(files: dict[str, dict[str, torch.Tensor]]) -> Any:
@@ -38,7 +25,7 @@ def config_of(files: dict[str, dict[str, torch.Tensor]]) -> Any:
     config = SpenseConfig.from_config({"quant_method": "bitsandbytes", "load_in_4bit": True})
     config.read(
         {
-            f"{module}.{name}": (SAFETENSORS[tensor.dtype], tuple(tensor.shape))
+            f"{module}.{name}": TensorInfo(Path("file"), SAFETENSORS[tensor.dtype], tuple(tensor.shape))
             for module, tensors in files.items()
             for name, tensor in tensors.items()
         }

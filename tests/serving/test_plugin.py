@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,6 @@ LAYOUTS = {
     f"{ATTN}.o_proj": Layout("output", HIDDEN, HEADS * HEAD_DIM, 0),
 }
 BOUND = 2.0**-7  # bf16 output, and vLLM may sum in another order
-
-
-@pytest.fixture(scope="module")
-def vllm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """This process as the only rank of a tensor-parallel group, which vLLM's layers ask for."""
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    store = tmp_path_factory.mktemp("group") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-        yield
-    cleanup_dist_env_and_memory()
 
 
 def make_config(bias: bool = True, codec: str = "fp8", drop: str | None = None) -> Any:

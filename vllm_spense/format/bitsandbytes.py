@@ -328,7 +328,7 @@ class BitsAndBytesCheckpoint(Checkpoint):
         return LinearFormat(state.layout, Codecs(codec, codec), f"{module}.bias" in self.tensors)
 
     def stored_bytes(self, module: str) -> int:
-        return sum(_nbytes(info) for info in self.headers[module].values())
+        return sum(nbytes_of(info) for info in self.headers[module].values())
 
     def module_tensors(self, module: str) -> dict[str, torch.Tensor]:
         """The module in the form of our codec; raises :class:`CheckpointError` for illegal values."""
@@ -405,7 +405,8 @@ def check_parts(module: str, state: QuantState, parts: Mapping[str, TensorInfo])
             )
 
 
-def _nbytes(info: TensorInfo) -> int:
+def nbytes_of(info: TensorInfo) -> int:
+    """Bytes of a weight, whatever ``bnb_4bit_quant_storage`` it has."""
     return prod(info.shape) * {"F32": 4, "BF16": 2, "F16": 2}.get(info.dtype, 1)
 
 
@@ -414,8 +415,8 @@ def _wrong(
 ) -> str | None:
     if info.dtype not in dtypes:
         return f"dtype {info.dtype}, expected {' or '.join(dtypes)}"
-    if as_bytes and _nbytes(info) != shape[0]:
-        return f"{_nbytes(info)} bytes, expected {shape[0]}"
+    if as_bytes and nbytes_of(info) != shape[0]:
+        return f"{nbytes_of(info)} bytes, expected {shape[0]}"
     if not as_bytes and shape != (-1,) and info.shape != shape:
         return f"shape {list(info.shape)}, expected {list(shape)}"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +14,11 @@ from vllm_spense.format.bitsandbytes import (
     STATE,
     BitsAndBytesCheckpoint,
     check_settings,
-    split_name,
+    grouped,
+    nbytes_of,
     state_name,
 )
+from vllm_spense.format.checkpoint import TensorInfo
 from vllm_spense.format.errors import CheckpointError
 from vllm_spense.serving import compat
 from vllm_spense.serving.checks import refuse_pickles
@@ -28,7 +30,6 @@ from vllm_spense.serving.layers.bitsandbytes import (
     parameter_of,
 )
 
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -64,28 +65,25 @@ class BitsAndBytesConfig(PluginConfig):
         directory = Path(model_name)
         if directory.is_dir():
             refuse_pickles(directory)
-            BitsAndBytesCheckpoint(directory)
-        self.read(compat.safetensors_headers(model_name, revision))
+            self.read(BitsAndBytesCheckpoint(directory).tensors)
+        else:
+            found = compat.safetensors_headers(model_name, revision).items()
+            self.read({name: TensorInfo(directory, *header) for name, header in found})
 
-    def read(self, headers: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Take the modules from the dtypes and shapes of all tensors."""
-        beside: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
-        for name, (dtype, shape) in headers.items():
-            split = split_name(name)
-            if split is not None:
-                beside.setdefault(split[0], {})[split[1]] = (shape, dtype)
-        for name, (dtype, shape) in headers.items():
+    def read(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Take the modules from the headers of all tensors."""
+        stored = grouped(tensors)
+        for name, info in tensors.items():
             module, _, last = name.rpartition(".")
             if last != "weight":
                 continue
-            bias = f"{module}.bias" in headers
-            if module in beside:
-                parts = beside[module]
-                state_name(module, parts)
-                nbytes = prod(shape) * _BYTES.get(dtype, 1)
-                self.modules[module] = StoredWeight(module, nbytes, 0, parts, bias)
-            elif len(shape) == 2:
-                self.plain[module] = StoredWeight(module, 0, shape[0], {}, bias)
+            bias = f"{module}.bias" in tensors
+            if module in stored:
+                beside = {part: (of.shape, of.dtype) for part, of in stored[module].items() if part}
+                state_name(module, beside)
+                self.modules[module] = StoredWeight(module, nbytes_of(info), 0, beside, bias)
+            elif len(info.shape) == 2:
+                self.plain[module] = StoredWeight(module, 0, info.shape[0], {}, bias)
         if not self.modules:
             raise CheckpointError("no weight of the checkpoint is stored in 4 bits", fix=DOWNLOAD)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import gcd, prod
 from typing import Any, NoReturn
@@ -110,7 +111,6 @@ class BitsAndBytesLinearMethod(SpenseMethod):
         self.columns = input_size_per_partition
         self.first_column = rank * self.columns if cut else 0
         self.in_features = input_size
-        self.dtype = params_dtype
         if self.columns % 2:
             self._refuse(
                 f"a rank would have {self.columns} columns, and two share a byte", fix="use fewer ranks"
@@ -118,7 +118,7 @@ class BitsAndBytesLinearMethod(SpenseMethod):
         self.rows = self._rows(output_partition_sizes, input_size, *((0, 1) if cut else (rank, size)))
         shape = (sum(output_partition_sizes), self.columns if self.mixed else self.columns // 2)
         names = {"weight": torch.empty(shape, dtype=params_dtype if self.mixed else torch.uint8)}
-        for name, (sizes, dtype) in self._beside().items():
+        for name, (sizes, dtype) in self._beside.items():
             names[name] = torch.empty(sum(sizes), dtype=dtype)
         for name, data in names.items():
             load = self._load_weight if name == "weight" else self._loader_beside(name)
@@ -162,6 +162,7 @@ class BitsAndBytesLinearMethod(SpenseMethod):
 
     # -- loading ---------------------------------------------------------------------------------
 
+    @cached_property
     def _beside(self) -> dict[str, tuple[list[int], torch.dtype]]:
         """Sizes of every parameter beside the weight, by module, and its dtype."""
         found: dict[str, tuple[list[int], torch.dtype]] = {}
@@ -210,7 +211,7 @@ class BitsAndBytesLinearMethod(SpenseMethod):
         return weight
 
     def _loader_beside(self, name: str) -> Callable[..., None]:
-        sizes = self._beside()[name][0]
+        sizes = self._beside[name][0]
 
         def bitsandbytes_loader(
             param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: object = None
@@ -267,7 +268,7 @@ class BitsAndBytesLinearMethod(SpenseMethod):
         module, parts = self.modules[index], {}
         for part in module.beside:
             name = parameter_of(part)
-            sizes = self._beside()[name][0]
+            sizes = self._beside[name][0]
             parts["" if name == STATE_PARAMETER else part] = getattr(layer, name).data.narrow(
                 0, sum(sizes[:index]), sizes[index]
             )
