@@ -351,7 +351,8 @@ def test_speeches_are_for_the_test_split_alone(
     asked: list[list[str]] = []
     monkeypatch.setattr(accuracy_frontier, "Bench", lambda *_: None)
     monkeypatch.setattr(accuracy_frontier, "measure", lambda *args: asked.append(list(args[3].metrics)))
-    for name in ("write_documents", "write_second_model", "write_goals", "write_quality", "write_tries"):
+    writers = ("write_documents", "write_second_model", "write_goals", "write_quality", "write_tries")
+    for name in (*writers, "write_formats"):
         monkeypatch.setattr(accuracy_frontier, name, lambda *_: None)
     command = ["frontier.py", "--rows", "dense", "--split", "valid"]
     monkeypatch.setattr(sys, "argv", [*command, "--metrics", "speeches"])
