@@ -20,7 +20,7 @@ HEAD = ("loss over dense, nats", "perplexity, novel", "KL, nats", "top-1 agreeme
 
 @dataclass(frozen=True)
 class Point:
-    """A codec at a dense ratio, and the row of frontier.py that measures it."""
+    """A codec at a dense ratio, and the row of frontier_rows.py that measures it."""
 
     key: str
     codec: str

@@ -14,22 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.accuracy import frontier as accuracy_frontier
-from benchmarks.accuracy import frontier_report
-from benchmarks.accuracy.frontier import (
-    ABLATIONS,
-    BASE,
-    GEMMA_ROWS,
-    ROWS,
-    SUBJECTS,
-    Bench,
-    Remembered,
-    Row,
-    Store,
-    lock,
-    measure,
-)
+from benchmarks.accuracy import frontier_report, frontier_rows
+from benchmarks.accuracy.frontier import SUBJECTS, Bench, Remembered, Store, lock, measure
 from benchmarks.accuracy.frontier_cost import cost, enlarged, linear_layouts
 from benchmarks.accuracy.frontier_report import Figure, Figures
+from benchmarks.accuracy.frontier_rows import ABLATIONS, BASE, GEMMA_ROWS, ROWS, Row
 from benchmarks.common.markdown import insert
 from benchmarks.common.results import read
 from tests.tiny import make_llama
@@ -186,8 +175,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     metrics = {"first": FakeBench.first, "second": FakeBench.second}
     monkeypatch.setattr(accuracy_frontier, "METRICS", metrics)
     pruned: list[int] = []
-    real = accuracy_frontier.prune
-    monkeypatch.setattr(accuracy_frontier, "prune", lambda *a: pruned.append(1) or real(*a))
+    real = frontier_rows.prune
+    monkeypatch.setattr(frontier_rows, "prune", lambda *a: pruned.append(1) or real(*a))
     row = Row("magnitude", "magnitude", {"method": "magnitude", "selection": "spensegpt", "dense_ratio": 0})
     arguments = Namespace(
         results=tmp_path / "results.json",
