@@ -99,6 +99,8 @@ def report(results: dict[str, Any], document: Path = DOCUMENT) -> None:
         for model in models:
             for point in POINTS:
                 found = {v: rate(entry["models"].get(f"{model}/{v}"), v, point) for v in SHOWN}
+                if not any(found.values()):
+                    continue
                 dense = found[BF16]
                 cells = [
                     f"{value:,.1f} ({value / dense:.2f}×)" if value and dense else "–"
