@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.layers import ROUNDING, Layer, assert_within_rounding, make_layer
-from vllm_spense.format import FP8_DTYPE, Layout
+from vllm_spense.format import FP8_DTYPE, Codecs, Layout, LinearFormat
 from vllm_spense.format.layout import Split
 from vllm_spense.ops import LinearArguments, dense_linear, quantize_per_token
 from vllm_spense.ops.linear.op import linear
-from vllm_spense.ops.linear.reference import full_weight
+from vllm_spense.ops.linear.reference import decoded, full_weight
+from vllm_spense.ops.linear.spec import LinearSpec
 
 FULL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 FP8_CHECKS = FULL[1:]
@@ -220,3 +221,18 @@ def test_compiled_equals_eager(split: Split) -> None:
         x = torch.randn(tokens, 144, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         for ours, eager in zip(compiled(x), forward(x), strict=True):
             assert torch.equal(ours, eager)
+
+
+def test_shards_that_lack_a_region_are_decoded_too() -> None:
+    """Fused, in two codecs: each shard has the tensors of its own regions alone."""
+    codecs = Codecs.of({"sparse": "nf4", "dense": "fp8"})
+    layouts = [Layout("output", 64, 128, 0), Layout("output", 64, 128, 32), Layout("output", 64, 128, 64)]
+    shards = [LinearFormat(layout, codecs) for layout in layouts]
+    weights = [torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for weight, layout in zip(weights, layouts, strict=True):
+        weight[: layout.sparse].view(-1, 4)[:, 2:] = 0
+    parts = [shard.encode(weight) for shard, weight in zip(shards, weights, strict=True)]
+    names = dict.fromkeys(name for part in parts for name in part)
+    fused = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+    expected = torch.cat([shard.decode(part) for shard, part in zip(shards, parts, strict=True)])
+    assert torch.equal(decoded(LinearSpec.of(layouts, codecs), fused), expected)

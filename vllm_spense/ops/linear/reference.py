@@ -60,10 +60,12 @@ def decoded(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tens
         for sparse, dense in sizes
     ]
     parts: list[dict[str, torch.Tensor]] = [{} for _ in shards]
+    held = [shard.tensors() for shard in shards]
     for name, tensor in tensors.items():
-        rows = [shard.tensors()[name].shape[0] for shard in shards]
-        for part, rows_of_it in zip(parts, tensor.split(rows), strict=True):
-            part[name] = rows_of_it
+        rows = [names[name].shape[0] if name in names else 0 for names in held]
+        for part, names, rows_of_it in zip(parts, held, tensor.split(rows), strict=True):
+            if name in names:  # a shard without one region has none of that region's codec
+                part[name] = rows_of_it
     return torch.cat([shard.decode(part) for shard, part in zip(shards, parts, strict=True)])
 
 
