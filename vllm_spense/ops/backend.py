@@ -8,22 +8,26 @@ alone, so reloading weights can copy into the old storage.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Tensors = dict[str, torch.Tensor]
-Spec = TypeVar("Spec")
 Spec_contra = TypeVar("Spec_contra", contravariant=True)
+AnyBackend = TypeVar("AnyBackend", bound="Legal[Any]")
 
 
-class Backend(Protocol[Spec_contra]):
-    """One way to run a layer that ``Spec`` describes; stateless."""
+class Legal(Protocol[Spec_contra]):
+    """What is asked of a back end of any operator when one is chosen."""
 
     name: str
 
     def why_not(self, spec: Spec_contra, device: torch.device) -> str | None:
         """None when this back end can run the layer there, else the reason in one line."""
+
+
+class Backend(Legal[Spec_contra], Protocol[Spec_contra]):
+    """One way to run a linear layer that ``Spec`` describes; stateless."""
 
     def prepare(self, spec: Spec_contra, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """From checkpoint tensors to run-time tensors.
@@ -44,8 +48,8 @@ class Backend(Protocol[Spec_contra]):
 
 
 def select(
-    backends: Sequence[Backend[Spec]], spec: Spec, device: torch.device, name: str | None = None
-) -> Backend[Spec]:
+    backends: Sequence[AnyBackend], spec: Any, device: torch.device, name: str | None = None
+) -> AnyBackend:
     """The first legal back end, or the named one; ``ValueError`` says why a named one cannot run."""
     for backend in backends:
         if name is not None and backend.name != name:
