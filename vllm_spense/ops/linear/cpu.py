@@ -146,8 +146,7 @@ def interleave(spec: LinearSpec, layer: LinearArguments) -> LinearArguments:
     for tensor, unit in ((filled.sparse_values, 4), (filled.sparse_meta, 1), (filled.dense_weight, 4)):
         if tensor.numel():
             torch.ops.spense.interleave_rows_cpu(tensor, unit)
-            if _huge_pages_wanted():
-                torch.ops.spense.huge_pages_cpu(tensor, touched=True)
+            move_to_huge_pages(tensor)
     return filled
 
 
@@ -156,6 +155,12 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     to move what has been written. Does nothing where the kernels do not run."""
     if tensor.is_cpu and why_not_here() is None and _huge_pages_wanted():
         torch.ops.spense.huge_pages_cpu(tensor, touched=False)
+
+
+def move_to_huge_pages(tensor: torch.Tensor) -> None:
+    """The same for weights that are there already. Does nothing where the kernels do not run."""
+    if tensor.is_cpu and why_not_here() is None and _huge_pages_wanted():
+        torch.ops.spense.huge_pages_cpu(tensor, touched=True)
 
 
 @functools.cache

@@ -1,0 +1,89 @@
+"""CPUs: rows of up and down for the neurons that a token uses, in compiled kernels on bf16 weights.
+
+``spense::sparse_mlp_cpu`` (``kernels/``, x86-64) takes whichever costs less of two ways for a batch: products
+for each token and neuron that is active, or tiles of all neurons. What is summed up in fp32 for a token does
+not depend on the number of threads; between the two ways hidden values differ by a rounding to bf16.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_spense.ops import extension
+from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.linear import cpu
+from vllm_spense.ops.linear.cpu import ISAS
+from vllm_spense.ops.mlp.activation import KINDS
+from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec
+
+
+class SparseMlpCpuBackend:
+    """The compiled kernels; x and the gate may have rows that lie apart."""
+
+    name = "cpu"
+
+    def why_not(self, spec: SparseMlpSpec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"runs on CPUs, not on {device.type}"
+        if spec.dtype != torch.bfloat16:
+            return f"the kernels take bf16 weights, not {spec.dtype}"
+        return why_not_here()
+
+    def prepare(self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "down"}
+        cpu.move_to_huge_pages(kept["up"])
+        return kept | {"down_t": transposed_weight(tensors["down"])}
+
+    def apply(
+        self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.ops.spense.sparse_mlp_cpu(
+            *(with_rows(x), with_rows(gate), tensors["up"], tensors["down_t"]),
+            *(tensors.get("up_bias"), tensors.get("bias")),
+            *(KINDS.index(spec.activation.kind), spec.activation.threshold),
+        )
+
+
+def transposed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """``[N, K]`` to ``[K, N]`` in memory of its own, on huge pages if there are: rows are read at random."""
+    result = torch.empty(weight.shape[::-1], dtype=weight.dtype)
+    cpu.ask_for_huge_pages(result)
+    return result.copy_(weight.t())
+
+
+def with_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its rows are contiguous, however far apart they lie; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@functools.cache
+def why_not_here() -> str | None:
+    """None when this CPU runs the kernels, else the reason in one line; the operators exist afterwards."""
+    reason = extension.why_not_loaded_cpu()
+    if reason is not None:
+        return reason
+    torch.library.register_fake("spense::sparse_mlp_cpu", _fake_mlp)
+    torch.library.register_fake("spense::sparse_input_linear_cpu", _fake_linear)
+    return None if isas() else "the CPU kernels need AVX2 and FMA"
+
+
+def isas() -> tuple[str, ...]:
+    """Those of ``ISAS`` that this CPU has and that have kernels, the best last."""
+    if extension.why_not_loaded_cpu() is not None:
+        return ()
+    here = torch.ops.spense.sparse_mlp_isas_cpu()
+    return tuple(name for i, name in enumerate(ISAS) if here >> i & 1)
+
+
+def _fake_mlp(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], down_t.shape[1]))
+
+
+def _fake_linear(x: torch.Tensor, weight_t: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight_t.shape[1]))
