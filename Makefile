@@ -17,7 +17,7 @@ GPU_PY ?= $(shell $(HAS_CUDA) && echo python3 || echo $(PY))
 GPU_BUDGET ?= 210
 GPU_STAGE_BUDGET ?= 520
 GPU_OUT ?= benchmarks/results/gpu
-GPU_STAGES = $(addprefix gpu-,build first speed test counters tune stack serving tests kernels four_bit pruning cutlass)
+GPU_STAGES = $(addprefix gpu-,build first speed test counters tune stack serving tests kernels four_bit sparse_mlp pruning cutlass)
 
 .PHONY: help setup kernels kernels-check sdist wheel wheels test test-fast fuzz soak start-up lint format demo accuracy frontier second-model cpu report clean gpu gpu-plan gpu-bundle \
 	gpu-rehearsal gpu-report $(GPU_STAGES)
@@ -44,7 +44,7 @@ help:
 	@echo "make gpu-bundle what a GPU machine without network needs, into .gpu/ (needs nvcc; two minutes)"
 	@echo "make gpu-rehearsal  make gpu without a GPU: time limits and faults, with the emulated kernel (ten minutes)"
 	@echo "make gpu-first | -speed | -test | -counters | -tune | -stack | -serving   one stage, under 9 minutes; also"
-	@echo "    gpu-build, gpu-tests (all), gpu-kernels (all rows), gpu-four_bit, gpu-pruning, gpu-cutlass; gpu-report makes the tables"
+	@echo "    gpu-build, gpu-tests (all), gpu-kernels (all rows), gpu-four_bit, gpu-sparse_mlp, gpu-pruning, gpu-cutlass; gpu-report makes the tables"
 
 setup: $(VENV)/.ready $(ASSETS)/.ready $(TORCHVISION)/.ready
 
@@ -146,6 +146,11 @@ cpu: setup $(EXTENSION)
 report: $(VENV)/.ready
 	$(PY) -m benchmarks.accuracy.frontier --plot-only
 	$(PY) -m benchmarks.pruning.pruning_time --report
+	$(PY) -m benchmarks.accuracy.sparsify --report-only
+	$(PY) -m benchmarks.accuracy.relu_training --report-only
+	$(PY) -m benchmarks.serving.sparse_relu --report
+	$(PY) -m benchmarks.serving.sparse_trained --report
+	$(PY) -m benchmarks.kernels.cpu_sparse_mlp --report
 	$(PY) -m benchmarks.serving.prediction
 	$(PY) -m benchmarks.serving.report
 	$(PY) -m benchmarks.kernels.cpu_linear --report

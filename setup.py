@@ -42,19 +42,23 @@ AVX512 = (*AVX2, "-mavx512f")
 AVX512_BF16 = (*AVX512, "-mavx512bw", "-mavx512bf16")
 AVX512_VNNI = (*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni")
 AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
-CPU_UNITS = {  # of linear/cpu; instruction sets are chosen when the kernels run
-    "bindings": (),
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": AVX512_BF16,
-    "amx": (*AVX512_BF16, *AMX),
-    "four_bit_bindings": (),
-    "four_bit_avx512_bf16": AVX512_BF16,
-    "four_bit_amx": (*AVX512_BF16, *AMX),
-    "int8_avx2": AVX2,
-    "int8_avx_vnni": (*AVX2, "-mavxvnni"),
-    "int8_avx512_vnni": AVX512_VNNI,
-    "int8_amx": (*AVX512_VNNI, *AMX),
+CPU_UNITS: dict[str, tuple[str, ...]] = {  # instruction sets are chosen when the kernels run
+    "linear/cpu/bindings": (),
+    "linear/cpu/avx2": AVX2,
+    "linear/cpu/avx512": AVX512,
+    "linear/cpu/avx512_bf16": AVX512_BF16,
+    "linear/cpu/amx": (*AVX512_BF16, *AMX),
+    "linear/cpu/four_bit_bindings": (),
+    "linear/cpu/four_bit_avx512_bf16": AVX512_BF16,
+    "linear/cpu/four_bit_amx": (*AVX512_BF16, *AMX),
+    "linear/cpu/int8_avx2": AVX2,
+    "linear/cpu/int8_avx_vnni": (*AVX2, "-mavxvnni"),
+    "linear/cpu/int8_avx512_vnni": AVX512_VNNI,
+    "linear/cpu/int8_amx": (*AVX512_VNNI, *AMX),
+    "mlp/cpu/bindings": (),
+    "mlp/cpu/avx2": AVX2,
+    "mlp/cpu/avx512": AVX512,
+    "mlp/cpu/avx512_bf16": AVX512_BF16,
 }
 CUTLASS_INSTANCES = {"90a": range(4), "100a": range(4, 12), "100f": range(4, 12)}  # cutlass_fp8.h
 FOUR_BIT_ARCHS = ("80", "90")  # sm_80's code runs on 8.x; what is newer compiles the PTX when it loads it
@@ -148,8 +152,8 @@ class Build(build_ext):
         ]
         commands = {}
         for unit, flags in CPU_UNITS.items():
-            name = f"linear_cpu_{unit}"
-            source = KERNELS / "linear" / "cpu" / f"{unit}.cpp"
+            name = unit.replace("/", "_")
+            source = KERNELS / f"{unit}.cpp"
             commands[name] = [*host, *flags, "-c", str(source), "-o", str(objects / f"{name}.o")]
         compile_units(objects, commands)
         link(out, torch, [objects / f"{name}.o" for name in commands])
@@ -180,6 +184,8 @@ class Build(build_ext):
         unit("linear_sm90_fp8", "linear/sm90_fp8.cu", *device, gencode("90a"))
         unit("linear_four_bit", "linear/four_bit.cu", *device, *map(gencode, FOUR_BIT_ARCHS), FOUR_BIT_PTX)
         unit("linear_four_bit_bindings", "linear/four_bit_bindings.cpp", *host)
+        unit("sparse_mlp", "mlp/sparse_mlp.cu", *device, gencode("90a"))
+        unit("sparse_mlp_bindings", "mlp/sparse_mlp_bindings.cpp", *host)
         built = ARCHS if CUTLASS == "1" else []
         for arch in ARCHS if CUTLASS != "0" else []:
             instances = CUTLASS_INSTANCES[arch]

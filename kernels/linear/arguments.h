@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 #include "common/dtype.h"
+#include "mlp/twell.h"
 
 namespace spense {
 
@@ -31,6 +32,10 @@ struct LinearArgs {
   float* amax;    // null, or [M], zeroed: y becomes silu(gate) * up of two equal shards, and
                   // amax the largest |y| of each token
   int out_dtype;  // Dtype
+  // Null, or [M, ceil(N / 128), twell.words()]: what twell's threshold lets through of a bf16 y is packed, and y
+  // written where a tile has overflowed. One shard, whose 2:4 rows are a multiple of 128 or all.
+  uint32_t* words;
+  Twell twell;
 
   // Extents of the two stored matrices.
   int sparse_rows() const { return region_rows(sparse, values != nullptr); }

@@ -41,14 +41,39 @@ void linear_silu_mul_sm90(Tensor x, Tensor x_scale, Tensor values, Tensor metada
   check_status(spense::linear_sm90(args, config, stream_of(x)), "linear_silu_mul_sm90");
 }
 
+// The gate of an activation-sparse MLP as TwELL's words; y [M, N] is written where a tile has overflowed.
+void linear_twell_sm90(Tensor x, Tensor x_scale, Tensor values, Tensor metadata, Tensor dense, Tensor weight_scale,
+                       std::optional<Tensor> bias, Ints sparse_sizes, Ints dense_sizes, bool output_split,
+                       int64_t tile_tokens, int64_t cluster, bool multicast, bool overlap, int64_t share,
+                       double threshold, Tensor words, Tensor y) {
+  auto args =
+      check_args(x, x_scale, values, metadata, dense, weight_scale, bias, sparse_sizes, dense_sizes, output_split, y);
+  args.twell = {128, int(share), float(threshold)};
+  int64_t const tiles = (args.out_features + 127) / 128;
+  STD_TORCH_CHECK(args.twell.legal(args.out_features) && args.out_dtype == kBfloat16, "spense: no words hold 1/", share,
+                  " of a tile of a bf16 gate of ", args.out_features, " neurons above a threshold of ", threshold);
+  STD_TORCH_CHECK(words.is_cuda() && words.scalar_type() == ScalarType::Int && words.is_contiguous() &&
+                      words.numel() == args.tokens * tiles * args.twell.words() &&
+                      words.get_device_index() == x.get_device_index(),
+                  "spense: words must be int32 [", args.tokens, ", ", tiles, ", ", args.twell.words(), "]");
+  if (!args.tokens) return;
+  args.words = static_cast<uint32_t*>(words.data_ptr());
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Sm90Config const config{128, int(tile_tokens), int(cluster), multicast, overlap};
+  check_status(spense::linear_sm90(args, config, stream_of(x)), "linear_twell_sm90");
+}
+
 // How many clusters of this shape the current device runs at once, 0 if none fits; `paired`: of the kernel with
-// silu(gate) * up. Loads the kernel and raises its limit of shared memory, so that a first launch under graph capture
-// has nothing left to do.
-int64_t sm90_clusters(int64_t tile_rows, int64_t tile_tokens, int64_t cluster, bool multicast, bool paired) {
+// silu(gate) * up, `packed`: of the one that writes TwELL's words. Loads the kernel and raises its limit of shared
+// memory, so that a first launch under graph capture has nothing left to do.
+int64_t sm90_clusters(int64_t tile_rows, int64_t tile_tokens, int64_t cluster, bool multicast, bool paired,
+                      bool packed) {
   int n = 0;
   float none = 0;
+  uint32_t no_words = 0;
   LinearArgs args{};
   args.amax = paired ? &none : nullptr;
+  args.words = packed ? &no_words : nullptr;
   int const status =
       spense::linear_sm90(args, {int(tile_rows), int(tile_tokens), int(cluster), multicast, false}, nullptr, &n);
   if (status == kUnsupported) return 0;
@@ -124,7 +149,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
       "linear_silu_mul_sm90(Tensor x, Tensor x_scale, Tensor sparse_values, Tensor sparse_meta, Tensor dense_weight, "
       "Tensor weight_scale, Tensor? bias, int[] sparse_sizes, int[] dense_sizes, int tile_tokens, int cluster, "
       "bool multicast, bool overlap, Tensor(a!) y, Tensor(b!) amax) -> ()");
-  m.def("sm90_clusters(int tile_rows, int tile_tokens, int cluster, bool multicast, bool paired=False) -> int");
+  m.def("linear_twell_sm90(" SPENSE_LAYER
+        "int tile_tokens, int cluster, bool multicast, bool overlap, int share, float threshold, Tensor(a!) words, "
+        "Tensor(b!) y) -> ()");
+  m.def(
+      "sm90_clusters(int tile_rows, int tile_tokens, int cluster, bool multicast, bool paired=False, "
+      "bool packed=False) -> int");
   m.def(
       "tile_plan(int tokens, int out_features, int in_features, int[] sparse_sizes, int[] dense_sizes, "
       "bool output_split, int tile_rows, int tile_tokens, int group, int sparse_k, int lead, "
@@ -137,6 +167,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spense, m) {
 STABLE_TORCH_LIBRARY_IMPL(spense, CUDA, m) {
   m.impl("linear_sm90", TORCH_BOX(&linear_sm90));
   m.impl("linear_silu_mul_sm90", TORCH_BOX(&linear_silu_mul_sm90));
+  m.impl("linear_twell_sm90", TORCH_BOX(&linear_twell_sm90));
 #ifdef SPENSE_WITH_CUTLASS
   m.impl("linear_cutlass", TORCH_BOX(&linear_cutlass));
 #endif

@@ -1,10 +1,11 @@
-// From the sums of a tile to y: scales, bias and, in a paired tile, silu(gate) * up; through shared memory, so that y
-// is written in rows. Where K is split over a cluster, its CTAs share out the tokens, and each adds the parts of its
-// own.
+// From the sums of a tile to y: scales, bias and, in a paired tile, silu(gate) * up, in a packed one TwELL's words;
+// through shared memory, so that y is written in rows. Where K is split over a cluster, its CTAs share out the tokens,
+// and each adds the parts of its own.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "linear/sm90_shape.cuh"
+#include "mlp/twell_pack.cuh"
 
 namespace spense::sm90 {
 
@@ -64,15 +65,18 @@ struct Place {
 // A thread's share in one tile: 8 rows of one token per step.
 template <class S>
 struct Epilogue {
+  static constexpr int kLanes = S::kOutRows / (S::kJoined ? 8 : 8 * S::kWarpgroups);  // that share a token
   int row8, rows, o;  // first row in the tile, rows that exist, first output
+  bool there;         // is there any row of the tile?
   float scale[S::kBoxes][8], x_scale[(S::kTokens + 127) / 128];
 
   // Before the main loop, so that scales are on their way meanwhile.
   __device__ __forceinline__ void load(KernelParams const& p, Place const& place, TileClass const& c, int row_tile,
                                        int token) {
     int const wg = place.wg, t = place.t;
-    row8 = (S::kPaired ? 0 : wg * 64) + (t & 7) * 8;
+    row8 = (S::kJoined ? 0 : wg * 64) + (t & (kLanes - 1)) * 8;
     int const row = row_tile * S::kOutRows + row8;
+    there = row_tile * S::kOutRows < c.rows;
     rows = min(8, c.rows - row);
     o = c.y_row + row;
 #pragma unroll
@@ -106,8 +110,8 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < S::kTokens; i += 128)
       if (i + t < S::kTokens) smem.x_scale[wg][i + t] = x_scale[i / 128];
-    int const join_thread = S::kPaired ? tid : t;
-    constexpr int kStep = S::kPaired ? 32 : 16;  // tokens at a time
+    int const join_thread = S::kJoined ? tid : t;
+    constexpr int kStep = (S::kJoined ? 256 : 128) / kLanes;  // tokens at a time
 #pragma unroll
     for (int chunk = 0; chunk < S::kTokens; chunk += S::kChunk, ++round) {
       if (parts > 1 && round > 0)
@@ -121,7 +125,7 @@ struct Epilogue {
           smem.sums[j * 8 + (lane & 3) * 2 + (q & 1)][r + (q >> 1) * 8] = acc[i];
         }
       auto const join = [&] {  // those who share sums: a warpgroup, or a pair
-        cutlass::arch::NamedBarrier::sync(S::kPaired ? 256 : 128, S::kPaired ? 0 : wg);
+        cutlass::arch::NamedBarrier::sync(S::kJoined ? 256 : 128, S::kJoined ? 0 : wg);
       };
       join();
       if (parts > 1) {
@@ -129,9 +133,10 @@ struct Epilogue {
         wait_acquire_cluster(sums_full, round & 1, "sums of its peers");
       }
 #pragma unroll 1
-      for (int n = part + parts * (join_thread >> 3); n < S::kChunk; n += parts * kStep) {  // dealt out to the parts
+      for (int n = part + parts * (join_thread / kLanes); n < S::kChunk;
+           n += parts * kStep) {  // dealt out to the parts
         int const token = first_token + chunk + n;
-        if (token >= p.tokens || (!S::kPaired && rows <= 0)) break;
+        if (token >= p.tokens || (!S::kJoined && rows <= 0)) break;
         float const xs = smem.x_scale[wg][chunk + n];
         float value[S::kBoxes][8] = {};
 #pragma unroll
@@ -172,6 +177,19 @@ struct Epilogue {
           if (rows <= 0) continue;
         }
         size_t const at = size_t(token) * p.out_features + o;
+        if constexpr (S::kPacked) {  // the 16 lanes of a token have a tile of TwELL
+          if (!there) continue;
+          mlp::Values<8> packed{};
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (i < rows) packed.pairs[i / 2] |= uint32_t(__bfloat16_as_ushort(__float2bfloat16(v[i]))) << (i % 2 * 16);
+          int const tiles = (p.out_features + 127) / 128, tile = (o - row8) / 128;
+          uint32_t* const words = p.words + (size_t(token) * tiles + tile) * p.twell.words();
+          bool const over = mlp::write_tile<8, kLanes>(words, p.twell, false, packed, o);
+          if (over && rows > 0)
+            store_row(static_cast<__nv_bfloat16*>(p.y) + at, v, rows, [](float f) { return __float2bfloat16(f); });
+          continue;
+        }
         if (p.out_dtype == kBfloat16)
           store_row(static_cast<__nv_bfloat16*>(p.y) + at, v, rows, [](float f) { return __float2bfloat16(f); });
         else if (p.out_dtype == kFloat16)

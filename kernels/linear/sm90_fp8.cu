@@ -84,7 +84,9 @@ int launch(LinearArgs const& args, Sm90Config const& config, cudaStream_t stream
                        args.metadata_rows,
                        args.tokens,
                        args.out_features / S::kBoxes,
-                       args.out_dtype};
+                       args.out_dtype,
+                       args.words,
+                       args.twell};
   int64_t const units = p.plan.units();
   if (units == 0) return kOk;
   if (units > (1 << 30)) return kUnsupported;
@@ -124,6 +126,17 @@ int linear_sm90(LinearArgs const& args, Sm90Config const& config, cudaStream_t s
     SPENSE_INSTANCE(128, 32, false, kPromote, true)
     SPENSE_INSTANCE(128, 64, false, kPromote, true)
     SPENSE_INSTANCE(128, 128, true, 2 * kPromote, true)
+    return kBadConfig;
+  }
+  if (args.words) {
+    bool const tiled = args.shards == 1 && (!args.output_split || args.sparse[0] % 128 == 0 || args.dense[0] == 0);
+    if (!clusters && (!tiled || !args.twell.legal(args.out_features) || args.twell.tile != 128)) return kBadConfig;
+    if (args.out_dtype != kBfloat16) return kUnsupported;
+    SPENSE_INSTANCE(128, 8, false, kPromote, false, true)
+    SPENSE_INSTANCE(128, 16, false, kPromote, false, true)
+    SPENSE_INSTANCE(128, 32, false, kPromote, false, true)
+    SPENSE_INSTANCE(128, 64, false, kPromote, false, true)
+    SPENSE_INSTANCE(128, 128, true, 2 * kPromote, false, true)
     return kBadConfig;
   }
   SPENSE_INSTANCE(64, 8, false, kPromote)

@@ -14,6 +14,8 @@ struct KernelParams {
   void* y;
   float* amax;
   int metadata_rows, tokens, out_features, out_dtype;
+  uint32_t* words;
+  Twell twell;
 };
 
 constexpr int kSmemLimit = 227 * 1024;
@@ -24,17 +26,21 @@ constexpr int kSmemLimit = 227 * 1024;
 // kPaired: y = silu(gate) * up. One warpgroup has 64 rows of gate, the other the same rows of up, and the epilogue
 // joins them. The largest |y| of each token comes along, so that quantising y for the next layer needs one pass, not
 // two.
-template <int kWarpgroups_, int kTokens_, bool kMulticast_, int kPromote_, bool kPaired_ = false>
+//
+// kPacked: y goes out as TwELL's words, a tile of 128 rows from a tile of the kernel.
+template <int kWarpgroups_, int kTokens_, bool kMulticast_, int kPromote_, bool kPaired_ = false, bool kPacked_ = false>
 struct Shape {
-  static constexpr bool kPaired = kPaired_;
-  static_assert(!kPaired || kWarpgroups_ == 2);
+  static constexpr bool kPaired = kPaired_, kPacked = kPacked_;
+  static constexpr bool kJoined = kPaired || kPacked;  // the epilogue needs the rows of both warpgroups
+  static_assert(!kJoined || kWarpgroups_ == 2);
+  static_assert(!(kPaired && kPacked));
   static constexpr int kWarpgroups = kWarpgroups_, kTokens = kTokens_, kPromote = kPromote_;
   static constexpr bool kMulticast = kMulticast_;
   static constexpr int kRows = 64 * kWarpgroups;  // of weights
   static constexpr int kBoxes = kPaired ? 2 : 1, kOutRows = kRows / kBoxes;
   // Consumers, then the producer warp. Registers are handed out by warpgroup: where the accumulators need more than an
   // even share, the producer is a warpgroup that gives its own away.
-  static constexpr bool kShiftRegisters = kTokens > 128 || (kMulticast && kPaired);
+  static constexpr bool kShiftRegisters = kTokens > 128 || (kMulticast && kJoined);
   static constexpr int kThreads = 128 * kWarpgroups + (kShiftRegisters ? 128 : 32);
   // Columns of W per sparse stage. 256 give decode the same 128-byte rows for both regions (one TMA shape, fewer
   // barriers); 128 give prefill twice as many stages in flight, each of which is mostly x.

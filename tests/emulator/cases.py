@@ -125,14 +125,10 @@ class Buffers:
         return torch.from_numpy(self.arrays[name].copy()).view(dtype)
 
 
-def run_once(
-    emulator: Emulator, case: Case, problem: Problem, seed: int, preempt: int
-) -> tuple[str, torch.Tensor, torch.Tensor | None]:
-    """What went wrong or an empty string, y, and the largest |y| of each token of a paired case."""
-    code, dtype, _ = DTYPES[case.dtype]
-    tokens, columns = problem.y.shape
+def arguments_of(case: Case, problem: Problem) -> tuple[LinearArgs, Buffers]:
+    """What the launcher takes but for the outputs, and the buffers that it points to."""
     buffers = Buffers()
-    args = LinearArgs(tokens=tokens, out_features=problem.rows, in_features=case.k)
+    args = LinearArgs(tokens=case.tokens, out_features=problem.rows, in_features=case.k)
     args.output_split, args.shards = not case.rows, len(case.sparse)
     for shard, (sparse, dense) in enumerate(zip(case.sparse, case.dense, strict=True)):
         args.sparse[shard], args.dense[shard] = sparse, dense
@@ -148,13 +144,15 @@ def run_once(
         )
     if problem.dense is not None:
         args.dense_weight, args.dense_pitch = buffers.add("dense", problem.dense), problem.dense.shape[1]
-    empty = torch.full((tokens, columns), float("nan"), dtype=dtype)
-    args.y = buffers.add("y", empty, WRITABLE | AFTER_PRIOR_GRID | WRITE_ONCE)
-    if case.instance.paired:
-        args.amax = buffers.add("amax", torch.zeros(tokens), WRITABLE | AFTER_PRIOR_GRID)
-    args.out_dtype = code
+    args.out_dtype = DTYPES[case.dtype][0]
+    return args, buffers
 
-    rows, tile_tokens, multicast, paired = case.instance
+
+def run_on(
+    emulator: Emulator, case: Case, args: LinearArgs, buffers: Buffers, seed: int, preempt: int
+) -> str:
+    """Launch the case's instance; what went wrong, or an empty string."""
+    rows, tile_tokens, multicast, *kind = case.instance
     config = Sm90Config(rows, tile_tokens, case.cluster, multicast, True)
     recorded = emulator.record(args, config, case.clusters_fit)
     promote = 0 if tile_tokens == 256 else 8 if multicast else 4
@@ -171,7 +169,22 @@ def run_once(
         buffers=table.ctypes.data,
         buffer_count=len(buffers.rows),
     )
-    error = emulator.run(kernel_name(rows // 64, tile_tokens, multicast, promote, paired), launch)
+    return emulator.run(kernel_name(rows // 64, tile_tokens, multicast, promote, *kind), launch)
+
+
+def run_once(
+    emulator: Emulator, case: Case, problem: Problem, seed: int, preempt: int
+) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+    """What went wrong or an empty string, y, and the largest |y| of each token of a paired case."""
+    _, dtype, _ = DTYPES[case.dtype]
+    tokens, columns = problem.y.shape
+    args, buffers = arguments_of(case, problem)
+    empty = torch.full((tokens, columns), float("nan"), dtype=dtype)
+    args.y = buffers.add("y", empty, WRITABLE | AFTER_PRIOR_GRID | WRITE_ONCE)
+    paired = case.instance.paired
+    if paired:
+        args.amax = buffers.add("amax", torch.zeros(tokens), WRITABLE | AFTER_PRIOR_GRID)
+    error = run_on(emulator, case, args, buffers, seed, preempt)
     amax = buffers.get("amax", torch.float32) if paired else None
     return error, buffers.get("y", dtype).view(tokens, columns), amax
 

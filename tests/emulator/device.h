@@ -37,7 +37,7 @@ struct KernelEntry {
 };
 extern KernelEntry const kernel_table[];
 
-enum class Shuffle { idx, bfly };
+enum class Shuffle { idx, bfly, up };
 
 uint8_t* at_global(Thread&, uint64_t address, uint32_t bytes, bool store, char const* what);
 uint8_t* at_shared(Thread&, uint32_t address, uint32_t bytes, bool store, char const* what);

@@ -21,15 +21,17 @@ class Instance(NamedTuple):
     tokens: int
     multicast: bool = False
     paired: bool = False
+    packed: bool = False
 
 
 def host_source(kernels: Path, instances: tuple[Instance, ...]) -> str:
     """Source of the recording launcher, with these instances only."""
     lines, kept = [], set()
     for line in (kernels / "linear" / "sm90_fp8.cu").read_text().splitlines():
-        found = re.match(r"\s*SPENSE_INSTANCE\((\d+), (\d+), (true|false), [^,)]*(, true)?\)", line)
+        found = re.match(r"\s*SPENSE_INSTANCE\((\d+), (\d+), (true|false), [^,)]*((?:, \w+)*)\)", line)
         if found:
-            instance = Instance(int(found[1]), int(found[2]), found[3] == "true", bool(found[4]))
+            kind = (word == "true" for word in re.findall(r"\w+", found[4]))
+            instance = Instance(int(found[1]), int(found[2]), found[3] == "true", *kind)
             if instance not in instances:
                 continue
             kept.add(instance)
@@ -37,6 +39,12 @@ def host_source(kernels: Path, instances: tuple[Instance, ...]) -> str:
     if kept != set(instances):
         raise ValueError(f"the launcher has no instance {sorted(set(instances) - kept)}")
     return "\n".join(['#include "recorder.h"', *lines, ""])
+
+
+class Twell(ctypes.Structure):
+    """spense::Twell of mlp/twell.h."""
+
+    _fields_ = [("tile", ctypes.c_int), ("share", ctypes.c_int), ("threshold", ctypes.c_float)]
 
 
 class LinearArgs(ctypes.Structure):
@@ -62,6 +70,8 @@ class LinearArgs(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("amax", ctypes.c_void_p),
         ("out_dtype", ctypes.c_int),
+        ("words", ctypes.c_void_p),
+        ("twell", Twell),
     ]
 
 

@@ -238,11 +238,15 @@ static bool completes(Meeting& meeting, uint32_t mask) {
 
 uint32_t shuffle(Thread& T, Shuffle mode, uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
   uint32_t const segment = clamp >> 8 & 31;  // of a warp: what its lanes have in common
-  if ((clamp & 31) != 31) fail(T, "shuffle with a last lane");
-  if (segment && mode != Shuffle::idx) fail(T, "shuffle in parts of a warp");
+  if ((clamp & 31) != (mode == Shuffle::up ? 0u : 31u)) fail(T, "shuffle with a last lane");
+  if (segment && mode == Shuffle::bfly) fail(T, "shuffle in parts of a warp");
   Meeting& meeting = join(T, mask);
   meeting.value[T.lane] = value;
-  meeting.lane[T.lane] = (mode == Shuffle::bfly ? T.lane ^ lane : (T.lane & segment) | (lane & ~segment)) & 31;
+  bool const below = T.lane < (T.lane & segment) + lane;  // up: the first lanes keep what they have
+  meeting.lane[T.lane] = (mode == Shuffle::bfly ? T.lane ^ lane
+                          : mode == Shuffle::up ? T.lane - (below ? 0 : lane)
+                                                : (T.lane & segment) | (lane & ~segment)) &
+                         31;
   meeting.thread[T.lane] = &T;
   uint64_t const phase = meeting.phase;
   if (!completes(meeting, mask)) {

@@ -63,7 +63,7 @@ def mutated(old: str, new: str, folder: Path, pattern: str = "sm90_*.cuh") -> Pa
     """A copy of the kernels with this change in one of the files of a ``pattern``."""
     kernels = folder / "kernels"
     shutil.copytree(KERNELS, kernels)
-    sources = {path: path.read_text() for path in (kernels / "linear").glob(pattern)}
+    sources = {path: path.read_text() for path in kernels.rglob(pattern)}
     found = sum(text.count(old) for text in sources.values())
     assert found == 1, "the kernel has changed: adapt the mutation"
     for path, text in sources.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 C_TYPES = {"pred": "bool", "b16": "uint16_t", "b32": "uint32_t", "b64": "uint64_t", "f32": "float"}
 UNSIGNED = {"u16": "uint16_t", "u32": "uint32_t", "u64": "uint64_t", "pred": "bool"}
 SIGNED = {"16": "int16_t", "32": "int32_t", "64": "int64_t"}
+UNORDERED = {"gtu": "le", "geu": "lt", "ltu": "ge", "leu": "gt"}
 SPECIAL = {
     "%tid.x": "T.tid",
     "%ctaid.x": "T.cta_index",
@@ -413,8 +414,11 @@ class Instruction:
     def arithmetic(self) -> str | None:
         base, kind = self.parts[0], self.type if self.type in ("f32", "pred") else self.unsigned
         if base == "setp":
-            sign = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}[self.parts[1]]
-            return self.result(f"{self.typed(1)} {sign} {self.typed(2)}", "pred")
+            signs = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+            if self.type == "f32" and self.parts[1] in UNORDERED:  # true where one is NaN, too
+                sign = signs[UNORDERED[self.parts[1]]]
+                return self.result(f"!({self.typed(1)} {sign} {self.typed(2)})", "pred")
+            return self.result(f"{self.typed(1)} {signs[self.parts[1]]} {self.typed(2)}", "pred")
         if base == "selp":
             return self.result(f"{self.read(3, 'pred')} ? {self.read(1, kind)} : {self.read(2, kind)}", kind)
         if base in ("and", "or", "xor"):
@@ -469,9 +473,11 @@ class Instruction:
         return None
 
 
-def kernel_name(warpgroups: int, tokens: int, multicast: bool, promote: int, paired: bool) -> str:
+def kernel_name(
+    warpgroups: int, tokens: int, multicast: bool, promote: int, paired: bool, packed: bool = False
+) -> str:
     """C++ name of the kernel with these template arguments."""
-    return f"kernel_{warpgroups}_{tokens}_{int(multicast)}_{promote}_{int(paired)}"
+    return f"kernel_{warpgroups}_{tokens}_{int(multicast)}_{promote}_{int(paired)}_{int(packed)}"
 
 
 def string(name: str) -> str:
@@ -494,8 +500,8 @@ def translate(ptx: str) -> dict[str, str]:
         name = found[1]
         if "linear_kernelINS0_5Shape" in name:
             assert len(parameters) == 4, "three tensor maps and KernelParams"
-            groups, tokens, multicast, promote, paired = map(int, re.findall(r"L[ib](\d+)E", name))
-            name = kernel_name(groups, tokens, bool(multicast), promote, bool(paired))
+            groups, tokens, multicast, promote, *kind = map(int, re.findall(r"L[ib](\d+)E", name))
+            name = kernel_name(groups, tokens, bool(multicast), promote, *map(bool, kind))
         else:
             assert len(parameters) == 1, "whatever fits one struct"
         body = ptx[found.end() : closing_brace(ptx, found.end())]

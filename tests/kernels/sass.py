@@ -88,7 +88,8 @@ def tool(name: str) -> str:
 
 @functools.cache
 def disassembly() -> dict[str, str]:
-    """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion, pair."""
+    """SASS of our sm_90a kernels by template arguments: warpgroups, tokens, multicast, promotion, pair,
+    packed."""
     kernels = {}
     for name, text in functions("sm_90a").items():
         found = re.match(r"_ZN6spense4sm9013linear_kernelINS0_5ShapeI(\w+?)EEEE", name)

@@ -15,10 +15,12 @@ from tests.kernels.sass import LIBRARY, disassembly, tool
 
 def test_every_configuration_is_compiled() -> None:
     numbers = [list(map(int, re.findall(r"L[ib](\d+)E", name + "E"))) for name in disassembly()]
-    tiles = {(groups, tokens, multicast, pair) for groups, tokens, multicast, _, pair in numbers}
-    decode = {(groups, tokens, 0, 0) for groups in (1, 2) for tokens in (8, 16, 32, 64, 128)}
-    paired = {(2, tokens, 0, 1) for tokens in (8, 16, 32, 64)} | {(2, 128, 1, 1)}
-    assert tiles == decode | paired | {(2, 128, 1, 0), (2, 256, 1, 0)}
+    tiles = {(groups, tokens, multicast, *kind) for groups, tokens, multicast, _, *kind in numbers}
+    decode = {(groups, tokens, 0, 0, 0) for groups in (1, 2) for tokens in (8, 16, 32, 64, 128)}
+    joined = {
+        (2, tokens, int(tokens == 128), *kind) for tokens in (8, 16, 32, 64, 128) for kind in ((1, 0), (0, 1))
+    }
+    assert tiles == decode | joined | {(2, 128, 1, 0, 0), (2, 256, 1, 0, 0)}
 
 
 def test_the_tensor_cores_run_sparse_and_dense_fp8() -> None:
@@ -56,6 +58,8 @@ def test_a_call_without_a_gpu_says_so() -> None:
 def test_shapes_that_are_not_compiled_are_refused(shape: tuple) -> None:
     with pytest.raises(RuntimeError, match="refused the call with status 1"):
         torch.ops.spense.sm90_clusters(*shape)
+    with pytest.raises(RuntimeError, match="refused the call with status 1"):
+        torch.ops.spense.sm90_clusters(*shape, False, True)
 
 
 def check_object(pattern: str) -> str:

@@ -23,7 +23,7 @@ from benchmarks.kernels.verdicts import config_of
 from vllm_spense.ops.linear.configs import KernelConfig, label
 
 LINEAR, TRITON = "tests/gpu/test_spense_linear.py", "tests/gpu/test_triton_linear.py"
-FOUR_BIT = "tests/gpu/test_four_bit.py"
+FOUR_BIT, SPARSE_MLP = "tests/gpu/test_four_bit.py", "tests/gpu/test_sparse_mlp.py"
 SILU_MUL, PRUNING = "tests/gpu/test_linear_silu_mul.py", "tests/gpu/test_pruning.py"
 CONTEXT_LOST = 86  # tests/gpu/conftest.py
 RESTARTS = 4
@@ -101,6 +101,21 @@ GROUPS = (
         ),
         after=("sparse_tile",),
         file=FOUR_BIT,
+        limit=240,
+        silent=90,
+    ),
+    Group(
+        "sparse_mlp",
+        (
+            "test_mlps",
+            "test_the_same_bits_every_time_and_in_a_graph",
+            "test_words_are_the_definitions",
+            "test_inputs_of_plain_layers",
+            "test_a_gate_that_its_own_kernel_packs",
+            "test_calls_that_make_no_sense_are_refused",
+        ),
+        after=("sparse_tile",),
+        file=SPARSE_MLP,
         limit=240,
         silent=90,
     ),

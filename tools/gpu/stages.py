@@ -297,6 +297,11 @@ def stage_four_bit(run: Run, limit: float) -> bool:
     return once(run, "four_bit", limit, "benchmarks.kernels.four_bit", "four_bit.json")
 
 
+def stage_sparse_mlp(run: Run, limit: float) -> bool:
+    """MLPs of SparseLM-2B and Llama-2-7B at six densities, beside dense ones."""
+    return once(run, "sparse_mlp", limit, "benchmarks.kernels.sparse_mlp", "sparse_mlp.json")
+
+
 def stage_pruning(run: Run, limit: float) -> bool:
     """The pruner's stages on two layers of Qwen3-32B."""
     sources = fingerprint([ROOT / "vllm_spense" / "pruning", source_of(PRUNING)])
@@ -346,6 +351,9 @@ STAGES = (
         default=False,
     ),
     Stage("four_bit", "layers in 4 bits beside bitsandbytes", 180, 60, stage_four_bit, default=False),
+    Stage(
+        "sparse_mlp", "MLPs that skip neurons, beside dense ones", 180, 60, stage_sparse_mlp, default=False
+    ),
     Stage("pruning", "the pruner", 240, 60, stage_pruning, default=False, needs="transformers"),
     Stage(
         "cutlass",

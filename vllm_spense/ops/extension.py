@@ -43,11 +43,13 @@ def cutlass_capabilities() -> frozenset[tuple[int, int]]:
     return frozenset(divmod(code, 10) for code in torch.ops.spense.cutlass_capabilities())
 
 
-def sm90_clusters(rows: int, tokens: int, cluster: int, multicast: bool, paired: bool = False) -> int:
+def sm90_clusters(
+    rows: int, tokens: int, cluster: int, multicast: bool, paired: bool = False, packed: bool = False
+) -> int:
     """How many clusters of this instance of the Hopper kernel the current CUDA device runs at once.
 
-    ``paired``: of the one with SiLU·mul. 0 where not a single one fits (a slice of a GPU may have too few
-    multiprocessors in a row).
-    ``RuntimeError`` for an instance that is not compiled, and with what CUDA says where it fails.
+    ``paired``: of the one with SiLU·mul; ``packed``: of the one that writes TwELL's words. 0 where not a
+    single one fits (a slice of a GPU may have too few multiprocessors in a row). ``RuntimeError`` for an
+    instance that is not compiled, and with what CUDA says where it fails.
     """
-    return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast, paired))
+    return int(torch.ops.spense.sm90_clusters(rows, tokens, cluster, multicast, paired, packed))

@@ -87,7 +87,8 @@ def sm90_configs() -> list[KernelConfig]:
 
 
 def pairs(config: KernelConfig) -> bool:
-    """Whether the configuration is compiled for pairs of gate and up, too (``spense::linear_silu_mul``)."""
+    """Whether the configuration is compiled for pairs of gate and up, too (``spense::linear_silu_mul``), and
+    for gates that are packed (``spense::linear_twell``)."""
     return config.tile_rows == 128 and config.tile_tokens <= (128 if config.multicast else 64)
 
 

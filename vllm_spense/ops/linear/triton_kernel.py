@@ -335,7 +335,7 @@ def _kernel(
 class Launch(NamedTuple):
     """Grid and arguments of one kernel launch."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
