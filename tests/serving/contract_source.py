@@ -101,8 +101,10 @@ class Sources:
         for node in statements(tree.body) if tree else ():
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return self.find(self.origin(module, node), alias.name)
+                    origin = self.origin(module, node)
+                    own = (origin, alias.name) == (module, name)  # a package's submodule, in its __init__
+                    if (alias.asname or alias.name) == name and not own:
+                        return self.find(origin, alias.name)
             elif name in defined(node):
                 return module, node
         submodule = f"{module}.{name}"

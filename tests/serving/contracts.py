@@ -12,9 +12,15 @@ CONFIG = "vllm_spense.serving.config:SpenseConfig"
 BITSANDBYTES = "vllm_spense.serving.bitsandbytes:BitsAndBytesConfig"
 METHOD = "vllm_spense.serving.layers.linear:SpenseLinearMethod"
 ONLINE = "vllm_spense.serving.layers.online:SpenseOnlineLinearMethod"
+TWELL = "vllm_spense.serving.twell:TwellConfig"
+SPARSE_MLP = "vllm_spense.serving.layers.sparse_mlp:SparseMlpMethod"
+SPARSE_INPUT = "vllm_spense.serving.layers.sparse_input:SparseInputLinearMethod"
+SPARSE_LLAMA = "vllm_spense.serving.models.sparse_llama:SparseLlamaForCausalLM"
+SPARSE_LAYER = "vllm_spense.serving.models.sparse_llama:SparseDecoderLayer"
 LOADERS = (
     "vllm_spense.serving.loading:make_loader.spense_weight_loader",
     "vllm_spense.serving.layers.online:_make_dense_loader.spense_dense_loader",
+    "vllm_spense.serving.layers.prepared:make_loader.spense_slice_loader",
 )
 
 LINEAR = "vllm.model_executor.layers.linear"
@@ -23,6 +29,8 @@ QUANT_UTILS = f"{QUANTIZATION}.utils.quant_utils"
 BASE_CONFIG = f"{QUANTIZATION}.base_config"
 KERNELS = "vllm.model_executor.kernels.linear"
 LOADER = "vllm.model_executor.model_loader"
+MODELS = "vllm.model_executor.models"
+LLAMA = f"{MODELS}.llama"
 RELOAD = f"{LOADER}.reload.layerwise"
 
 
@@ -212,6 +220,80 @@ USES = (
         "which modules of a bitsandbytes checkpoint are in 4 bits, in a directory or on the hub",
         calls=(Call(1, ("revision",)),),
     ),
+    Uses(
+        f"{MODELS}.registry:ModelRegistry",
+        "value",
+        "plugin.register makes architectures known",
+    ),
+    Uses(
+        f"{MODELS}.registry:_ModelRegistry",
+        "class",
+        "what the registry is",
+        imported=False,
+        methods=(("register_model", Call(2)),),
+        objects=("ModelRegistry",),
+    ),
+    Uses(
+        f"{LLAMA}:LlamaForCausalLM",
+        "class",
+        "base of our Llama: forward, logits, pipeline stages, LoRA",
+        attributes=("model", "lm_head"),
+    ),
+    Uses(f"{LLAMA}:LlamaDecoderLayer", "class", "base of our layer, for its forward"),
+    Uses(
+        f"{LLAMA}:LlamaAttention",
+        "class",
+        "our layer's attention",
+        calls=(
+            Call(
+                0,
+                (
+                    "bias",
+                    "bias_o_proj",
+                    "cache_config",
+                    "config",
+                    "hidden_size",
+                    "max_position_embeddings",
+                    "num_heads",
+                    "num_kv_heads",
+                    "prefix",
+                    "quant_config",
+                ),
+            ),
+        ),
+    ),
+    Uses(
+        "vllm.model_executor.layers.layernorm:RMSNorm",
+        "class",
+        "our layer's norms",
+        calls=(Call(1, ("eps",)),),
+    ),
+    Uses(
+        f"{LINEAR}:ColumnParallelLinear",
+        "class",
+        "the gate of an activation-sparse MLP",
+        calls=(Call(2, ("bias", "prefix", "quant_config")),),
+        attributes=("tp_rank", "tp_size"),
+        objects=("self.gate_proj",),
+    ),
+    Uses(
+        "vllm.distributed.communication_op:tensor_model_parallel_all_reduce",
+        "function",
+        "sums the ranks' neurons",
+        calls=(Call(1),),
+    ),
+    Uses(
+        f"{LOADER}.weight_utils:default_weight_loader",
+        "function",
+        "loads parameters without a loader, norms",
+        calls=(Call(2),),
+    ),
+    Uses(
+        f"{MODELS}.utils:is_pp_missing_parameter",
+        "function",
+        "tensors of other pipeline stages",
+        calls=(Call(2),),
+    ),
     Uses("vllm.logger:init_logger", "function", "log lines in vLLM's format", calls=(Call(1),)),
     Uses(
         "vllm.plugins:DEFAULT_PLUGINS_GROUP",
@@ -267,6 +349,36 @@ OVERRIDES = (
         younger=("get_checkpoint_weight_mapper",),
     ),
     Overrides(
+        TWELL,
+        f"{BASE_CONFIG}:QuantizationConfig",
+        (
+            "get_name",
+            "get_supported_act_dtypes",
+            "get_min_capability",
+            "get_config_filenames",
+            "from_config",
+            "maybe_update_config",
+            "apply_vllm_mapper",
+            "get_quant_method",
+        ),
+    ),
+    Overrides(SPARSE_LLAMA, f"{LLAMA}:LlamaForCausalLM", ("load_weights", "packed_modules_mapping")),
+    Overrides(
+        SPARSE_LAYER,
+        f"{LLAMA}:LlamaDecoderLayer",
+        ("hidden_size", "input_layernorm", "mlp", "post_attention_layernorm", "self_attn"),
+    ),
+    Overrides(
+        SPARSE_MLP,
+        f"{BASE_CONFIG}:QuantizeMethodBase",
+        ("create_weights", "process_weights_after_loading", "apply"),
+    ),
+    Overrides(
+        SPARSE_INPUT,
+        f"{LINEAR}:LinearMethodBase",
+        ("create_weights", "process_weights_after_loading", "apply"),
+    ),
+    Overrides(
         METHOD,
         f"{LINEAR}:LinearMethodBase",
         ("create_weights", "process_weights_after_loading", "apply"),
@@ -287,77 +399,82 @@ CALLED = (
         "load_general_plugins runs the entry point, unguarded",
     ),
     Called(
-        (f"{CONFIG}.maybe_update_config",),
+        (f"{CONFIG}.maybe_update_config", f"{TWELL}.maybe_update_config"),
         "maybe_update_config",
         ("quant_config",),
         ("vllm.config.vllm",),
         "headers and hashes are checked before anything is loaded",
     ),
     Called(
-        (f"{CONFIG}.get_min_capability",),
+        (f"{CONFIG}.get_min_capability", f"{TWELL}.get_min_capability"),
         "get_min_capability",
         ("quant_config",),
         ("vllm.config.vllm",),
         "refuses GPUs older than sm_80",
     ),
     Called(
-        (f"{CONFIG}.get_supported_act_dtypes",),
+        (f"{CONFIG}.get_supported_act_dtypes", f"{TWELL}.get_supported_act_dtypes"),
         "get_supported_act_dtypes",
         ("quant_config",),
         ("vllm.config.vllm",),
         "--dtype",
     ),
     Called(
-        (f"{CONFIG}.from_config",),
+        (f"{CONFIG}.from_config", f"{TWELL}.from_config"),
         "from_config",
         ("quant_cls",),
         (f"{LOADER}.weight_utils",),
         "config.json's quantization_config is parsed",
     ),
     Called(
-        (f"{CONFIG}.get_config_filenames",),
+        (f"{CONFIG}.get_config_filenames", f"{TWELL}.get_config_filenames"),
         "get_config_filenames",
         ("quant_cls",),
         (f"{LOADER}.weight_utils",),
         "no file names: load-time mode for models without quantization_config",
     ),
     Called(
-        (f"{CONFIG}.__init__",),
+        (f"{CONFIG}.__init__", f"{TWELL}.__init__"),
         "quant_cls",
         ("",),
         (f"{LOADER}.weight_utils",),
         "load-time mode",
     ),
     Called(
-        (f"{CONFIG}.apply_vllm_mapper",),
+        (f"{CONFIG}.apply_vllm_mapper", f"{TWELL}.apply_vllm_mapper"),
         "apply_vllm_mapper",
         ("quant_config", "self.quant_config"),
         (f"{LOADER}.utils", "vllm.model_executor.models.interfaces"),
         "module names of multimodal models",
     ),
     Called(
-        (f"{CONFIG}.get_quant_method",),
+        (f"{CONFIG}.get_quant_method", f"{TWELL}.get_quant_method"),
         "get_quant_method",
         ("quant_config", "self.quant_config"),
         (LINEAR, BASE_CONFIG, "vllm.model_executor.layers.attention.attention"),
         "which layer gets which method",
     ),
     Called(
-        (f"{METHOD}.create_weights", f"{ONLINE}.create_weights"),
+        (f"{METHOD}.create_weights", f"{ONLINE}.create_weights", f"{SPARSE_INPUT}.create_weights"),
         "create_weights",
         ("self.quant_method",),
         (LINEAR,),
         "the layer's extents on this rank",
     ),
     Called(
-        (f"{METHOD}.apply", f"{ONLINE}.apply"),
+        (f"{METHOD}.apply", f"{ONLINE}.apply", f"{SPARSE_INPUT}.apply"),
         "apply",
         ("self.quant_method", "self._get_quant_method()"),
         (LINEAR, "vllm.lora.layers.base_linear", "vllm.lora.layers.row_parallel_linear"),
         "the layer's forward, with and without LoRA",
     ),
     Called(
-        (f"{METHOD}.process_weights_after_loading", f"{ONLINE}.process_weights_after_loading"),
+        (
+            f"{METHOD}.process_weights_after_loading",
+            f"{ONLINE}.process_weights_after_loading",
+            f"{SPARSE_INPUT}.process_weights_after_loading",
+            f"{SPARSE_MLP}.process_weights_after_loading",
+        ),
         "process_weights_after_loading",
         ("quant_method",),
         (f"{LOADER}.utils", f"{LOADER}.dummy_loader", RELOAD),
@@ -372,9 +489,28 @@ CALLED = (
     ),
 )
 
+_FORWARD = (
+    "self.input_layernorm(",
+    "self.self_attn(positions=positions, hidden_states=hidden_states)",
+    "self.post_attention_layernorm(hidden_states, residual)",
+    "self.mlp(hidden_states)",
+)
 _BIAS_WHY = "biases are created after our tensors and loaded by layer.weight_loader, which is then ours"
 _BIAS = ("self.quant_method.create_weights(", "'weight_loader': self.weight_loader")
 MARKS = (
+    Marks(LLAMA, "LlamaDecoderLayer.forward", _FORWARD, "modules by the names that our layer gives them"),
+    Marks(
+        LLAMA,
+        "LlamaModel.__init__",
+        ("layer_type(vllm_config=vllm_config, prefix=prefix)",),
+        "builds our layers",
+    ),
+    Marks(
+        LLAMA,
+        "LlamaForCausalLM.__init__",
+        ("self.config = config", "layer_type=layer_type"),
+        "hands our layer on; the loader reads config",
+    ),
     *(
         Marks(LINEAR, f"{layer}.__init__", _BIAS, _BIAS_WHY)
         for layer in ("ReplicatedLinear", "ColumnParallelLinear", "RowParallelLinear")

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -360,9 +361,19 @@ def captured(name: str, action: Callable[[], object]) -> str:
 
 
 def test_load_time_mode_warns() -> None:
+    from transformers import LlamaConfig
+
     from vllm_spense.serving.config import SpenseConfig
 
-    assert "shows speed, NOT quality" in captured("vllm_spense.serving.config", SpenseConfig)
+    def warning(architecture: str) -> str:
+        config = SimpleNamespace(architectures=[architecture], get_text_config=lambda: LlamaConfig())
+        return captured(
+            "vllm_spense.serving.config", lambda: SpenseConfig().maybe_update_config("model", config)
+        )
+
+    assert "shows speed, NOT quality" in warning("LlamaForCausalLM")
+    assert "Nothing is pruned" in warning("SparseLlamaForCausalLM")
+    assert "NOT quality" not in warning("SparseLlamaForCausalLM")
 
 
 @pytest.mark.usefixtures("vllm_process")

@@ -24,9 +24,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from vllm.model_executor.layers import quantization
 
     custom = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
-    without = [m for m in quantization.QUANTIZATION_METHODS if m != plugin.METHOD]
+    without = [m for m in quantization.QUANTIZATION_METHODS if m not in plugin.METHODS]
     monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", without)
-    monkeypatch.delitem(custom, plugin.METHOD, raising=False)
+    for method in plugin.METHODS:
+        monkeypatch.delitem(custom, method, raising=False)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(plugin, "failure", None)
     messages: list[str] = []
@@ -121,7 +122,7 @@ def test_a_vllm_that_changed(
     foreign_model_is_detected()
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
-    assert plugin.METHOD not in QUANTIZATION_METHODS
+    assert not set(plugin.METHODS) & set(QUANTIZATION_METHODS)
 
 
 def test_a_failure_is_not_for_ever(fresh: list[str]) -> None:
@@ -146,11 +147,36 @@ def test_registering_twice(fresh: list[str]) -> None:
     foreign_model_is_detected()
 
 
+def test_models_that_vllm_lacks(fresh: list[str]) -> None:
+    """Architectures, config classes and the second method; what vLLM and transformers know is not touched."""
+    from transformers import AutoConfig
+    from vllm.model_executor.layers import quantization
+    from vllm.model_executor.models import ModelRegistry
+
+    from vllm_spense.models.families import ACTIVATION_SPARSE
+    from vllm_spense.serving.models.configs import CONFIGS
+    from vllm_spense.serving.twell import TwellConfig
+
+    before = {name: model for name, model in ModelRegistry.models.items() if name not in ACTIVATION_SPARSE}
+    plugin.register()
+    assert {n: m for n, m in ModelRegistry.models.items() if n not in ACTIVATION_SPARSE} == before
+    for name in ACTIVATION_SPARSE:
+        model = ModelRegistry.models[name]
+        assert f"{model.module_name}:{model.class_name}" == plugin.MODEL
+    for config in CONFIGS:
+        assert type(AutoConfig.for_model(config.model_type, hidden_act="relu")) is config
+    assert type(AutoConfig.for_model("llama")).__module__.startswith("transformers.")
+    assert quantization.get_quantization_config("twell") is TwellConfig
+    assert fresh == []
+
+
 def test_we_want_no_foreign_checkpoint() -> None:
     from vllm_spense.serving.config import SpenseConfig
+    from vllm_spense.serving.twell import TwellConfig
 
-    for asked in (None, "fp8", "spense"):
-        assert SpenseConfig.override_quantization_method(FOREIGN, asked, hf_config=None) is None
+    for asked in (None, "fp8", "spense", "twell"):
+        for config in (SpenseConfig, TwellConfig):
+            assert config.override_quantization_method(FOREIGN, asked, hf_config=None) is None
 
 
 def test_importing_the_plugin_is_cheap() -> None:

@@ -27,7 +27,7 @@ from vllm_spense.ops.linear.select import preferred_backend, select_backend
 from vllm_spense.ops.linear.triton import TritonBackend
 from vllm_spense.serving.layers.method import SpenseMethod
 from vllm_spense.serving.runtime import choose
-from vllm_spense.serving.summary import LayerFacts, LoadSummary, describe
+from vllm_spense.serving.summary import LayerFacts, LoadSummary, SparsitySummary, describe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GATE_UP = LinearSpec("output", 2 * 96, 48, (64, 64), (32, 32))
@@ -257,3 +257,16 @@ def test_bf16_weights_are_a_reason() -> None:
     name, why = named(choose(LinearSpec.of([layout], Codecs.of("bf16")), CPU))
     assert name == "vllm-unquantized"
     assert why == "bf16 weights run as vLLM's unquantized layers"
+
+
+def test_one_line_for_layers_that_skip_zeros() -> None:
+    """Logged with the last layer; a copy starts empty, and says the same of the checkpoint."""
+    summary = pickle.loads(pickle.dumps(SparsitySummary("MLPs with relu", [0.3, 0.004, 0.02, 0.1])))
+    layers = [torch.nn.Module() for _ in range(3)]
+    for layer in layers:
+        summary.expect(layer)
+    for layer, backend in zip(layers, ("cpu", "cpu", "reference"), strict=True):
+        summary.add(layer, "mlp", backend)
+    line = "TwELL: 3 activation-sparse MLPs with relu; back ends: cpu 2, reference 1; "
+    assert summary.describe() == line + "density by the checkpoint: min 0.4%, median 6.0%, max 30.0%"
+    assert SparsitySummary("down layers").describe().endswith("; density: not in the checkpoint")

@@ -7,7 +7,7 @@ for the file, for a module or for a region of one; it is written only where vers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -257,8 +257,18 @@ def parse_config(raw: object, file: object = "config.json") -> AnyCheckpointConf
             file=file,
             fix="install the vllm-spense release that wrote the checkpoint",
         )
+    fix = "docs/format.md lists every key; make the checkpoint again with `spense prune`"
+    if version == 1:
+        return validated(SpenseCheckpointConfig, raw, file, fix)
+    return validated(SpenseCheckpointConfig2, raw, file, fix)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], raw: object, file: object, fix: str) -> Model:
+    """``raw`` as ``model``; one :class:`CheckpointError` names the first mistakes and counts the others."""
     try:
-        model = SpenseCheckpointConfig if version == 1 else SpenseCheckpointConfig2
         return model.model_validate(raw)
     except ValidationError as error:
         found = [
@@ -266,8 +276,4 @@ def parse_config(raw: object, file: object = "config.json") -> AnyCheckpointConf
             for e in error.errors(include_url=False, include_input=False)
         ]
         more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-        raise CheckpointError(
-            "; ".join(found[:5]) + more,
-            file=file,
-            fix="docs/format.md lists every key; make the checkpoint again with `spense prune`",
-        ) from None
+        raise CheckpointError("; ".join(found[:5]) + more, file=file, fix=fix) from None

@@ -43,6 +43,10 @@ MIXERS = ("self_attn", "linear_attn")
 """What a decoder layer calls its MLP (or experts), and what mixes its tokens."""
 
 
+ACTIVATION_SPARSE = ("SparseLlamaForCausalLM", "BambooForCausalLM")
+"""Architectures that vLLM lacks and the plugin serves: Llamas whose gate leaves most neurons at zero."""
+
+
 @dataclass(frozen=True)
 class Family:
     """How the models of one ``model_type`` differ from a Llama.

@@ -27,7 +27,10 @@ __all__ = [
 ]
 
 _LATE = {
+    "vllm.distributed.communication_op": ("tensor_model_parallel_all_reduce",),
+    "vllm.model_executor.layers.layernorm": ("RMSNorm",),
     "vllm.model_executor.layers.linear": (
+        "ColumnParallelLinear",
         "LinearBase",
         "LinearMethodBase",
         "QKVParallelLinear",
@@ -39,6 +42,9 @@ _LATE = {
         "kFp8StaticChannelSym",
     ),
     "vllm.model_executor.model_loader.reload.layerwise": ("initialize_online_processing",),
+    "vllm.model_executor.model_loader.weight_utils": ("default_weight_loader",),
+    "vllm.model_executor.models.llama": ("LlamaAttention", "LlamaDecoderLayer", "LlamaForCausalLM"),
+    "vllm.model_executor.models.utils": ("is_pp_missing_parameter",),
     "vllm.model_executor.parameter": ("BasevLLMParameter",),
 }
 """vLLM's modules, and the names that this module has from each on first use."""

@@ -11,7 +11,7 @@ import torch
 from vllm_spense.format.bitsandbytes import METHOD, is_bitsandbytes
 from vllm_spense.format.errors import REPRUNE, CheckpointError
 from vllm_spense.format.schema import AnyCheckpointConfig, parse_config
-from vllm_spense.models.families import FUSED, MLP_SPLITS, stays_as_stored
+from vllm_spense.models.families import ACTIVATION_SPARSE, FUSED, MLP_SPLITS, stays_as_stored
 from vllm_spense.serving import compat
 from vllm_spense.serving.checks import check_directory
 from vllm_spense.serving.summary import LoadSummary
@@ -31,6 +31,11 @@ DRAFT_PREFIX = "draft_model."
 
 DECODER_PREFIX = "model."
 """What vLLM puts before the names of a decoder's layers, and embedding models leave out in their files."""
+
+
+def is_activation_sparse(hf_config: Any) -> bool:
+    """Whether a model is served under an architecture of ours, whose MLPs skip neurons."""
+    return any(name in ACTIVATION_SPARSE for name in getattr(hf_config, "architectures", None) or ())
 
 
 class PluginConfig(compat.QuantizationConfig):
@@ -94,13 +99,7 @@ class SpenseConfig(PluginConfig):
         self.modules = {} if checkpoint is None else dict(checkpoint.modules)
         self.model_type = ""
         self.values_are_keys = False
-        if checkpoint is None:
-            logger.warning(
-                "Spense load-time mode: the model is not pruned by calibration. MLP weights are cut to "
-                "2:4 by magnitude (dense ratio %.2f) and all linear layers are rounded to FP8. This "
-                "shows speed, NOT quality; run `spense prune` for a checkpoint that keeps its accuracy.",
-                ONLINE_DENSE_RATIO,
-            )
+        self.activation_sparse = False
 
     def __repr__(self) -> str:
         kind = "load-time" if self.checkpoint is None else f"{len(self.modules)} modules"
@@ -132,9 +131,27 @@ class SpenseConfig(PluginConfig):
             text = hf_config.get_text_config()
             self.model_type = text.model_type
             self.values_are_keys = bool(getattr(text, "attention_k_eq_v", False))
+            self.activation_sparse = is_activation_sparse(hf_config)
         directory = Path(model_name)
-        if self.checkpoint is not None and directory.is_dir():
+        if self.checkpoint is None:
+            self._warn()
+        elif directory.is_dir():
             check_directory(directory)
+
+    def _warn(self) -> None:
+        """Say what load-time mode does to a model."""
+        if self.activation_sparse:
+            logger.warning(
+                "Spense load-time mode: attention and the gates of activation-sparse MLPs are rounded to FP8 "
+                "without calibration, up and down stay as they are. Nothing is pruned."
+            )
+            return
+        logger.warning(
+            "Spense load-time mode: the model is not pruned by calibration. MLP weights are cut to "
+            "2:4 by magnitude (dense ratio %.2f) and all linear layers are rounded to FP8. This "
+            "shows speed, NOT quality; run `spense prune` for a checkpoint that keeps its accuracy.",
+            ONLINE_DENSE_RATIO,
+        )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> compat.QuantizeMethodBase | None:
         """Linear layers get a Spense or an unquantized method; everything else vLLM's default (None)."""
@@ -155,7 +172,7 @@ class SpenseConfig(PluginConfig):
 
         if stays_as_stored(prefix, self.model_type) or isinstance(layer, compat.ReplicatedLinear):
             return None  # routers and gates, read as .weight
-        split = ONLINE_SPLITS.get(prefix.rpartition(".")[2])
+        split = None if self.activation_sparse else ONLINE_SPLITS.get(prefix.rpartition(".")[2])
         return SpenseOnlineLinearMethod(prefix, split, ONLINE_DENSE_RATIO, self.summary)
 
     def _stored_method(self, checkpoint: AnyCheckpointConfig, prefix: str) -> SpenseMethod | None:

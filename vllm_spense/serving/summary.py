@@ -8,8 +8,9 @@ vLLM never creates (other pipeline stages) or throws away before loading is not 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -67,6 +68,45 @@ class LoadSummary:
             self._pending.discard(layer)
             if not self._pending:
                 logger.info("%s", describe(list(self._loaded.values()), len(self._unquantized)))
+
+
+class SparsitySummary:
+    """One line when the last of a model's layers that skip zeros is loaded; they are held weakly.
+
+    ``what`` they are, in the plural; ``density``: what the checkpoint says of the layers that it measured.
+    """
+
+    def __init__(self, what: str, density: Iterable[float] = ()) -> None:
+        self.what = what
+        self.density = tuple(density)
+        self._pending: WeakSet[torch.nn.Module] = WeakSet()
+        self._backends: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[SparsitySummary], tuple[str, tuple[float, ...]]]:
+        return SparsitySummary, (self.what, self.density)
+
+    def expect(self, layer: torch.nn.Module) -> None:
+        """A layer was created and will be loaded."""
+        self._pending.add(layer)
+
+    def add(self, layer: torch.nn.Module, prefix: str, backend: str) -> None:
+        """A layer was loaded; the last one of the model logs the line, and a reload nothing."""
+        logger.debug("%s runs on %s", prefix, backend)
+        self._backends[layer] = backend
+        if layer in self._pending:
+            self._pending.discard(layer)
+            if not self._pending:
+                logger.info("%s", self.describe())
+
+    def describe(self) -> str:
+        """How many layers there are, what runs them, and how dense their input is where that is known."""
+        backends = Counter(self._backends.values())
+        named = ", ".join(f"{name} {count}" for name, count in backends.most_common())
+        line = f"TwELL: {len(self._backends)} activation-sparse {self.what}; back ends: {named}"
+        if not self.density:
+            return f"{line}; density: not in the checkpoint"
+        low, middle, high = min(self.density), median(self.density), max(self.density)
+        return f"{line}; density by the checkpoint: min {low:.1%}, median {middle:.1%}, max {high:.1%}"
 
 
 def describe(layers: Sequence[LayerFacts], unquantized: int) -> str:

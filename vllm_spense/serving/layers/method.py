@@ -14,7 +14,7 @@ from vllm_spense.serving.loading import Loaded
 from vllm_spense.serving.runtime import Runtime, make_runtime
 from vllm_spense.serving.summary import LayerFacts, LoadSummary
 
-_DONE = "_already_called_process_weights_after_loading"
+DONE = "_already_called_process_weights_after_loading"
 
 
 class SpenseMethod(compat.LinearMethodBase):
@@ -39,7 +39,7 @@ class SpenseMethod(compat.LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace what was loaded by what the back end runs on."""
-        if getattr(layer, _DONE, False):
+        if getattr(layer, DONE, False):
             return
         spec, tensors = self.collect(layer)
         self.runtime = make_runtime(spec, tensors, layer)
@@ -47,7 +47,7 @@ class SpenseMethod(compat.LinearMethodBase):
         install(layer, prepared, self.names)
         self.runtime.finish(layer)
         self.loaded.clear()  # a reload must bring everything again
-        setattr(layer, _DONE, True)
+        setattr(layer, DONE, True)
         size = sum(tensor.nbytes for tensor in prepared.values())
         self.summary.add(layer, LayerFacts(self.prefix, spec, self.runtime.name, self.runtime.fallback, size))
 
