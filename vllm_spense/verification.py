@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_spense.format import manifest
 from vllm_spense.format.bitsandbytes import open_checkpoint
 from vllm_spense.format.checkpoint import Checkpoint
 from vllm_spense.format.errors import REPRUNE, CheckpointError
+from vllm_spense.format.twell_checkpoint import TwellCheckpoint
+from vllm_spense.format.twell_config import RESPARSIFY
 from vllm_spense.format.validate import check_checkpoint
 from vllm_spense.models.fused import model_parameter
 from vllm_spense.network import auto_class, spense_names
@@ -43,6 +46,8 @@ def verify(
     files come into it if they are loaded. Raises :class:`CheckpointError` at the first mistake.
     """
     checkpoint = open_checkpoint(directory)
+    if isinstance(checkpoint, TwellCheckpoint):
+        return _verify_thresholds(checkpoint, update_manifest, progress)
     config = checkpoint.require_spense()
     if update_manifest and checkpoint.foreign:
         raise CheckpointError(
@@ -76,15 +81,7 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
     except ImportError:
         return False
     path = checkpoint.directory / "config.json"
-    try:
-        model_config = load_config(checkpoint.directory)
-        model_config.__dict__.pop("quantization_config", None)
-        with torch.device("meta"):
-            model = auto_class(model_config).from_config(model_config)
-    except Exception as error:  # whatever a damaged config makes transformers raise
-        raise CheckpointError(
-            f"transformers cannot build the model ({type(error).__name__}: {error})", file=path, fix=REPRUNE
-        ) from None
+    model = _network(checkpoint)
     modules = checkpoint.require_spense().modules
     names = spense_names(model, checkpoint)
     linears = names.modules
@@ -118,6 +115,51 @@ def check_architecture(checkpoint: Checkpoint) -> bool:
         if f"{module}.bias" not in known and any(modules[part].bias for part in parts):
             raise CheckpointError("the checkpoint has a bias, the model none", module=module, fix=REPRUNE)
     return True
+
+
+def _network(checkpoint: Checkpoint) -> Any:
+    """The model that config.json describes, without memory."""
+    import torch
+
+    try:
+        model_config = load_config(checkpoint.directory)
+        model_config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            return auto_class(model_config).from_config(model_config)
+    except Exception as error:  # whatever a damaged config makes transformers raise
+        raise CheckpointError(
+            f"transformers cannot build the model ({type(error).__name__}: {error})",
+            file=checkpoint.directory / "config.json",
+            fix=REPRUNE,
+        ) from None
+
+
+def _verify_thresholds(
+    checkpoint: TwellCheckpoint, update_manifest: bool, progress: Callable[[str], None]
+) -> VerifyReport:
+    """Hashes, and that every threshold is one of a linear of the model; the weights are plain."""
+    hashed = 0 if update_manifest else manifest.check_manifest(checkpoint.directory, progress=progress)
+    linears = {
+        name: module.weight.shape for name, module in _network(checkpoint).named_modules() if _linear(module)
+    }
+    for name in checkpoint.thresholds.inputs:
+        stored = checkpoint.tensors[f"{name}.weight"].shape
+        if tuple(linears.get(name, ())) != stored:
+            raise CheckpointError(
+                f"a threshold for a module of shape {list(stored)}, which the model has not as a linear",
+                file=checkpoint.directory / "config.json",
+                module=name,
+                fix=RESPARSIFY,
+            )
+    if update_manifest:
+        manifest.update_manifest(checkpoint.directory)
+    inputs = len(checkpoint.thresholds.inputs)
+    return VerifyReport(checkpoint.directory, inputs, len(checkpoint.tensors), hashed, True)
+
+
+def _linear(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 2
 
 
 def _extents(checkpoint: Checkpoint, parts: list[str]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from vllm_spense.cli.app import app
 from vllm_spense.cli.options import flag, takes_options
 from vllm_spense.pruning.config import PRESETS, PruneConfig
 from vllm_spense.recovery.config import RecoveryConfig
+from vllm_spense.sparsify.config import SparsifyConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "pruning.md"
 UNOFFERED = {"damping", "block_size", "alignment"}
@@ -36,7 +37,10 @@ def test_the_page_has_the_models_descriptions() -> None:
     assert table == option_table(), f"docs/pruning.md between the markers should be:\n{option_table()}"
 
 
-@pytest.mark.parametrize(("command", "model"), [("prune", PruneConfig), ("recover", RecoveryConfig)])
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [("prune", PruneConfig), ("recover", RecoveryConfig), ("sparsify", SparsifyConfig)],
+)
 def test_commands_have_the_models_options(command: str, model: type[BaseModel]) -> None:
     options = {option: p for p in COMMANDS[command].params for option in p.opts}
     for name, field in model.model_fields.items():

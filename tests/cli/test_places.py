@@ -93,6 +93,8 @@ def tree(directory: Path) -> dict[str, bytes]:
         ("recover {root}/pruned -o {root}/pruned {more}", "pruned is an input of this command"),
         ("recover {root}/pruned -o {root}/dense {more}", "dense is an input of this command"),
         ("recover {root}/pruned -o {root}/mine {more}", "no checkpoint that Spense"),
+        ("sparsify {root}/dense -o {root}/dense --calibration {root}/text.txt", "dense is an input"),
+        ("sparsify {root}/dense -o {root}/mine --calibration {root}/text.txt", "no checkpoint that Spense"),
     ],
 )
 def test_overwrite_replaces_only_checkpoints_of_ours(

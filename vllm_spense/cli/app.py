@@ -24,8 +24,9 @@ from vllm_spense.cli.progress import (
     pruning_progress,
     quiet_transformers,
     recovery_progress,
+    stage_progress,
 )
-from vllm_spense.cli.report import show_report
+from vllm_spense.cli.report import show_density, show_report
 from vllm_spense.cli.server import ServerError
 from vllm_spense.cli.text_options import TEXT, ColumnOption, StartOption, one_or_all
 from vllm_spense.cli.trial import try_checkpoint
@@ -33,6 +34,7 @@ from vllm_spense.format.codecs import codec_names
 from vllm_spense.format.errors import one_line
 from vllm_spense.pruning.config import PRESET_FIELDS, PruneConfig
 from vllm_spense.recovery.config import RecoveryConfig
+from vllm_spense.sparsify.config import SparsifyConfig
 
 app = typer.Typer(
     help="Spense for vLLM: prune a model to 2:4 sparse + dense FP8, check it, measure it, export it.",
@@ -110,7 +112,8 @@ def recover(
         str | None, typer.Option(help="The model that DIRECTORY was pruned from", show_default=False)
     ] = None,
 ) -> None:
-    """Train the kept weights of a pruned checkpoint for a few minutes; its zeros stay zeros."""
+    """Train the kept weights of a pruned checkpoint for a few minutes; its zeros stay zeros. Or give a Llama
+    ReLU gates."""
     from vllm_spense.recovery import recover as run
 
     config = RecoveryConfig(**options | {"calibration": one_or_all(options["calibration"])})
@@ -119,6 +122,32 @@ def recover(
         report = run(directory, out, config, dense, progress)
     before, after = report.held_out
     console.print(f"loss on windows that were not learnt from: {before:.4f} before, {after:.4f} after")
+    if report.density is not None:
+        used, left = report.density
+        console.print(f"hidden values there that are not zero: {used:.1%} before, {left:.1%} after")
+    _say_written(out)
+
+
+@app.command()
+@takes_options(SparsifyConfig, types={"calibration": list[str]})
+def sparsify(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New checkpoint directory", show_default=False)],
+    options: dict[str, Any],
+) -> None:
+    """Find thresholds below which the MLPs of MODEL skip inputs of their last linear; nothing is trained."""
+    from vllm_spense.sparsify import sparsify as run
+
+    config = SparsifyConfig(**options | {"calibration": one_or_all(options["calibration"])})
+    quiet_transformers()
+    with one_line_warnings(errors), stage_progress(errors) as progress:
+        report = run(model, out, config, progress)
+    show_density(report.density, console, report.thresholds)
+    console.print(
+        f"KL divergence from the model itself: {report.loss:.4f} nats per token "
+        f"({report.uniform_loss:.4f} with the same share in each layer)",
+        highlight=False,
+    )
     _say_written(out)
 
 
@@ -190,10 +219,23 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Draw dense ratio and loss per layer, as FILE.png (needs matplotlib)")
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure density on a text: the share of hidden values that are not zero"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of --text: tokens to read", min=2)] = 16384,
 ) -> None:
-    """What a checkpoint holds: regions, sparsity, bytes, losses."""
+    """What a checkpoint holds: regions, sparsity, bytes, losses. With --text: how much of its MLPs any model
+    uses."""
     from vllm_spense.format.report import inspect as run
 
+    if text:
+        if plot is not None:
+            raise ValueError(
+                "--text shows how much of its MLPs a model uses, and --plot what is stored: one each"
+            )
+        _inspect_density(directory, text, max_tokens, as_json)
+        return
     report = run(directory)
     if plot is not None:
         from vllm_spense.cli.plot import plot_layers
@@ -201,6 +243,18 @@ def inspect(
         plot_layers(report, plot)
         say(errors, "Wrote ", (shown(plot), "bold"))
     show_report(report, as_json, console)
+
+
+def _inspect_density(directory: Path, text: list[str], max_tokens: int, as_json: bool) -> None:
+    from vllm_spense.evaluation.density import text_density
+
+    quiet_transformers()
+    with one_line_warnings(errors), module_progress(errors, "windows") as progress:
+        found = text_density(directory, text, max_tokens=max_tokens, progress=progress)
+    if as_json:
+        print(json.dumps({"directory": str(directory), "density": found.mean, **asdict(found)}))
+        return
+    show_density(found, console)
 
 
 @app.command()

@@ -62,6 +62,20 @@ def module_progress(console: Console, what: str) -> Iterator[Step]:
 
 
 @contextmanager
+def stage_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that starts again with every stage: its name, steps done, steps in all."""
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def step(stage: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=shown(stage))
+
+        yield step
+
+
+@contextmanager
 def pruning_progress(console: Console) -> Iterator[Callable[[PruneProgress], None]]:
     """One printed line per layer: losses of its modules, time so far and time left."""
 

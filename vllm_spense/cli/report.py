@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from vllm_spense.cli.console import say, shown
 from vllm_spense.format.report import CheckpointReport
+
+if TYPE_CHECKING:
+    from vllm_spense.evaluation.density import Density
+
+
+def show_density(density: Density, console: Console, thresholds: Mapping[str, float] | None = None) -> None:
+    """Print how much of each MLP the tokens of a text use, and the thresholds where there are."""
+    table = Table()
+    for column in ("module", "neurons", "used", "dead", *([] if thresholds is None else ["threshold"])):
+        left = column == "module"
+        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for name, layer in density.layers.items():
+        row = (name, str(layer.neurons), f"{layer.density:.2%}", str(layer.dead))
+        table.add_row(*row, *([] if thresholds is None else [f"{thresholds[name]:.4g}"]))
+    console.print(table)
+    say(
+        console,
+        f"{density.mean:.2%} of the hidden values are not zero, over {density.tokens} tokens; "
+        f"{density.dead:.1%} of the neurons were never used",
+    )
 
 
 def show_report(report: CheckpointReport, as_json: bool, console: Console) -> None:

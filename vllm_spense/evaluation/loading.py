@@ -16,9 +16,13 @@ import torch
 from torch import nn
 
 from vllm_spense import sources
+from vllm_spense.evaluation.gates import own_activation, use
+from vllm_spense.evaluation.thresholds import apply_thresholds
 from vllm_spense.format import Checkpoint, CheckpointError
 from vllm_spense.format.bitsandbytes import open_checkpoint
+from vllm_spense.format.checkpoint import CONFIG_NAME
 from vllm_spense.format.errors import REPRUNE, RESAVE
+from vllm_spense.format.twell_checkpoint import TwellCheckpoint
 from vllm_spense.format.validate import check_headers, check_values
 from vllm_spense.models.fused import left_out, model_parameter
 from vllm_spense.network import SpenseNames, auto_class, spense_names
@@ -70,27 +74,34 @@ def load_model(
     """A transformers model for evaluation; ``dtype`` is that of activations and plain weights.
 
     ``activations="none"`` leaves activations unquantised (weights only). No code from the directory is
-    run. Raises :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories, also
-    where a tensor of the model is missing. Warns of tensors that the model does not use.
+    run. Thresholds of the checkpoint are applied to the inputs that they are for. Raises
+    :class:`CheckpointError` (a ``ValueError``) for damaged or unsupported directories, also where a tensor of
+    the model is missing. Warns of tensors that the model does not use.
     """
-    check_source(directory, four_bit=True)
+    check_source(directory, as_stored=True)
     checkpoint = open_checkpoint(directory)
     check_tensors(checkpoint)
     if checkpoint.quantization is None:
         model = _load_dense(checkpoint, dtype)
     else:
         model = _load_spense(checkpoint, dtype, activations)
+    if isinstance(checkpoint, TwellCheckpoint):
+        apply_thresholds(model, checkpoint.thresholds.inputs, checkpoint.directory)
     return model.to(device).eval()
 
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer, without running code from it."""
-    check_source(directory, four_bit=True)
+    check_source(directory, as_stored=True)
     return sources.load_tokenizer(Path(directory))
 
 
 def _load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    config = load_config(checkpoint.directory)
+    config = load_config(checkpoint.directory, borrow=True)
+    config.__dict__.pop("quantization_config", None)  # thresholds alone: the weights are plain
+    activation = own_activation(checkpoint.config, checkpoint.directory / CONFIG_NAME)
+    if activation is not None:
+        config.hidden_act = "relu"  # which transformers can build with; the right one comes later
     with _quiet_report(), building(checkpoint.directory):
         model, found = auto_class(config).from_pretrained(
             checkpoint.directory,
@@ -114,6 +125,8 @@ def _load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         raise CheckpointError(problem, file=checkpoint.directory, tensor=name, fix=RESAVE)
     if found["unexpected_keys"]:
         warnings.warn(left_out(found["unexpected_keys"], checkpoint.directory), stacklevel=3)
+    if activation is not None:
+        use(activation, model)
     return model
 
 

@@ -28,6 +28,8 @@ from vllm_spense.format.errors import CheckpointError
 from vllm_spense.format.layout import Layout
 from vllm_spense.format.linear import Codecs, LinearFormat
 from vllm_spense.format.schema import MAX_FEATURES, ModuleSpec, checkpoint_config
+from vllm_spense.format.twell_checkpoint import TwellCheckpoint
+from vllm_spense.format.twell_config import is_twell
 
 METHOD = "bitsandbytes"
 DOWNLOAD = "download the checkpoint again, or make it again with transformers and bitsandbytes"
@@ -251,9 +253,11 @@ def is_bitsandbytes(config: Mapping[str, Any]) -> bool:
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """A directory of ours, of bitsandbytes, or with a dense model; :class:`CheckpointError`."""
-    config = Path(directory) / CONFIG_NAME
-    kind = BitsAndBytesCheckpoint if config.is_file() and is_bitsandbytes(read_json(config)) else Checkpoint
-    return kind(directory)
+    path = Path(directory) / CONFIG_NAME
+    config = read_json(path) if path.is_file() else {}
+    if is_bitsandbytes(config):
+        return BitsAndBytesCheckpoint(directory)
+    return TwellCheckpoint(directory) if is_twell(config) else Checkpoint(directory)
 
 
 class BitsAndBytesCheckpoint(Checkpoint):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_spense.pruning.config import BOS, CALIBRATION, TEXT_COLUMN, Sources
 from vllm_spense.text.bos import Bos
 
 Objective = Literal["both", "distill", "tokens"]
 Train = Literal["mlp", "all"]
+L1 = 2e-5
+"""What the paper recommends (arXiv 2603.23198)."""
 
 
 class RecoveryConfig(BaseModel):
@@ -28,6 +30,15 @@ class RecoveryConfig(BaseModel):
         description="Learn the dense model's distributions, the text's next tokens, or both",
     )
     train: Train = Field(default="mlp", description="MLPs and norms, or the linears of attention, too")
+    activation: Literal["relu"] | None = Field(
+        default=None, description="Replace the SiLU of the gates (Llama models; DIRECTORY may be dense)"
+    )
+    l1: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description=f"Of --activation: weight of a token's absolute hidden values, {L1:g} if not given",
+    )
     steps: int = Field(default=100, ge=1, description="Training steps")
     learning_rate: float = Field(
         default=1e-4,
@@ -44,15 +55,27 @@ class RecoveryConfig(BaseModel):
     )
     overwrite: bool = Field(default=False, description="Replace an existing OUT")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> RecoveryConfig:
+        if self.l1 is not None and self.activation is None:
+            raise ValueError("l1 penalises the hidden values of ReLU gates: it needs --activation relu")
+        return self
+
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result: not where the text is and what may be replaced.
 
         Younger ones are left out where they are as usual, as in all records from before they were options.
         """
         aside = {"calibration", "overwrite"}
-        younger = {"bos": "auto", "text_column": None}
+        younger = {"bos": "auto", "text_column": None, "activation": None, "l1": None}
         aside |= {name for name, usual in younger.items() if getattr(self, name) == usual}
-        return self.model_dump(exclude=aside)
+        penalty = {} if self.activation is None else {"l1": self.penalty}
+        return self.model_dump(exclude=aside) | penalty
+
+    @property
+    def penalty(self) -> float:
+        """Coefficient of the L1 penalty; 0 for none."""
+        return 0.0 if self.activation is None else L1 if self.l1 is None else self.l1
 
     @property
     def tokens(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from vllm_spense.format import Checkpoint, CheckpointWriter
 from vllm_spense.pruning.card import CARD_NAME
 from vllm_spense.pruning.fingerprint import versions
 from vllm_spense.recovery.config import RecoveryConfig
+from vllm_spense.recovery.gates import relu_config
 from vllm_spense.recovery.student import Student
 from vllm_spense.text import TextRecord
 
@@ -24,6 +24,13 @@ _TRAINED = {
     "mlp": "the MLPs' kept weights and the norms",
     "all": "the kept weights of all linears and the norms",
 }
+_RELU = """\
+The gates are ReLU in place of SiLU. With that, and with an L1 penalty of {penalty:g} on the sum of a token's
+absolute hidden values, """
+_PRUNED = """\
+Zeros of the 2:4 regions stayed zeros. Losses per layer and the
+evaluation above are from before."""
+_DENSE = "What stands above is from before."
 
 
 def write_rest(
@@ -32,7 +39,18 @@ def write_rest(
     """Write all files but the weights, which can be done before the training."""
     writer.write_config(_config(checkpoint, config, text))
     writer.copy_side_files(checkpoint.directory)
-    writer.write_text(CARD_NAME, _card(checkpoint.directory, config, text))
+    writer.write_text(CARD_NAME, _card(checkpoint, config, text))
+
+
+def write_density(
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    config: RecoveryConfig,
+    text: TextRecord,
+    density: list[float],
+) -> None:
+    """config.json once more, with what share of its hidden values each layer uses: serving goes by that."""
+    writer.write_config(_config(checkpoint, config, text) | {"sparsity_density": density})
 
 
 def write_weights(
@@ -51,7 +69,7 @@ def write_weights(
         if name in values:
             stored = round_stochastically(values[name], stored.dtype, generator).to(stored.dtype)
         writer.add(name, stored)
-    for module in checkpoint.require_spense().modules:
+    for module in [] if checkpoint.quantization is None else checkpoint.quantization.modules:
         for short, tensor in _module(checkpoint, module, values.get(module), generator).items():
             writer.add(f"{module}.{short}", tensor)
 
@@ -87,8 +105,10 @@ def round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: tor
 
 
 def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: TextRecord) -> dict[str, Any]:
-    """config.json, whose provenance has one more entry in ``recovery``."""
-    quantization = checkpoint.require_spense()
+    """config.json, whose provenance has one more entry in ``recovery``; a dense model's has none."""
+    described = checkpoint.config if config.activation is None else relu_config(checkpoint.config)
+    if (quantization := checkpoint.quantization) is None:
+        return described
     entry = config.decisive() | {
         "tokens": config.tokens,
         "text": text.dump(),
@@ -97,20 +117,22 @@ def _config(checkpoint: Checkpoint, config: RecoveryConfig, text: TextRecord) ->
     before = quantization.provenance.get("recovery", [])
     provenance = quantization.provenance | {"recovery": [*before, entry]}
     dumped = quantization.model_copy(update={"provenance": provenance}).model_dump(mode="json")
-    return checkpoint.config | {"quantization_config": dumped}
+    return described | {"quantization_config": dumped}
 
 
-def _card(directory: Path, config: RecoveryConfig, text: TextRecord) -> str:
+def _card(checkpoint: Checkpoint, config: RecoveryConfig, text: TextRecord) -> str:
     """The checkpoint's model card with a section on this run at its end."""
+    directory = checkpoint.directory
     path = directory / CARD_NAME
     card = path.read_text(encoding="utf-8") if path.is_file() else f"# {directory.name}\n"
+    rest = _DENSE if checkpoint.quantization is None else _PRUNED
+    before = "After pruning, " if config.activation is None else _RELU.format(penalty=config.penalty)
     return f"""\
 {card.rstrip()}
 
 ## Recovery
 
-After pruning, {_TRAINED[config.train]} were trained {_OBJECTIVES[config.objective]}: {config.steps} steps,
+{before}{_TRAINED[config.train]} were trained {_OBJECTIVES[config.objective]}: {config.steps} steps,
 {config.tokens} tokens of {text.names} (SHA-256 {text.sha256[:16]}…), learning rate
-{config.learning_rate:g}. Zeros of the 2:4 regions stayed zeros. Losses per layer and the
-evaluation above are from before.
+{config.learning_rate:g}. {rest}
 """

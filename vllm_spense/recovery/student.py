@@ -1,4 +1,4 @@
-"""A Spense checkpoint as a transformers model whose kept weights can be trained."""
+"""A checkpoint as a transformers model whose kept weights can be trained."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from vllm_spense.format import Checkpoint, Layout, dequantize
 from vllm_spense.models.families import MLP_SPLITS, in_attention
 from vllm_spense.models.fused import fused_groups
 from vllm_spense.models.parts import decoder
-from vllm_spense.network import language_head, spense_names
+from vllm_spense.network import SpenseNames, language_head, spense_names, stored_names
 from vllm_spense.recovery.config import Train
+from vllm_spense.recovery.gates import open_with_relu
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,25 @@ class Student:
         return [trained.parameter for trained in self.trained]
 
 
-def load_student(checkpoint: Checkpoint, train: Train, device: torch.device) -> Student:
-    """The stored values, dequantised, as a model; activations are not rounded.
+def load_student(
+    checkpoint: Checkpoint, train: Train, device: torch.device, *, relu: bool = False
+) -> Student:
+    """The stored values, dequantised, as a model; activations are not rounded. ``relu``: with ReLU gates,
+    whatever they were (:func:`~vllm_spense.recovery.gates.open_with_relu`).
 
     Trainable are the MLPs' linears and the norms' weights, with ``train="all"`` attention's linears too.
     Gradients of zeros in a 2:4 region are zero, so AdamW without weight decay leaves these exactly zero.
     Embeddings, head, biases, routers, routed experts and all that is not the text decoder's do not change.
     Raises :class:`CheckpointError` for damaged directories, ``ValueError`` for models without a head.
     """
-    checkpoint.require_spense()
     model: Any = load_model(checkpoint.directory, activations="none", device=device).requires_grad_(False)
     language_head(model)
-    names = spense_names(model, checkpoint)
+    if relu:
+        open_with_relu(model)
+    if checkpoint.quantization is None:
+        names = SpenseNames({}, stored_names(model, checkpoint.tensors))
+    else:
+        names = spense_names(model, checkpoint)
     trained = []
     for name, modules in names.modules.items():
         layouts = {module: checkpoint.layout(module) for module in modules}

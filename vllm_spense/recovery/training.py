@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from vllm_spense.evaluation.hidden import hidden_values
 from vllm_spense.recovery.config import Objective, RecoveryConfig
+from vllm_spense.recovery.penalty import L1Penalty
 from vllm_spense.recovery.student import Student
 
 BETAS = (0.9, 0.95)
@@ -49,21 +52,26 @@ def train(
     """Change the student's trainable parameters in place; returns the mean loss of each step.
 
     ``windows [steps * batch, seq_len]`` int64. Windows go through one by one, so that the logits of one
-    are in memory, and their gradients add up. ``teacher``: None for objective ``tokens``.
+    are in memory, and their gradients add up. ``teacher``: None for objective ``tokens``. The penalty of
+    ``config`` is part of what is descended, not of the losses.
     On CPUs equal arguments give equal parameters. Raises :class:`RecoveryError` naming the step.
     """
     device = student.parameters[0].device
     optimizer = torch.optim.AdamW(student.parameters, lr=0.0, betas=BETAS, weight_decay=0.0)
     started = time.monotonic()
     losses: list[float] = []
+    l1 = L1Penalty()
     for step, batch in enumerate(windows.to(device).split(config.batch)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         optimizer.zero_grad()
         loss = 0.0
         for window in batch:
-            part = window_loss(student.model, teacher, window, config.objective) / len(batch)
-            part.backward()
+            with hidden_values(student.model, l1.see) if config.penalty else nullcontext():
+                part = window_loss(student.model, teacher, window, config.objective) / len(batch)
             loss += float(part.detach())
+            if config.penalty:
+                part = part + config.penalty * l1.take() / len(batch)
+            part.backward()
         norm = float(nn.utils.clip_grad_norm_(student.parameters, MAX_NORM))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RecoveryError(
@@ -91,13 +99,25 @@ def held_out_loss(
     return float(torch.stack(losses).mean())
 
 
+@torch.no_grad()
+def held_out_penalty(student: Student, windows: torch.Tensor, config: RecoveryConfig) -> float:
+    """What the penalty of ``config`` adds on ``windows [count, seq_len]``, nats."""
+    l1 = L1Penalty()
+    model: Any = student.model
+    with hidden_values(model, l1.see):
+        for window in windows.to(student.parameters[0].device):
+            _logits(model, window)
+    return config.penalty * float(l1.take())
+
+
 def check_progress(before: float, after: float, config: RecoveryConfig) -> None:
-    """:class:`RecoveryError` if the loss on held-out windows rose."""
+    """:class:`RecoveryError` if the loss on held-out windows, with the penalty, rose."""
     if not after <= before:
+        penalty = f" with its penalty (--l1 {config.penalty:g})" if config.penalty else ""
         raise RecoveryError(
-            f"the loss on {HELD_OUT} windows that were not learnt from rose from {before:.4f} to {after:.4f} "
-            f"nats: the model would be worse, and nothing was written. Try a --learning-rate below "
-            f"{config.learning_rate:g}, or more --steps"
+            f"the loss{penalty} on {HELD_OUT} windows that were not learnt from rose from {before:.4f} to "
+            f"{after:.4f} nats: the model would be worse, and nothing was written. Try a --learning-rate "
+            f"below {config.learning_rate:g}, or more --steps"
         )
 
 

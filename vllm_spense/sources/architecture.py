@@ -16,6 +16,9 @@ from vllm_spense.format.schema import MAX_FEATURES
 from vllm_spense.format.settings import OUTPUTS
 from vllm_spense.sources.directory import check_source
 
+BORROWED = {"llama_sparse_relu": "llama", "sparsellama": "llama", "bamboo": "mistral"}
+"""Published models that transformers knows by code of theirs alone: whose class has their fields and weights.
+Their activations are others."""
 MAX_LAYERS = 1024
 """No language model has as many; each costs milliseconds and memory before the first weight is read."""
 _MAX_LABELS = 1 << 16
@@ -27,8 +30,10 @@ _NEWER = "install a newer transformers, or get an intact config.json"
 _SEES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
 
 
-def load_config(directory: Path) -> Any:
+def load_config(directory: Path, *, borrow: bool = False) -> Any:
     """The transformers configuration of ``directory``, with the defaults of its class filled in.
+
+    ``borrow``: a model of :data:`BORROWED` gets that class, by whoever sees to its activation.
 
     No code from the directory is run, and what somebody set for runs of their own (outputs of calls,
     attention kernels) is as this machine and our calls need it. Raises :class:`CheckpointError` naming
@@ -43,9 +48,11 @@ def load_config(directory: Path) -> Any:
     )
 
     path = directory / CONFIG_NAME
-    raw = check_source(directory, four_bit=True)  # who needs dense weights has refused these
+    raw = check_source(directory, as_stored=True)  # who needs dense weights has refused these
     check_sizes(raw, path)
     kind = raw["model_type"]
+    borrowed = BORROWED.get(kind) if borrow else None
+    kind = borrowed or kind
     if kind not in CONFIG_MAPPING:
         raise _unknown_kind(kind, raw, path)
     mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -56,7 +63,13 @@ def load_config(directory: Path) -> Any:
     with building(directory):
         own = OUTPUTS | dict.fromkeys(("attn_implementation", "_attn_implementation"))
         own |= dict.fromkeys(("experts_implementation", "_experts_implementation"))
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **own)
+        if borrowed:
+            fields = {key: value for key, value in raw.items() if key != "auto_map"}
+            config = CONFIG_MAPPING[kind].from_dict(fields | {"model_type": kind} | own)
+        else:
+            config = AutoConfig.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True, **own
+            )
         text = config.get_text_config()
         if not isinstance(text, PreTrainedConfig):
             raise ValueError(f"{kind!r} has no text_config")
@@ -124,7 +137,7 @@ def check_positions(config: Any, seq_len: int, directory: Path) -> None:
 
 def check_windows(windows: torch.Tensor, directory: Path) -> None:
     """Raises :class:`CheckpointError` for token ids ``[n, seq]`` that have no embedding or no position."""
-    config = load_config(directory)
+    config = load_config(directory, borrow=True)
     check_positions(config, windows.shape[-1], directory)
     vocabulary, largest = config.get_text_config().vocab_size, int(windows.max())
     if largest >= vocabulary:

@@ -16,6 +16,7 @@ from vllm_spense.format.bitsandbytes import check_settings, is_bitsandbytes
 from vllm_spense.format.broken_files import DOWNLOAD, EMPTY, Diagnosis, diagnose
 from vllm_spense.format.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
 from vllm_spense.format.errors import CheckpointError
+from vllm_spense.format.twell_config import is_twell, parse_twell_config
 from vllm_spense.sources.quantised import quantisation_of, quantised_tensor
 from vllm_spense.sources.tokenizer import TOKENIZER_FILES
 
@@ -46,13 +47,14 @@ _JSON = (".json", ".model")
 _PARTIAL = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".download", ".tmp")
 
 
-def check_source(path: str | Path, *, four_bit: bool = False) -> dict[str, Any]:
+def check_source(path: str | Path, *, as_stored: bool = False) -> dict[str, Any]:
     """config.json of the model directory ``path``, once nothing in it is known to be unusable.
 
-    Weights may be missing altogether: a plan needs none. A Spense directory passes; with ``four_bit`` so does
-    one of bitsandbytes, which :func:`~vllm_spense.format.bitsandbytes.open_checkpoint` reads. Raises
-    :class:`CheckpointError`, one line with the cure, for files and empty directories, other formats (GGUF,
-    pickles, adapters, pipelines), quantised models, pointers and unfinished downloads.
+    Weights may be missing altogether: a plan needs none. A Spense directory passes; with ``as_stored`` so do
+    those of bitsandbytes and those with thresholds, as
+    :func:`~vllm_spense.format.bitsandbytes.open_checkpoint` reads them. Raises :class:`CheckpointError`, one
+    line with the cure, for files and empty directories, other formats (GGUF, pickles, adapters, pipelines),
+    quantised models, pointers and unfinished downloads.
     """
     directory = Path(path)
     names = _names(directory)
@@ -66,8 +68,10 @@ def check_source(path: str | Path, *, four_bit: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"model_type {state}", file=directory / CONFIG_NAME, fix="get an intact config.json"
         )
-    if four_bit and is_bitsandbytes(config):
+    if as_stored and is_bitsandbytes(config):
         check_settings(config["quantization_config"], directory / CONFIG_NAME)
+    elif as_stored and is_twell(config):
+        parse_twell_config(config["quantization_config"], directory / CONFIG_NAME)
     elif method := quantisation_of(config, directory):
         problem = f"the model is already quantised ({method})"
         raise CheckpointError(problem, file=directory / CONFIG_NAME, fix=ORIGINAL)

@@ -38,7 +38,7 @@ def load_tokenizer(directory: Path) -> Any:
     from vllm_spense.sources.architecture import load_config  # it looks at the tokenizer's files itself
 
     check_tokenizer(directory)
-    config = load_config(directory)
+    config = load_config(directory, borrow=True)
     try:
         return AutoTokenizer.from_pretrained(
             directory, config=config, trust_remote_code=False, local_files_only=True
