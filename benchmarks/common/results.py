@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-CPU_KERNELS = ROOT / "kernels" / "linear" / "cpu"
+CPU_KERNELS = tuple(ROOT / "kernels" / family / "cpu" for family in ("linear", "mlp"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -57,11 +57,12 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 def kernel_sources() -> str:
     """Fingerprint of the GPU kernels' sources."""
-    return fingerprint(p for p in (ROOT / "kernels").rglob("*.*") if not p.is_relative_to(CPU_KERNELS))
+    found = (ROOT / "kernels").rglob("*.*")
+    return fingerprint(p for p in found if not any(p.is_relative_to(folder) for folder in CPU_KERNELS))
 
 
 def cpu_kernel_sources() -> str:
-    return fingerprint([CPU_KERNELS, ROOT / "kernels" / "common"])
+    return fingerprint([*CPU_KERNELS, ROOT / "kernels" / "common"])
 
 
 def commit() -> str | None:
