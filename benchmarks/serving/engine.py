@@ -1,6 +1,8 @@
 """A vLLM engine in a process of its own, which times or profiles batches of random prompts when told to.
 
-usage: python -m benchmarks.serving.engine DIR [--length 4608]   (DIR: config.json alone, weights are random)
+usage: python -m benchmarks.serving.engine DIR [--length 4608] [--load-format auto]
+
+DIR may have config.json alone: weights are random but with ``--load-format auto``.
 
 Reads one JSON object a line from standard input, ``{"batch": n, "input": tokens, "output": tokens}``, and
 answers with a line ``RESULT {…}``; the first such line says that the engine is ready. ``"profile": true``
@@ -207,6 +209,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=8192, help="most tokens of one step")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--load-format", choices=("dummy", "auto"), default="dummy")
+    parser.add_argument("--quantization", help="as `vllm serve` takes it")
     parser.add_argument("--capture-sizes", type=int, nargs="+", help="of CUDA graphs (default: vLLM's 50)")
     parser.add_argument(
         "--no-onednn",
@@ -229,7 +233,8 @@ def main() -> None:
         torch.backends.mkldnn.set_flags(False)
     llm = LLM(
         arguments.model,
-        load_format="dummy",
+        load_format=arguments.load_format,
+        quantization=arguments.quantization,
         skip_tokenizer_init=True,
         max_model_len=arguments.length,
         max_num_seqs=arguments.sequences,
