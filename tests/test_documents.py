@@ -16,6 +16,13 @@ FILLED = {  # what scripts look for with `insert`, and leave out in silence wher
     "docs/kernels.md": {"speed", "cpu-linear"},
     "docs/performance.md": {"serving-cpu", "serving", "profile"},
     "docs/reliability.md": {"start-up"},
+    "docs/twell.md": {
+        "cpu-sparse-mlp",
+        "serving-sparse-relu",
+        "serving-sparse-trained",
+        "sparsify",
+        "relu-training",
+    },
 }
 
 
