@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.library import custom_op
@@ -79,9 +79,12 @@ def sparse_input_linear(
     return sparse_input_definition(x, weight_t, bias, threshold)
 
 
-@sparse_input_linear.register_fake
-def _(x: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
+def empty_output(x: torch.Tensor, weight_t: torch.Tensor, *_: Any) -> torch.Tensor:
+    """``y [M, N]``, not filled: the fake of every operator that computes such a layer."""
     return x.new_empty((x.shape[0], weight_t.shape[1]))
+
+
+sparse_input_linear.register_fake(empty_output)
 
 
 class SparseInputReference:

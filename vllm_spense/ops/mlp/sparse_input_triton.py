@@ -13,7 +13,7 @@ from torch.library import custom_op
 from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.linear.triton import why_no_triton
 from vllm_spense.ops.mlp.many_tokens import dense_input, most_tokens
-from vllm_spense.ops.mlp.sparse_input import SparseInputSpec
+from vllm_spense.ops.mlp.sparse_input import SparseInputSpec, empty_output
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -33,15 +33,7 @@ def _triton_sparse_input(
     return multiply_inputs(x, weight_t, bias, threshold)
 
 
-@_triton_sparse_input.register_fake
-def _(
-    x: torch.Tensor,
-    weight_t: torch.Tensor,
-    bias: torch.Tensor | None,
-    threshold: float,
-    density: float | None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight_t.shape[1]))
+_triton_sparse_input.register_fake(empty_output)
 
 
 def triton_sparse_input(

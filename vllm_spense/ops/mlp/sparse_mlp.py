@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.library import custom_op
@@ -90,24 +90,20 @@ def sparse_mlp(
     return sparse_mlp_definition(x, gate, up, down_t, up_bias, bias, Activation(activation, threshold))
 
 
-@sparse_mlp.register_fake
-def _(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down_t: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    threshold: float,
+def empty_output(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, *_: Any
 ) -> torch.Tensor:
+    """``y [M, N]``, not filled: the fake of every operator that computes such an MLP."""
     return x.new_empty((x.shape[0], down_t.shape[1]))
 
 
+sparse_mlp.register_fake(empty_output)
+
+
 def transposed(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """What back ends that read by the row prepare: down as ``down_t [I, N]``, contiguous."""
+    """What back ends that read by the row prepare: up, and down as ``down_t [I, N]``, contiguous."""
     kept = {name: tensor for name, tensor in tensors.items() if name != "down"}
-    return kept | {"down_t": tensors["down"].t().contiguous()}
+    return kept | {"up": tensors["up"].contiguous(), "down_t": tensors["down"].t().contiguous()}
 
 
 class SparseMlpReference:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -17,8 +16,9 @@ from vllm_spense.ops import extension
 from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.linear import cpu
 from vllm_spense.ops.linear.cpu import ISAS
+from vllm_spense.ops.mlp import sparse_input
 from vllm_spense.ops.mlp.activation import KINDS
-from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec
+from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, empty_output
 
 
 class SparseMlpCpuBackend:
@@ -66,8 +66,8 @@ def why_not_here() -> str | None:
     reason = extension.why_not_loaded_cpu()
     if reason is not None:
         return reason
-    torch.library.register_fake("spense::sparse_mlp_cpu", _fake_mlp)
-    torch.library.register_fake("spense::sparse_input_linear_cpu", _fake_linear)
+    torch.library.register_fake("spense::sparse_mlp_cpu", empty_output)
+    torch.library.register_fake("spense::sparse_input_linear_cpu", sparse_input.empty_output)
     return None if isas() else "the CPU kernels need AVX2 and FMA"
 
 
@@ -77,13 +77,3 @@ def isas() -> tuple[str, ...]:
         return ()
     here = torch.ops.spense.sparse_mlp_isas_cpu()
     return tuple(name for i, name in enumerate(ISAS) if here >> i & 1)
-
-
-def _fake_mlp(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, *_: Any
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], down_t.shape[1]))
-
-
-def _fake_linear(x: torch.Tensor, weight_t: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight_t.shape[1]))

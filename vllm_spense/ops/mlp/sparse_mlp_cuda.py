@@ -14,10 +14,11 @@ from torch.library import custom_op
 
 from vllm_spense.ops import extension
 from vllm_spense.ops.backend import Tensors
+from vllm_spense.ops.mlp import sparse_input
 from vllm_spense.ops.mlp.activation import KINDS, Activation
 from vllm_spense.ops.mlp.many_tokens import dense_input, dense_mlp, most_tokens, shape_for
 from vllm_spense.ops.mlp.sparse_input import SparseInputSpec
-from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, transposed
+from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, empty_output, transposed
 from vllm_spense.ops.mlp.sparse_mlp_triton import why_not_packed
 from vllm_spense.ops.mlp.twell import MAX_HIDDEN, TwellShape
 
@@ -73,19 +74,7 @@ def _cuda_sparse_mlp(
     return multiply_packed(x, words, gate, up, down_t, up_bias, bias, act, shape)
 
 
-@_cuda_sparse_mlp.register_fake
-def _(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down_t: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    threshold: float,
-    density: float | None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], down_t.shape[1]))
+_cuda_sparse_mlp.register_fake(empty_output)
 
 
 @custom_op("spense::cuda_sparse_input_linear", mutates_args=(), device_types="cuda")
@@ -107,15 +96,7 @@ def _cuda_sparse_input(
     return y
 
 
-@_cuda_sparse_input.register_fake
-def _(
-    x: torch.Tensor,
-    weight_t: torch.Tensor,
-    bias: torch.Tensor | None,
-    threshold: float,
-    density: float | None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight_t.shape[1]))
+_cuda_sparse_input.register_fake(sparse_input.empty_output)
 
 
 def _as(x: torch.Tensor, vector: torch.Tensor | None) -> torch.Tensor | None:
@@ -158,8 +139,7 @@ class SparseMlpCudaBackend:
         return why_not_packed(spec) or _why_not(spec.dtype, device, **sizes)
 
     def prepare(self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        ready = transposed(tensors)
-        return ready | {"up": ready["up"].contiguous()}
+        return transposed(tensors)
 
     def apply(
         self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, gate: torch.Tensor

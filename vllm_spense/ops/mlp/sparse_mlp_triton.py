@@ -15,7 +15,7 @@ from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.linear.triton import why_no_triton
 from vllm_spense.ops.mlp.activation import Activation
 from vllm_spense.ops.mlp.many_tokens import dense_mlp, most_tokens, shape_for
-from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, transposed
+from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, empty_output, transposed
 from vllm_spense.ops.mlp.twell import MAX_HIDDEN
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -41,19 +41,7 @@ def _triton_sparse_mlp(
     return multiply(x, gate, up, down_t, up_bias, bias, act, shape_for(gate.shape[1], density))
 
 
-@_triton_sparse_mlp.register_fake
-def _(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down_t: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    threshold: float,
-    density: float | None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], down_t.shape[1]))
+_triton_sparse_mlp.register_fake(empty_output)
 
 
 def triton_sparse_mlp(
@@ -93,8 +81,7 @@ class SparseMlpTritonBackend:
         return why_not_packed(spec) or why_no_triton(device)
 
     def prepare(self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        ready = transposed(tensors)
-        return ready | {"up": ready["up"].contiguous()}
+        return transposed(tensors)
 
     def apply(
         self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, gate: torch.Tensor
