@@ -110,6 +110,11 @@ def save(path: Path, cpu: str, machine: dict[str, Any], key: str, entry: dict[st
     write(path, results)
 
 
+def against(value: float | None, base: float | None) -> str:
+    """A cell of a table: a rate, and how many times that of ``base`` it is."""
+    return f"{value:,.1f} ({value / base:.2f}×)" if value and base else "–"
+
+
 def _rounds(entry: dict[str, Any], point: str) -> Iterator[list[float]]:
     yield from (r["seconds"][point] for r in entry["rounds"] if r["seconds"].get(point))
 

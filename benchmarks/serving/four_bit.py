@@ -29,6 +29,7 @@ from benchmarks.serving.cpu_results import (
     FOUR_BIT,
     POINTS,
     VARIANTS,
+    against,
     known,
     load,
     point_of,
@@ -102,10 +103,7 @@ def report(results: dict[str, Any], document: Path = DOCUMENT) -> None:
                 if not any(found.values()):
                     continue
                 dense = found[BF16]
-                cells = [
-                    f"{value:,.1f} ({value / dense:.2f}×)" if value and dense else "–"
-                    for value in found.values()
-                ]
+                cells = [against(value, dense) for value in found.values()]
                 lines.append([model, point, *cells])
         parts.append(f"**{cpu}**\n\n{table(['model', 'point', *SHOWN.values()], lines)}")
     insert(document, "serving-four-bit", "\n\n".join(parts))

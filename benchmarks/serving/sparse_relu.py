@@ -26,7 +26,7 @@ from benchmarks.common.markdown import insert, table
 from benchmarks.common.results import ROOT
 from benchmarks.kernels.shapes import Model as Shape
 from benchmarks.serving import sparse_relu_model
-from benchmarks.serving.cpu_results import known, lacking, load, save, seconds
+from benchmarks.serving.cpu_results import against, known, lacking, load, save, seconds
 from benchmarks.serving.decode import elapsed
 from benchmarks.serving.engine import Engine, Point
 
@@ -116,10 +116,7 @@ def report(results: dict[str, Any], document: Path = DOCUMENT) -> None:
                 if not any(found.values()):
                     continue
                 dense = found[STOCK]
-                cells = [
-                    f"{value:,.1f} ({value / dense:.2f}×)" if value and dense else "–"
-                    for value in found.values()
-                ]
+                cells = [against(value, dense) for value in found.values()]
                 lines.append([model, name, *cells])
         titles = [title for title, _, _ in VARIANTS.values()]
         parts.append(f"**{cpu}**\n\n{table(['model', 'point', *titles], lines)}")

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.common.machine import cpu_name, facts
 from benchmarks.common.markdown import insert, table
 from benchmarks.common.results import ROOT
-from benchmarks.serving.cpu_results import known, lacking, load, save
+from benchmarks.serving.cpu_results import against, known, lacking, load, save
 from benchmarks.serving.sparse_relu import measured, rate
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving_sparse_trained.json"
@@ -80,10 +80,7 @@ def report(results: dict[str, Any], document: Path = DOCUMENT) -> None:
             for variant in variants:
                 found = [rate(entry["models"].get(f"{model}/{variant}"), point) for point in SHOWN]
                 if any(found):
-                    cells = [
-                        f"{value:,.1f} ({value / base:.2f}×)" if value and base else "–"
-                        for value, base in zip(found, dense, strict=True)
-                    ]
+                    cells = [against(value, base) for value, base in zip(found, dense, strict=True)]
                     lines.append([cpu, model, variant, *cells])
     insert(document, "serving-sparse-trained", table(["CPU", "model", "variant", *SHOWN], lines))
 
