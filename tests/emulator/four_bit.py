@@ -9,7 +9,6 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tests.layers import four_bit_tensors
@@ -21,8 +20,9 @@ from vllm_spense.ops.linear.reference import decoded
 from vllm_spense.ops.linear.spec import LinearSpec
 
 from .build import KERNELS, assemble
-from .cases import DTYPES, PREEMPT, WRITABLE, WRITE_ONCE, Buffers
-from .launcher import MAX_SHARDS, Launch, Recorded
+from .cases import DTYPES, WRITABLE, WRITE_ONCE, Buffers
+from .launcher import MAX_SHARDS
+from .recorded import run_recorded
 
 
 class FourBitMatrix(ctypes.Structure):
@@ -70,30 +70,11 @@ class FourBitEmulator:
     def run(self, args: FourBitArgs, kernels: list[str], buffers: Buffers, shuffle: bool, seed: int) -> str:
         """Call the launcher, for the matrix where there are no tokens, and run what it launches, which are
         these ``kernels``; what went wrong, or an empty string."""
-        launches = Recorded * 2
-        recorded = launches.in_dll(self.host, "recorded")
-        ctypes.c_uint.in_dll(self.host, "launches").value = 0
-        status = self.host.record(ctypes.byref(args), not args.tokens, shuffle)
-        made = ctypes.c_uint.in_dll(self.host, "launches").value
-        if status or made != len(kernels):
-            return f"the launcher gave status {status} and made {made} launches"
-        table = np.array(buffers.rows, np.uint64)
-        error = ""
-        for one, kernel in zip(recorded, kernels, strict=False):
-            launch = Launch(
-                grid=one.grid,
-                cluster=1,
-                block=one.block,
-                shared_bytes=one.shared_bytes,
-                shared_base=1024,
-                preempt=PREEMPT[seed % len(PREEMPT)],
-                seed=seed,
-                parameters=ctypes.addressof(one.parameters),
-                buffers=table.ctypes.data,
-                buffer_count=len(buffers.rows),
-            )
-            error = error or self.machine.emulate(kernel.encode(), ctypes.byref(launch)).decode()
-        return error
+
+        def record() -> int:
+            return self.host.record(ctypes.byref(args), not args.tokens, shuffle)
+
+        return run_recorded(self.host, self.machine, record, kernels, buffers, seed)
 
 
 @dataclass(frozen=True)

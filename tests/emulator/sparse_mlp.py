@@ -11,7 +11,6 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tests.mlps import Mlp, assert_within_rounding, mlp, words_of
@@ -19,8 +18,9 @@ from vllm_spense.ops.mlp.activation import KINDS, Activation
 from vllm_spense.ops.mlp.twell import TwellShape, pack
 
 from .build import KERNELS, assemble
-from .cases import PREEMPT, WRITABLE, WRITE_ONCE, Buffers
-from .launcher import Launch, Recorded, Twell
+from .cases import WRITABLE, WRITE_ONCE, Buffers
+from .launcher import Twell
+from .recorded import run_recorded
 
 INPUT = len(KINDS)
 
@@ -61,29 +61,11 @@ class SparseMlpEmulator:
     def run(self, args: SparseMlpArgs, kernels: list[str], buffers: Buffers, packs: bool, seed: int) -> str:
         """Call the launcher and run what it launches, which are these ``kernels``; what went wrong, or an
         empty string."""
-        recorded = (Recorded * 2).in_dll(self.host, "recorded")
-        made = ctypes.c_uint.in_dll(self.host, "launches")
-        made.value = 0
-        status = self.host.record(ctypes.byref(args), packs)
-        if status or made.value != len(kernels):
-            return f"the launcher gave status {status} and made {made.value} launches"
-        table = np.array(buffers.rows, np.uint64)
-        error = ""
-        for one, name in zip(recorded, kernels, strict=False):
-            launch = Launch(
-                grid=one.grid,
-                cluster=1,
-                block=one.block,
-                shared_bytes=one.shared_bytes,
-                shared_base=1024,
-                preempt=PREEMPT[seed % len(PREEMPT)],
-                seed=seed,
-                parameters=ctypes.addressof(one.parameters),
-                buffers=table.ctypes.data,
-                buffer_count=len(buffers.rows),
-            )
-            error = error or self.machine.emulate(name.encode(), ctypes.byref(launch)).decode()
-        return error
+
+        def record() -> int:
+            return self.host.record(ctypes.byref(args), packs)
+
+        return run_recorded(self.host, self.machine, record, kernels, buffers, seed)
 
 
 @dataclass(frozen=True)
