@@ -10,18 +10,16 @@ Rows of the same sources are kept.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from benchmarks.common.results import RESULTS, ROOT, fingerprint, kernel_sources, provenance, read, write
+from benchmarks.kernels import points
+from benchmarks.kernels.points import Calls, Point, sources_of, times_of
 from benchmarks.kernels.shapes import MODELS, Model
 from vllm_spense.format.linear import Codecs
 from vllm_spense.ops import LinearSpec
@@ -31,9 +29,8 @@ from vllm_spense.ops.linear.four_bit_cuda import FourBitCudaBackend, dequantised
 from vllm_spense.ops.linear.four_bit_triton import FourBitTritonBackend
 from vllm_spense.ops.linear.random import random_layer
 from vllm_spense.ops.linear.reference import decoded
-from vllm_spense.ops.linear.timing import ROTATE_BYTES, time_graph
+from vllm_spense.ops.linear.timing import ROTATE_BYTES
 
-Calls = list[Callable[[], object]]
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 512)
 WRONG = 1e-2
 OURS: dict[str, Backend[LinearSpec]] = {
@@ -112,62 +109,23 @@ def measure(layer: Layer, tokens: int) -> dict[str, Any]:
             "cuda, shared": partial(layer.matrices, partial(dequantised, shuffle=False)),
             "triton": layer.triton_matrices,
         }
-    found: dict[str, Any] = {}
-    for name, make in parts.items():
-        try:
-            found[name] = round(time_graph(make()), 2)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    return found
-
-
-def line_of(key: str, times: dict[str, Any]) -> str:
-    parts = (
-        f"{name} {value:.1f} µs" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in times.items()
-    )
-    return f"{key:32s} {'  '.join(parts)}"
-
-
-def sources() -> str:
-    """What the figures depend on."""
-    return f"{fingerprint([ROOT / 'vllm_spense' / 'ops', Path(__file__)])}/{kernel_sources()}"
+    return times_of(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = points.parser(__doc__, TOKENS, "four_bit.json")
     parser.add_argument("--model", default="Llama-3.1-8B", choices=[model.name for model in MODELS])
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
-    parser.add_argument("--results", type=Path, default=RESULTS / "four_bit.json")
-    options = parser.parse_args(arguments)
-    if not set(options.tokens) <= set(range(1, max(TOKENS) + 1)):
-        parser.error(f"--tokens: from 1 to {max(TOKENS)}")
-    if not torch.cuda.is_available():
-        raise SystemExit("timing needs a CUDA device")
-    device, known, end = torch.device("cuda"), sources(), time.monotonic() + options.budget
+    options = points.parse(parser, arguments, max(TOKENS))
+    device = torch.device("cuda")
     model = next(model for model in MODELS if model.name == options.model)
-    rows = read(options.results).get("rows", {})
-    wanted = [(layer, tokens) for layer in model.layers() for tokens in (*options.tokens, 0)]
-    left = [(f"{model.name}/{layer}/{tokens or 'matrix'}", layer, tokens) for layer, tokens in wanted]
-    left = [row for row in left if rows.get(row[0], {}).get("sources") != known]
-    loaded: dict[str, Layer] = {}  # one at a time
-    longest = 0.0
-    while left and time.monotonic() + longest < end:
-        began, (key, name, tokens) = time.monotonic(), left.pop(0)
-        if name not in loaded:
-            loaded.clear()
-            torch.cuda.empty_cache()
-            loaded[name] = Layer(dense_spec(model, name), device)
-        times = measure(loaded[name], tokens)
-        device_name = torch.cuda.get_device_name(device)
-        rows[key] = {"sources": known, "device": device_name, "us": times} | provenance()
-        write(options.results, {"rows": rows})
-        longest = max(longest, time.monotonic() - began)
-        print(line_of(key, times), flush=True)
-    print(f"{len(left)} points left")
+    wanted = (
+        Point(f"{model.name}/{layer}/{tokens or 'matrix'}", layer, (tokens,))
+        for layer in model.layers()
+        for tokens in (*options.tokens, 0)
+    )
+    points.run(
+        wanted, lambda name: Layer(dense_spec(model, name), device), measure, options, sources_of(__file__)
+    )
 
 
 if __name__ == "__main__":

@@ -12,28 +12,25 @@ memory, for copies take turns. Rows of the same sources are kept.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear, relu
 
-from benchmarks.common.results import RESULTS, ROOT, fingerprint, kernel_sources, provenance, read, write
+from benchmarks.kernels import points
+from benchmarks.kernels.points import Calls, Point, sources_of, times_of
 from vllm_spense.ops import LinearArguments, LinearSpec, quantize_per_token
 from vllm_spense.ops.linear.cuda import CudaBackend
 from vllm_spense.ops.linear.random import random_layer
-from vllm_spense.ops.linear.timing import ROTATE_BYTES, time_graph
+from vllm_spense.ops.linear.timing import ROTATE_BYTES
 from vllm_spense.ops.mlp import packed_gate, sparse_mlp_cuda
 from vllm_spense.ops.mlp.activation import Activation
 from vllm_spense.ops.mlp.many_tokens import dense_mlp, shape_for
 from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, sparse_mlp_definition
 from vllm_spense.ops.mlp.twell import TwellShape
 
-Calls = list[Callable[[], object]]
 SIZES = {"SparseLM-2B": (2048, 5632), "Llama-2-7B": (4096, 11008)}
 """Hidden size and neurons."""
 DENSITIES = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -142,61 +139,21 @@ def check(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 def measure(mlps: Mlps, tokens: int, density: float) -> dict[str, Any]:
     """µs by name, or why there are none."""
-    found: dict[str, Any] = {}
-    for name, make in mlps.parts(tokens, density).items():
-        try:
-            found[name] = round(time_graph(make()), 2)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    return found
-
-
-def line_of(key: str, times: dict[str, Any]) -> str:
-    parts = (
-        f"{name} {value:.1f} µs" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in times.items()
-    )
-    return f"{key:24s} {'  '.join(parts)}"
-
-
-def sources() -> str:
-    """What the figures depend on."""
-    return f"{fingerprint([ROOT / 'vllm_spense' / 'ops', Path(__file__)])}/{kernel_sources()}"
+    return times_of(mlps.parts(tokens, density))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = points.parser(__doc__, TOKENS, "sparse_mlp.json")
     parser.add_argument("--model", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
-    parser.add_argument("--results", type=Path, default=RESULTS / "sparse_mlp.json")
-    options = parser.parse_args(arguments)
-    if not set(options.tokens) <= set(range(1, max(TOKENS) + 1)):
-        parser.error(f"--tokens: from 1 to {max(TOKENS)}")
-    if not torch.cuda.is_available():
-        raise SystemExit("timing needs a CUDA device")
-    device, known, end = torch.device("cuda"), sources(), time.monotonic() + options.budget
-    rows = read(options.results).get("rows", {})
-    wanted = [(m, t, d) for m in options.model for t in options.tokens for d in DENSITIES]
-    left = [(f"{model}/{tokens}/{density:g}", model, tokens, density) for model, tokens, density in wanted]
-    left = [row for row in left if rows.get(row[0], {}).get("sources") != known]
-    loaded: dict[str, Mlps] = {}  # one at a time
-    longest = 0.0
-    while left and time.monotonic() + longest < end:
-        began, (key, name, tokens, density) = time.monotonic(), left.pop(0)
-        if name not in loaded:
-            loaded.clear()
-            torch.cuda.empty_cache()
-            loaded[name] = Mlps(*SIZES[name], device)
-        times = measure(loaded[name], tokens, density)
-        device_name = torch.cuda.get_device_name(device)
-        rows[key] = {"sources": known, "device": device_name, "us": times} | provenance()
-        write(options.results, {"rows": rows})
-        longest = max(longest, time.monotonic() - began)
-        print(line_of(key, times), flush=True)
-    print(f"{len(left)} points left")
+    options = points.parse(parser, arguments, max(TOKENS))
+    device = torch.device("cuda")
+    wanted = (
+        Point(f"{model}/{tokens}/{density:g}", model, (tokens, density))
+        for model in options.model
+        for tokens in options.tokens
+        for density in DENSITIES
+    )
+    points.run(wanted, lambda name: Mlps(*SIZES[name], device), measure, options, sources_of(__file__))
 
 
 if __name__ == "__main__":
