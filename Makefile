@@ -147,6 +147,7 @@ report: $(VENV)/.ready
 	$(PY) -m benchmarks.accuracy.frontier --plot-only
 	$(PY) -m benchmarks.pruning.pruning_time --report
 	$(PY) -m benchmarks.accuracy.sparsify --report-only
+	$(PY) -m benchmarks.accuracy.relufication --report-only
 	$(PY) -m benchmarks.accuracy.relu_training --report-only
 	$(PY) -m benchmarks.serving.sparse_relu --report
 	$(PY) -m benchmarks.serving.sparse_trained --report

@@ -21,6 +21,7 @@ FILLED = {  # what scripts look for with `insert`, and leave out in silence wher
         "serving-sparse-relu",
         "serving-sparse-trained",
         "sparsify",
+        "relufication",
         "relu-training",
     },
 }
