@@ -214,7 +214,6 @@ def density(model: Any) -> list[float]:
 @torch.no_grad()
 def steps(model: Any, run: Run) -> Iterator[tuple[int, int, float, float]]:
     """For each token that vLLM gave: it, the one that ``model`` prefers there, and both logprobs of it."""
-    assert run.outputs is not None, run.log[-6000:]
     for prompt, output in zip(token_prompts(), run.outputs, strict=True):
         tokens = output["tokens"]
         logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]

@@ -59,18 +59,21 @@ class Run:
     log: str
 
     @property
-    def outputs(self) -> list[dict[str, Any]] | None:
-        """Tokens and logprobs of each prompt."""
-        return None if self.answer is None else self.answer["outputs"]
+    def failed(self) -> bool:
+        return self.answer is None
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        """Tokens and logprobs of each prompt. Two engines that failed are not equal: each is an error."""
+        assert self.answer is not None, self.log[-6000:]
+        return self.answer["outputs"]
 
     @property
     def tokens(self) -> list[list[int]]:
-        assert self.outputs is not None, self.log[-6000:]
         return [o["tokens"] for o in self.outputs]
 
     @property
     def first_logprobs(self) -> list[float]:
-        assert self.outputs is not None, self.log[-6000:]
         return [o["logprobs"][0] for o in self.outputs]
 
 

@@ -142,7 +142,7 @@ def test_reloading_other_weights(runs: Pool, suffix: str) -> None:
 
 
 def test_without_weights(runs: Pool) -> None:
-    assert runs["dummy"].outputs is not None
+    assert not runs["dummy"].failed
 
 
 def test_transformers_with_bitsandbytes_says_the_same(runs: Pool, models: Path) -> None:
@@ -196,7 +196,7 @@ def damaged(root: Path, name: str, change: tuple[Callable[[State], None], str]) 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_refused_by_name(runs: Pool, name: str) -> None:
-    assert runs[name].outputs is None
+    assert runs[name].failed
     assert DAMAGE[name][1] in runs[name].log
     assert "q_proj" in runs[name].log
 

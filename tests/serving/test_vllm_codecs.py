@@ -80,7 +80,6 @@ def test_it_is_not_the_dense_model(runs: Pool, codec: str) -> None:
 def test_without_kernels_it_is_stock_vllm_on_the_export(runs: Pool, codec: str) -> None:
     """FP8 and INT8 round activations, which this export does not say."""
     ours = runs[f"{codec}-decoded" if codec in FOUR_BIT else codec]
-    assert ours.outputs is not None, ours.log[-6000:]
     assert ours.outputs == runs[f"{codec}-bf16"].outputs
 
 
