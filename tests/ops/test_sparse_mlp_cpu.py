@@ -225,6 +225,23 @@ def test_rows_may_lie_apart(way: int, isa: int) -> None:
     assert torch.equal(apart.run(isa, way), case.run(isa, way))
 
 
+@every_kernel
+@every_way
+def test_weights_whose_rows_lie_apart(way: int, isa: int) -> None:
+    """As they are prepared where rows would fall into the same sets of the cache; few tokens and many."""
+    sizes = neurons, k, n = 150, 1024, 2048
+    for tokens in (5, 70, 130):
+        case = Case.of(sizes, tokens, ACTIVATIONS[0], density=0.5)
+        tensors = SparseMlpCpuBackend().prepare(
+            SparseMlpSpec(k, neurons, n, ACTIVATIONS[0]), {"up": case.up, "down": case.down_t.t()}
+        )
+        up, down_t = tensors["up"], tensors["down_t"]
+        assert (up.stride(), down_t.stride()) == ((k + 32, 1), (n + 32, 1))
+        y = replace(case, up=up, down_t=down_t).run(isa, way)
+        assert torch.equal(y, case.run(isa, way))
+        case.check(y, rounded=way == ALL)
+
+
 def changed(**change: Any) -> list[Any]:
     case = Case.of((32, 64, 48), 3, ACTIVATIONS[0], bias=True)
     usual: dict[str, Any] = {name: getattr(case, name) for name in ("x", "gate", "up", "down_t")}

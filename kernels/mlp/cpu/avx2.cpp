@@ -9,6 +9,7 @@ struct Avx2 {
   static constexpr int kValues = 16;  // bf16 of a vector of bits
   static constexpr int kTokens = 4;   // 8 sums in 16 registers
   static constexpr int kTileTokens = 2, kSumTokens = 6;
+  static constexpr int kUnits = 4;  // 8 vectors of weights
   static constexpr int kParts = 2, kUnit = 1, kHiddenBytes = sizeof(float);
   using Bits = __m256i;
   using Floats = __m256;
@@ -64,6 +65,10 @@ struct Avx2 {
   }
   static void pack(Bits const row[1], Bf16Bits* to) { store_bits(to, row[0]); }
   static Factor packed(Bf16Bits const* p, int half) { return factor(p, half); }
+  static void unit(Bits const row[1], Factor to[2]) {
+    to[0] = even(row[0]);
+    to[1] = odd(row[0]);
+  }
   static Factor unit_value(Unit const* hidden) { return one(*hidden); }
   static void columns(Bits a, Floats to[2]) {
     to[0] = even(a);

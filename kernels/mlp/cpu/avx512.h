@@ -10,6 +10,7 @@ struct Avx512 {
   static constexpr int kValues = 32;                      // bf16 of a vector of bits
   static constexpr int kTokens = 8;                       // 16 sums in 32 registers
   static constexpr int kTileTokens = 6, kSumTokens = 12;  // 24 sums
+  static constexpr int kUnits = 8;                        // 16 vectors of weights
   static constexpr int kParts = 2, kUnit = 1, kHiddenBytes = sizeof(float);
   using Bits = __m512i;
   using Floats = __m512;
@@ -64,6 +65,10 @@ struct Avx512 {
   }
   static void pack(Bits const row[1], Bf16Bits* to) { store_bits(to, row[0]); }
   static Factor packed(Bf16Bits const* p, int half) { return factor(p, half); }
+  static void unit(Bits const row[1], Factor to[2]) {
+    to[0] = even(row[0]);
+    to[1] = odd(row[0]);
+  }
   static Factor unit_value(Unit const* hidden) { return one(*hidden); }
   static void columns(Bits a, Floats to[2]) {
     to[0] = even(a);

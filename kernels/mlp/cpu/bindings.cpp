@@ -44,12 +44,14 @@ MlpFunctions const& functions_of(int64_t isa) {
   STD_TORCH_CHECK(false, "spense: instruction set ", isa, " is none that this CPU has kernels in");
 }
 
-// Whether it takes less time to compute all neurons in tiles than those pairs of token and neuron alone that are
-// active, `share` of all. Of a pair by itself a tile takes a fifth of the time; of few tokens, reading rows takes most
-// of it, which tiles do no better. Measured on an EPYC (Turin); with fp32 products tiles gain half as much.
+// Whether it takes less time to compute all neurons than those pairs of token and neuron alone that are active, `share`
+// of all. A pair among all takes a fifth of the time that it takes by itself, or less where sums by itself leave the
+// cache; of few tokens, reading rows takes most of it, which one at a time do no worse. Measured on an EPYC (Turin);
+// with fp32 products all neurons gain half as much.
 bool all_are_faster(MlpFunctions const& run, int64_t tokens, double share) {
-  double const least = run.hidden_bytes == sizeof(Bf16Bits) ? 0.17 : 0.35;
-  return share > least + 40.0 / double(tokens * tokens);
+  double const few = 1 / double(tokens * tokens);
+  if (run.hidden_bytes == sizeof(float)) return share > 0.35 + 40 * few;
+  return share > (tokens > 128 ? 0.17 : 0.21) + 6 * few;
 }
 
 void check_rows(Tensor const& t, char const* name, bool right, char const* wanted) {
@@ -120,7 +122,7 @@ void add_all_rows(MlpFunctions const& run, Hidden const& hidden, Tensor const& d
   in_parallel((out + kColumns - 1) / kColumns, kColumns * width * count, [&](int64_t from, int64_t to) {
     OutputPanel const shape(count);
     Buffer const sums(size_t(count * shape.pitch()) * sizeof(float));
-    Buffer const packed(size_t(shape.columns * shape.depth) * sizeof(Bf16Bits));
+    Buffer const packed(shape.packed ? size_t(shape.columns * kTileDepth) * sizeof(Bf16Bits) : 0);
     run.all_outputs(hidden.values.bytes, hidden.pitch, width, rows_of(down_t), data_of(bias), count, from * kColumns,
                     std::min(to * kColumns, out), target, out, reinterpret_cast<float*>(sums.bytes),
                     reinterpret_cast<Bf16Bits*>(packed.bytes));

@@ -17,15 +17,17 @@ constexpr int64_t kAllTokens = 512;      // tokens that share one pass over the 
 constexpr int64_t kPanel = 64;           // rows of up that meet all tokens in turn,
 constexpr int64_t kPanelColumns = 2048;  // so many columns of them at a time
 constexpr int64_t kPanelPitch = kPanel + 16;
-constexpr int64_t kTileDepth = 256;    // columns of up in an order of their own, where that is made,
-constexpr int64_t kPackedTokens = 48;  // from so many on rows of up are packed beforehand
+constexpr int64_t kTileDepth = 256;    // columns of up, or rows of down, in an order of their own where that is made:
+constexpr int64_t kPackedTokens = 48;  // from so many tokens on for up, and
+constexpr int64_t kFewTokens = 96;     // from more than these on for down
 
-// Columns of down that meet all tokens in turn, and so many rows of them at a time. For few tokens memory takes most of
-// the time, and gives more where it is read in longer pieces.
+// Columns of down that meet all tokens in turn. For few tokens memory takes most of the time, and gives more where it
+// is read in longer pieces.
 struct OutputPanel {
-  int64_t columns, depth;
+  bool packed;
+  int64_t columns;
   constexpr explicit OutputPanel(int64_t count)
-      : columns(count <= 32 ? 1024 : 128), depth(count <= 32 ? 64 : kTileDepth) {}
+      : packed(count > kFewTokens), columns(packed ? 128 : 32 * kColumns * (count > 32 ? 1 : 2)) {}
   constexpr int64_t pitch() const { return columns + 16; }
 };
 
@@ -74,7 +76,7 @@ struct MlpFunctions {
   // What takes their place where values are given: zeros for those whose magnitude is not above `limit`.
   void (*spread)(Rows const& values, int64_t width, int limit, int64_t from, int64_t to, void* hidden, int64_t pitch);
   // `outputs` of all neurons. Room that begins with a cache line: `sums` for count * pitch(), `packed` for columns *
-  // depth of OutputPanel(count).
+  // kTileDepth of OutputPanel(count), if that is packed.
   void (*all_outputs)(void const* hidden, int64_t pitch, int64_t neurons, Rows const& down, Bf16Bits const* bias,
                       int64_t count, int64_t from, int64_t to, Bf16Bits* y, int64_t y_pitch, float* sums,
                       Bf16Bits* packed);

@@ -1,5 +1,6 @@
-// Many tokens that use many of the neurons: all neurons are computed, in tiles whose sums stay in registers. Rows are
-// read as they lie in memory; nothing is packed beforehand. Over a vector type V, as neurons.h.
+// Tokens that use many of the neurons: all neurons are computed. For few tokens what is read of some rows stays in
+// registers while it meets all tokens; for many, tiles of their sums do. Rows are read as they lie in memory: no second
+// copy of a weight is kept. Over a vector type V, as neurons.h.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -97,6 +98,29 @@ void dot_tile(std::array<Bf16Bits const*, kTileRows> rows, Bf16Bits const* x, in
   }
 }
 
+// Products of neurons [panel, end).
+template <class V>
+void dot_products(Rows const& x, Rows const& up, int64_t in, int64_t count, int64_t panel, int64_t end, int64_t to,
+                  float* products) {
+  int64_t const blocks = (count + V::kTileTokens - 1) / V::kTileTokens;
+  for (int64_t c = 0; c == 0 || c < in; c += kPanelColumns) {
+    int64_t const columns = std::min(kPanelColumns, in - c);
+    bool const last = c + columns == in;  // then the next panel comes, else the next columns of this one
+    int64_t const steps = (end - panel + kTileRows - 1) / kTileRows * blocks * (columns / V::kValues);
+    Ahead ahead(last ? up.row(end) : up.row(panel) + c + columns, up.pitch,
+                std::min(kPanelColumns, last ? in : in - c - columns), last ? std::min(kPanel, to - end) : end - panel,
+                steps);
+    in_blocks<V::kTileTokens>(count, [&]<int Tokens>(int64_t t) {
+      for (int64_t i = panel; i < end; i += kTileRows) {
+        std::array<Bf16Bits const*, kTileRows> rows;
+        for (int r = 0; r < kTileRows; ++r) rows[size_t(r)] = up.row(std::min(i + r, end - 1)) + c;
+        dot_tile<V, Tokens>(rows, x.row(t) + c, x.pitch, columns, ahead, products + t * kPanelPitch + (i - panel),
+                            kPanelPitch, c == 0);
+      }
+    });
+  }
+}
+
 // What the activation makes of up's products [count, kPanel]: hidden values of neurons [from, to).
 template <class V>
 void activate_panel(Gate const& gate, Bf16Bits const* bias, int64_t count, int64_t from, int64_t to, float const* up,
@@ -151,13 +175,47 @@ void sum_tile(Bf16Bits const* weights, int64_t units, typename V::Unit const* hi
     for (int half = 0; half < 2; ++half) V::store(sums + t * sums_pitch + half * kHalf, sum[t][half]);
 }
 
-// Columns of rows, units of neurons side by side; what is missing becomes zeros.
+// Products of a line of neurons from `first` on: what their rows hold in as many columns is turned over in registers,
+// so that a vector has a unit of columns of all of them, and meets those of each token. Rows are read once, and nothing
+// is added up across a vector.
 template <class V>
-void pack(Bf16Bits const* rows, int64_t pitch, int64_t depth, int64_t columns, Bf16Bits* packed) {
-  for (int64_t r = 0; r < depth; r += V::kUnit, rows += V::kUnit * pitch, packed += V::kUnit * V::kValues) {
-    typename V::Bits row[V::kUnit];
-    for (int i = 0; i < V::kUnit; ++i) row[i] = r + i < depth ? some_bits<V>(rows + i * pitch, columns) : V::no_bits();
-    V::pack(row, packed);
+void turned_products(Rows x, Rows up, int64_t in, int64_t count, int64_t first, int64_t to, float* products) {
+  constexpr int kLanes = V::kLanes;
+  typename V::Bits weight[kLanes];
+  auto const turn = [&](auto const& row) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) weight[r] = V::bits(row(r));
+    V::turn(weight);
+  };
+  auto const add = [&](Bf16Bits const* values, bool begin, float* to_add) {
+    typename V::Floats sum[2] = {begin ? V::zero() : V::load(to_add), V::zero()};
+#pragma GCC unroll 16
+    for (int u = 0; u < kLanes; ++u) {
+      typename V::Unit value;
+      std::memcpy(&value, values + u * V::kUnit, sizeof value);
+      sum[u % 2] = V::add_product(sum[u % 2], weight[u], V::unit_value(&value));
+    }
+    V::store(to_add, V::add(sum[0], sum[1]));
+  };
+  Ahead ahead(up.row(first + kLanes), up.pitch, in, std::clamp<int64_t>(to - first - kLanes, 0, kLanes),
+              in / V::kValues);
+  int64_t c = 0;
+  for (; c + V::kValues <= in; c += V::kValues) {
+    ahead.steps(1);
+    turn([&](int r) { return up.row(first + r) + c; });
+    Bf16Bits const* values = x.data + c;
+    float* to_add = products;
+#pragma GCC unroll 1
+    for (int64_t t = 0; t < count; ++t, values += x.pitch, to_add += kPanelPitch) add(values, c == 0, to_add);
+  }
+  if (c < in || !in) {
+    Bf16Bits rest[kLanes + 1][V::kValues] = {};
+    for (int r = 0; r < kLanes; ++r) std::copy(up.row(first + r) + c, up.row(first + r) + in, rest[r]);
+    turn([&](int r) { return rest[r]; });
+    for (int64_t t = 0; t < count; ++t) {
+      std::copy(x.row(t) + c, x.row(t) + in, rest[kLanes]);
+      add(rest[kLanes], c == 0, products + t * kPanelPitch);
+    }
   }
 }
 
@@ -193,31 +251,107 @@ void packed_products(Rows const& x, Rows const& up, int64_t in, int64_t count, i
 template <class V>
 void all_hidden(Rows const& x, Gate const& gate, Rows const& up, Bf16Bits const* bias, int64_t in, int64_t count,
                 int64_t from, int64_t to, void* hidden, int64_t pitch, float* products, Bf16Bits* packed) {
-  int64_t const blocks = (count + V::kTileTokens - 1) / V::kTileTokens;
   for (int64_t panel = from; panel < to; panel += kPanel) {
-    int64_t const end = std::min(panel + kPanel, to), after = std::min(end + kPanel, to);
-    if constexpr (V::kUnit > 1)
+    int64_t const end = std::min(panel + kPanel, to);
+    int64_t i = panel;
+    if constexpr (V::kUnit > 1) {
       if (count >= kPackedTokens && in && in % V::kUnit == 0 && x.pitch % V::kUnit == 0) {
         packed_products<V>(x, up, in, count, panel, end, to, products, packed);
-        activate_panel<V>(gate, bias, count, panel, end, products, hidden, pitch);
-        continue;
+        i = end;
       }
-    for (int64_t c = 0; c == 0 || c < in; c += kPanelColumns) {
-      int64_t const columns = std::min(kPanelColumns, in - c);
-      bool const last = c + columns == in;  // then the next panel comes, else the next columns of this one
-      int64_t const steps = (end - panel + kTileRows - 1) / kTileRows * blocks * (columns / V::kValues);
-      Ahead ahead(last ? up.row(end) : up.row(panel) + c + columns, up.pitch,
-                  std::min(kPanelColumns, last ? in : in - c - columns), last ? after - end : end - panel, steps);
-      in_blocks<V::kTileTokens>(count, [&]<int Tokens>(int64_t t) {
-        for (int64_t i = panel; i < end; i += kTileRows) {
-          std::array<Bf16Bits const*, kTileRows> rows;
-          for (int r = 0; r < kTileRows; ++r) rows[size_t(r)] = up.row(std::min(i + r, end - 1)) + c;
-          dot_tile<V, Tokens>(rows, x.row(t) + c, x.pitch, columns, ahead, products + t * kPanelPitch + (i - panel),
-                              kPanelPitch, c == 0);
-        }
-      });
+      for (; i + V::kLanes <= end; i += V::kLanes) turned_products<V>(x, up, in, count, i, to, products + (i - panel));
     }
+    if (i < end) dot_products<V>(x, up, in, count, i, end, to, products + (i - panel));
     activate_panel<V>(gate, bias, count, panel, end, products, hidden, pitch);
+  }
+}
+
+// Adds to the sums of all tokens what some neurons make of columns [from, end), whose weights go through registers.
+template <class V>
+void add_rows(std::array<Bf16Bits const*, V::kUnits * V::kUnit> const& rows, int64_t from, int64_t end,
+              typename V::Unit const* hidden, int64_t pitch, int64_t count, float* sums, int64_t sums_pitch,
+              Ahead& ahead) {
+  constexpr int kHalf = V::kValues / 2;
+  auto const step = [&](float* sum, auto const& row) {
+    typename V::Factor weight[V::kUnits][2];
+#pragma GCC unroll 8
+    for (int u = 0; u < V::kUnits; ++u) {
+      typename V::Bits unit[V::kUnit];
+#pragma GCC unroll 2
+      for (int r = 0; r < V::kUnit; ++r) unit[r] = V::bits(row(u * V::kUnit + r));
+      V::unit(unit, weight[u]);
+    }
+    auto const* value = hidden;
+    for (int64_t t = 0; t < count; ++t, sum += sums_pitch, value += pitch) {
+      auto first = V::load(sum), second = V::load(sum + kHalf);
+#pragma GCC unroll 8
+      for (int u = 0; u < V::kUnits; ++u) {
+        auto const factor = V::unit_value(value + u);
+        first = V::add_product(first, weight[u][0], factor);
+        second = V::add_product(second, weight[u][1], factor);
+      }
+      V::store(sum, first);
+      V::store(sum + kHalf, second);
+    }
+  };
+  int64_t c = from;
+  for (; c + V::kValues <= end; c += V::kValues, sums += V::kValues) {
+    ahead.steps(1);
+    step(sums, [&](int r) { return rows[size_t(r)] + c; });
+  }
+  if (c < end) {
+    Bf16Bits rest[V::kUnits * V::kUnit][V::kValues] = {};
+    for (size_t r = 0; r < rows.size(); ++r) std::copy(rows[r] + c, rows[r] + end, rest[r]);
+    step(sums, [&](int r) { return rest[r]; });
+  }
+}
+
+// Sums of columns [from, end), for few tokens.
+template <class V>
+void summed_rows(typename V::Unit const* hidden, int64_t pitch, int64_t neurons, Rows const& down, int64_t count,
+                 int64_t from, int64_t end, float* sums, int64_t sums_pitch) {
+  constexpr int64_t kRows = V::kUnits * V::kUnit;
+  std::fill_n(sums, count * sums_pitch, 0.0f);
+  for (int64_t i = 0; i < neurons; i += kRows) {
+    std::array<Bf16Bits const*, kRows> rows;  // hidden values behind the last neuron are zeros
+    for (int64_t r = 0; r < kRows; ++r) rows[size_t(r)] = down.row(std::min(i + r, neurons - 1));
+    Ahead ahead(down.row(i + kRows) + from, down.pitch, end - from, std::clamp<int64_t>(neurons - i - kRows, 0, kRows),
+                (end - from) / V::kValues);
+    add_rows<V>(rows, from, end, hidden + i / V::kUnit, pitch, count, sums, sums_pitch, ahead);
+  }
+}
+
+// Columns of rows, units of neurons side by side; what is missing becomes zeros.
+template <class V>
+void pack(Bf16Bits const* rows, int64_t pitch, int64_t depth, int64_t columns, Bf16Bits* packed) {
+  for (int64_t r = 0; r < depth; r += V::kUnit, rows += V::kUnit * pitch, packed += V::kUnit * V::kValues) {
+    typename V::Bits row[V::kUnit];
+    for (int i = 0; i < V::kUnit; ++i) row[i] = r + i < depth ? some_bits<V>(rows + i * pitch, columns) : V::no_bits();
+    V::pack(row, packed);
+  }
+}
+
+// The same for many, of whom more at a time meet rows that are packed beforehand; the next columns end at `to`.
+template <class V>
+void summed_packed(typename V::Unit const* hidden, int64_t pitch, int64_t neurons, Rows const& down, int64_t count,
+                   int64_t from, int64_t end, int64_t to, float* sums, int64_t sums_pitch, Bf16Bits* packed) {
+  constexpr int64_t kValues = V::kValues;
+  int64_t const strips = (end - from + kValues - 1) / kValues, blocks = (count + V::kSumTokens - 1) / V::kSumTokens;
+  for (int64_t i = 0; i == 0 || i < neurons; i += kTileDepth) {
+    int64_t const depth = std::min(kTileDepth, neurons - i), after = i + depth;
+    int64_t const units = (depth + V::kUnit - 1) / V::kUnit, strip = units * V::kUnit * kValues;
+    for (int64_t s = 0; s < strips; ++s)
+      pack<V>(down.row(i) + from + s * kValues, down.pitch, depth, std::min(kValues, end - from - s * kValues),
+              packed + s * strip);
+    Ahead ahead = after < neurons ? Ahead(down.row(after) + from, down.pitch, end - from,
+                                          std::min(kTileDepth, neurons - after), strips * blocks * units)
+                                  : Ahead(down.data + end, down.pitch, std::min(end - from, to - end),
+                                          end < to ? std::min(kTileDepth, neurons) : 0, strips * blocks * units);
+    for (int64_t s = 0; s < strips; ++s)
+      in_blocks<V::kSumTokens>(count, [&]<int Tokens>(int64_t t) {
+        sum_tile<V, Tokens>(packed + s * strip, units, hidden + t * pitch + i / V::kUnit, pitch,
+                            sums + t * sums_pitch + s * kValues, sums_pitch, i == 0, ahead);
+      });
   }
 }
 
@@ -226,26 +360,13 @@ void all_outputs(void const* hidden, int64_t pitch, int64_t neurons, Rows const&
                  int64_t count, int64_t from, int64_t to, Bf16Bits* y, int64_t y_pitch, float* sums, Bf16Bits* packed) {
   constexpr int64_t kValues = V::kValues;
   OutputPanel const shape(count);
-  int64_t const blocks = (count + V::kSumTokens - 1) / V::kSumTokens;
   auto const* const values = static_cast<typename V::Unit const*>(hidden);
   for (int64_t panel = from; panel < to; panel += shape.columns) {
-    int64_t const end = std::min(panel + shape.columns, to), strips = (end - panel + kValues - 1) / kValues;
-    for (int64_t i = 0; i == 0 || i < neurons; i += shape.depth) {
-      int64_t const depth = std::min(shape.depth, neurons - i), after = i + depth;
-      int64_t const units = (depth + V::kUnit - 1) / V::kUnit, strip = units * V::kUnit * kValues;
-      for (int64_t s = 0; s < strips; ++s)
-        pack<V>(down.row(i) + panel + s * kValues, down.pitch, depth, std::min(kValues, end - panel - s * kValues),
-                packed + s * strip);
-      Ahead ahead = after < neurons ? Ahead(down.row(after) + panel, down.pitch, end - panel,
-                                            std::min(shape.depth, neurons - after), strips * blocks * units)
-                                    : Ahead(down.data + end, down.pitch, std::min(shape.columns, to - end),
-                                            end < to ? std::min(shape.depth, neurons) : 0, strips * blocks * units);
-      for (int64_t s = 0; s < strips; ++s)
-        in_blocks<V::kSumTokens>(count, [&]<int Tokens>(int64_t t) {
-          sum_tile<V, Tokens>(packed + s * strip, units, values + (t * pitch + i) / V::kUnit, pitch / V::kUnit,
-                              sums + t * shape.pitch() + s * kValues, shape.pitch(), i == 0, ahead);
-        });
-    }
+    int64_t const end = std::min(panel + shape.columns, to);
+    if (shape.packed)
+      summed_packed<V>(values, pitch / V::kUnit, neurons, down, count, panel, end, to, sums, shape.pitch(), packed);
+    else
+      summed_rows<V>(values, pitch / V::kUnit, neurons, down, count, panel, end, sums, shape.pitch());
     for (int64_t t = 0; t < count; ++t)
       for (int64_t c = panel; c < end; c += kValues) {
         int64_t const here = std::min<int64_t>(kValues, end - c);

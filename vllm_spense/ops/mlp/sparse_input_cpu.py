@@ -11,7 +11,7 @@ import torch
 
 from vllm_spense.ops.backend import Tensors
 from vllm_spense.ops.mlp.sparse_input import SparseInputSpec
-from vllm_spense.ops.mlp.sparse_mlp_cpu import transposed_weight, why_not_here, with_rows
+from vllm_spense.ops.mlp.sparse_mlp_cpu import rows_apart, why_not_here, with_rows
 
 
 class SparseInputCpuBackend:
@@ -27,7 +27,7 @@ class SparseInputCpuBackend:
         return why_not_here()
 
     def prepare(self, spec: SparseInputSpec, weight: torch.Tensor) -> Tensors:
-        return {"weight_packed": transposed_weight(weight)}
+        return {"weight_packed": rows_apart(weight.t())}
 
     def apply(
         self,

@@ -20,6 +20,11 @@ from vllm_spense.ops.mlp import sparse_input
 from vllm_spense.ops.mlp.activation import KINDS
 from vllm_spense.ops.mlp.sparse_mlp import SparseMlpSpec, empty_output
 
+LINE = 32
+"""Values of a cache line."""
+SETS = 1024
+"""Values of half a way of the first-level cache."""
+
 
 class SparseMlpCpuBackend:
     """The compiled kernels; x and the gate may have rows that lie apart."""
@@ -34,9 +39,8 @@ class SparseMlpCpuBackend:
         return why_not_here()
 
     def prepare(self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "down"}
-        cpu.move_to_huge_pages(kept["up"])
-        return kept | {"down_t": transposed_weight(tensors["down"])}
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name.endswith("bias")}
+        return kept | {"up": rows_apart(tensors["up"]), "down_t": rows_apart(tensors["down"].t())}
 
     def apply(
         self, spec: SparseMlpSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, gate: torch.Tensor
@@ -48,11 +52,16 @@ class SparseMlpCpuBackend:
         )
 
 
-def transposed_weight(weight: torch.Tensor) -> torch.Tensor:
-    """``[N, K]`` to ``[K, N]`` in memory of its own, on huge pages if there are: rows are read at random."""
-    result = torch.empty(weight.shape[::-1], dtype=weight.dtype)
-    cpu.ask_for_huge_pages(result)
-    return result.copy_(weight.t())
+def rows_apart(weight: torch.Tensor) -> torch.Tensor:
+    """The same ``[rows, columns]`` in memory of its own, on huge pages if there are.
+
+    Rows of a multiple of 2 KiB lie a cache line further apart: kernels read 16 side by side, which would
+    fall into the same sets of the cache.
+    """
+    rows, columns = weight.shape
+    memory = torch.empty(rows, columns + (LINE if columns % SETS == 0 else 0), dtype=weight.dtype)
+    cpu.ask_for_huge_pages(memory)
+    return memory[:, :columns].copy_(weight)
 
 
 def with_rows(tensor: torch.Tensor) -> torch.Tensor:
