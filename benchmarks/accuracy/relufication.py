@@ -46,8 +46,7 @@ class Row:
     def key(self) -> str:
         return f"{self.windows}/{self.learning_rate:g}/{self.l1:g}"
 
-    def make(self, model: Path, text: Path, out: Path) -> float:
-        """Write the model; seconds of training."""
+    def make(self, model: Path, text: Path, out: Path) -> None:
         if self.windows:
             config = RecoveryConfig(
                 calibration=str(text / "train.txt"),
@@ -58,11 +57,11 @@ class Row:
                 seq_len=WINDOW,
                 overwrite=True,
             )
-            return recover(model, out, config).seconds
+            recover(model, out, config)
+            return
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(model, out)
         write(out / CONFIG_NAME, relu_config(read(model / CONFIG_NAME)))
-        return 0.0
 
 
 ROWS = (
@@ -118,7 +117,7 @@ def measure(model: Path, texts: dict[str, Path], work: Path, rows: list[Row]) ->
             continue
         out = work / model.name / row.key.replace("/", "-")
         try:
-            seconds = row.make(model, texts["wikipedia"], out)
+            row.make(model, texts["wikipedia"], out)
         except RecoveryError as error:
             save(model.name, row.key, sources, {"refused": str(error)})
             continue
@@ -130,7 +129,6 @@ def measure(model: Path, texts: dict[str, Path], work: Path, rows: list[Row]) ->
             "density": density.mean,
             "least": min(shares),
             "most": max(shares),
-            "seconds": seconds,
         }
         save(model.name, row.key, sources, figures)
 

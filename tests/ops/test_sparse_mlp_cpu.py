@@ -116,6 +116,17 @@ def test_against_float64(sizes: tuple[int, int, int], activation: Activation, wa
 
 @every_kernel
 @every_way
+@pytest.mark.parametrize("sizes", [(0, 33, 65), (70, 0, 65), (70, 33, 0), (0, 0, 0)], ids=str)
+def test_sizes_of_zero(sizes: tuple[int, int, int], way: int, isa: int) -> None:
+    """Sums begin with zero, whatever the call before has left in memory."""
+    for tokens in (1, 3, 20, 64):
+        Case.of((70, 33, 65), tokens, ACTIVATIONS[0], density=1.0).run(isa, way)
+        case = Case.of(sizes, tokens, ACTIVATIONS[0], bias=True)
+        case.check(case.run(isa, way), rounded=way == ALL)
+
+
+@every_kernel
+@every_way
 @pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
 def test_none_few_and_all_neurons_of_many_tokens(density: float, way: int, isa: int) -> None:
     """More tokens than one pass takes; at a density of 0 the bias alone is left."""
