@@ -238,6 +238,24 @@ def test_rows_may_lie_apart(way: int, isa: int) -> None:
 
 @every_kernel
 @every_way
+@pytest.mark.parametrize("sizes", [(97, 61, 45), (131, 98, 70)], ids=str)
+def test_nothing_beside_a_tensor_is_used(sizes: tuple[int, int, int], way: int, isa: int) -> None:
+    """Every tensor lies among NaN: a row or a column too many of any of them would be seen."""
+
+    def among_nan(tensor: torch.Tensor) -> torch.Tensor:
+        around = torch.full([size + 64 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+        inside = around[tuple(slice(size) for size in tensor.shape)]
+        return inside.copy_(tensor)
+
+    for tokens in (1, 3, 20, 64, 130):
+        case = Case.of(sizes, tokens, ACTIVATIONS[0], density=0.5, bias=True)
+        tensors = {name: value for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
+        beside = replace(case, **{name: among_nan(value) for name, value in tensors.items()})
+        assert torch.equal(beside.run(isa, way), case.run(isa, way))
+
+
+@every_kernel
+@every_way
 def test_weights_whose_rows_lie_apart(way: int, isa: int) -> None:
     """As they are prepared where rows would fall into the same sets of the cache; few tokens and many."""
     sizes = neurons, k, n = 150, 1024, 2048
