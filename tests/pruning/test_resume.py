@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -109,13 +108,23 @@ def interrupt(model: Path, out: Path, config: PruneConfig, after: int) -> None:
 # -- SIGKILL -------------------------------------------------------------------------------------
 
 
+SLOWLY = """
+import os, runpy, time
+sync = os.fsync
+os.fsync = lambda handle: (sync(handle), time.sleep(0.2))
+runpy.run_module("vllm_spense.cli.app", run_name="__main__", alter_sys=True)
+"""
+"""The command, which pauses behind each file that has reached the disk: so a signal comes in time."""
+
+
 def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
     options = ("--num-samples", "8", "--seq-len", "96", "--no-check")
     arguments = ("prune", model, "-o", out, "--calibration", text, *options, *more)
-    return [sys.executable, "-m", "vllm_spense.cli.app", *map(str, arguments)]
+    return [sys.executable, "-c", SLOWLY, *map(str, arguments)]
 
 
 def start_and_signal(arguments: list[str], when: Callable[[], bool], number: int) -> tuple[int, str]:
+    """Exit status and errors of a command that gets a signal as soon as ``when()``."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not when():
@@ -136,17 +145,10 @@ def test_the_command_survives_sigkill_and_ctrl_c(
     assert not (work / "choice.safetensors").exists(), "killed in the gradient pass"
     records = [work / f"layer-{i:05d}.json" for i in range(LAYERS)]
     resume = command(model, out, text, "--resume")
-    code, said = 0, ""
-    for _ in range(12):  # on a busy machine a run may be done before the signal comes
-        code, said = start_and_signal(command(model, out, text), records[0].exists, signal.SIGKILL)
-        following = next((record for record in records if not record.exists()), None)
-        if code == -signal.SIGKILL and following is not None:
-            assert work.is_dir()
-            code, said = start_and_signal(resume, following.exists, signal.SIGINT)
-            if code:
-                break
-        for directory in (out, work):
-            shutil.rmtree(directory, ignore_errors=True)
+    code, _ = start_and_signal(command(model, out, text), records[0].exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    following = next(record for record in records if not record.exists())
+    code, said = start_and_signal(resume, following.exists, signal.SIGINT)
     assert code == 130, said
     assert "--resume" in said
     assert "Traceback" not in said
