@@ -317,50 +317,34 @@ USES = (
     ),
 )
 
+CONFIG_METHODS = (
+    "get_name",
+    "get_supported_act_dtypes",
+    "get_min_capability",
+    "get_config_filenames",
+    "from_config",
+    "maybe_update_config",
+    "apply_vllm_mapper",
+    "get_quant_method",
+)
+"""What each of our quantization configs overrides."""
+
 OVERRIDES = (
     Overrides(
         CONFIG,
         f"{BASE_CONFIG}:QuantizationConfig",
-        (
-            "get_name",
-            "get_supported_act_dtypes",
-            "get_min_capability",
-            "get_config_filenames",
-            "from_config",
-            "maybe_update_config",
-            "apply_vllm_mapper",
-            "get_quant_method",
-            "override_quantization_method",
-        ),
+        (*CONFIG_METHODS, "override_quantization_method"),
     ),
     Overrides(
         BITSANDBYTES,
         f"{BASE_CONFIG}:QuantizationConfig",
-        (
-            "get_name",
-            "get_supported_act_dtypes",
-            "get_min_capability",
-            "get_config_filenames",
-            "from_config",
-            "maybe_update_config",
-            "apply_vllm_mapper",
-            "get_quant_method",
-        ),
+        CONFIG_METHODS,
         younger=("get_checkpoint_weight_mapper",),
     ),
     Overrides(
         TWELL,
         f"{BASE_CONFIG}:QuantizationConfig",
-        (
-            "get_name",
-            "get_supported_act_dtypes",
-            "get_min_capability",
-            "get_config_filenames",
-            "from_config",
-            "maybe_update_config",
-            "apply_vllm_mapper",
-            "get_quant_method",
-        ),
+        CONFIG_METHODS,
     ),
     Overrides(SPARSE_LLAMA, f"{LLAMA}:LlamaForCausalLM", ("load_weights", "packed_modules_mapping")),
     Overrides(
